@@ -1,0 +1,552 @@
+"""Every refusal loractl can make: one class = one code.
+
+    LoractlError
+    ├── Invalid           the request or the file is wrong           (HTTP 400/422, exit 1)
+    │   ├── Usage         what was typed cannot be parsed            (exit 2)
+    │   ├── BadFile       an artefact's bytes are not acceptable
+    │   └── DoesNotFit    the adapter does not belong to that base
+    ├── Unauthenticated   no token, or not a living one              (401)
+    ├── Forbidden         the token's scopes do not cover it         (403)
+    ├── NotFound          nothing there that the caller may see      (404)
+    ├── Conflict          somebody, or an earlier call, was first    (409/412)
+    │   └── GateNotPassed                                            (422, exit 4)
+    ├── Gone              it was there, and has ended                (410)
+    ├── TooLarge          over a stated bound                        (413)
+    ├── Unavailable       a part we need is down or full             (503/507, exit 3)
+    └── LocalFailure      this machine's own disk, process or files  (exit 1)
+
+A class states its sentence once: ``says`` (what happened, with which value, what is allowed) and
+``help`` (the command that helps) are format strings over its facts. Facts are keyword arguments,
+become attributes, and travel as JSON, so that a client can rebuild the same exception
+(`LoractlError.from_problem`). The status of each branch is decided in one table,
+`registry/api/problems.py`; the exit status in `cli/main.py`.
+"""
+
+from string import Formatter
+from typing import Any, ClassVar
+
+Fact = Any  # a JSON value
+
+
+class LoractlError(Exception):
+    """A refusal with a code, its facts, a sentence and the command that helps."""
+
+    code: ClassVar[str] = ""
+    says: ClassVar[str] = ""
+    help: ClassVar[str] = ""
+    by_code: ClassVar[dict[str, type["LoractlError"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "code" not in cls.__dict__:
+            return  # a branch, not a refusal
+        if cls.code in LoractlError.by_code:
+            raise TypeError(f"two refusals share the code {cls.code!r}")
+        LoractlError.by_code[cls.code] = cls
+
+    def __init__(self, **facts: Fact) -> None:
+        missing = self.fact_names() - facts.keys()
+        if missing:
+            raise TypeError(f"{type(self).__name__} needs the facts {sorted(missing)}")
+        self.facts: dict[str, Fact] = facts
+        self.message = self.says.format(**facts)
+        self.hint = self.help.format(**facts)
+        super().__init__(self.message)
+
+    def __getattr__(self, name: str) -> Fact:
+        try:
+            return self.__dict__["facts"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.facts))
+
+    @classmethod
+    def fact_names(cls) -> set[str]:
+        """Names the sentence and its hint need; more may be given."""
+        fields = (field for text in (cls.says, cls.help) for _, field, _, _ in Formatter().parse(text))
+        return {field.split(".")[0].split("[")[0] for field in fields if field}
+
+    def problem(self) -> dict[str, Fact]:
+        """The body of an ``application/problem+json`` answer, without its status."""
+        return {"code": self.code, "detail": self.message, "hint": self.hint, "facts": self.facts}
+
+    @staticmethod
+    def from_problem(problem: dict[str, Fact]) -> "LoractlError":
+        """The exception that ``problem`` was made from; `UnknownProblem` for a code of a newer registry."""
+        found = LoractlError.by_code.get(str(problem.get("code")))
+        facts = problem.get("facts") or {}
+        if found is None or not isinstance(facts, dict) or found.fact_names() - facts.keys():
+            return UnknownProblem(
+                problem=str(problem.get("code")), detail=str(problem.get("detail")), advice=str(problem.get("hint", ""))
+            )
+        return found(**facts)
+
+
+def _rebuild(cls: type[LoractlError], facts: dict[str, Fact]) -> LoractlError:
+    return cls(**facts)
+
+
+class Invalid(LoractlError): ...
+
+
+class Usage(Invalid): ...
+
+
+class BadFile(Invalid): ...
+
+
+class DoesNotFit(Invalid): ...
+
+
+class Unauthenticated(LoractlError): ...
+
+
+class Forbidden(LoractlError): ...
+
+
+class NotFound(LoractlError): ...
+
+
+class Conflict(LoractlError): ...
+
+
+class GateNotPassed(Conflict):
+    code = "gate-not-passed"
+    says = "Alias '{alias}' of {name} did not move to {version}: {reason}"
+    help = "See the evaluations: loractl show {name}@{version}; the policy: loractl policy show {name}"
+
+
+class Gone(LoractlError): ...
+
+
+class TooLarge(LoractlError): ...
+
+
+class Unavailable(LoractlError): ...
+
+
+class LocalFailure(LoractlError): ...
+
+
+class UnknownProblem(LoractlError):
+    code = "unknown-problem"
+    says = "The registry answered '{problem}': {detail}"
+    help = "{advice}"
+
+
+class InternalError(LoractlError):
+    code = "internal-error"
+    says = "The registry failed on this request; its log names it {request}."
+    help = "Try again; if it stays, give the request id to the operator of the registry."
+
+
+# ── names and references ─────────────────────────────────────────────────────
+
+
+class BadName(Usage):
+    code = "bad-name"
+    says = "'{value}' is not a {what}: {rule}"
+
+
+class BadReference(Usage):
+    code = "bad-reference"
+    says = "'{value}' is not a reference to {what}: {rule}"
+    help = "References look like this: {examples}"
+
+
+class BadDigest(Usage):
+    code = "bad-digest"
+    says = "'{value}' is not a digest: expected 'sha256:' or 'b3:' and 64 lower-case hexadecimal digits."
+
+
+class BadRequest(Usage):
+    code = "bad-request"
+    says = "The request is not valid: {problems}"
+
+
+# ── files ────────────────────────────────────────────────────────────────────
+
+
+class PickleRefused(BadFile):
+    code = "pickle-refused"
+    says = "'{path}' is a pickle; loading one runs its author's code, so loractl never stores or opens it."
+    help = (
+        "Convert it where you trust it: python -c \"import torch, safetensors.torch as s; "
+        "s.save_file(torch.load('{path}', weights_only=True), 'adapter_model.safetensors')\""
+    )
+
+
+class LfsPointer(BadFile):
+    code = "lfs-pointer"
+    says = "'{path}' is a Git-LFS pointer of {size} bytes, not the file it stands for."
+    help = "Fetch the real file: git lfs pull"
+
+
+class BadHeader(BadFile):
+    code = "bad-header"
+    says = "'{path}' is not a valid safetensors file: {reason}"
+
+
+class BadTensor(BadFile):
+    code = "bad-tensor"
+    says = "Tensor '{tensor}' in '{path}': {reason}"
+
+
+class NonFinite(BadFile):
+    code = "non-finite"
+    says = "Tensor '{tensor}' in '{path}' holds {nans} NaN and {infs} Inf values; the first is at element {index}."
+    help = "Nothing trained from here can be trusted; find the step at which the loss diverged."
+
+
+class ZeroUpdate(BadFile):
+    code = "zero-update"
+    says = "The adapter changes nothing: its update is zero in all {modules} modules."
+    help = "If a fresh adapter is meant, push it with --allow-zero."
+
+
+class DuplicateTensor(BadFile):
+    code = "duplicate-tensor"
+    says = "Tensor '{tensor}' is in '{first}' and again in '{second}'."
+
+
+class BadPath(BadFile):
+    code = "bad-path"
+    says = "'{path}' cannot be the path of a file in a version: {rule}"
+
+
+class BadManifest(BadFile):
+    code = "bad-manifest"
+    says = "The manifest is not valid: {reason}"
+
+
+class BadConfig(BadFile):
+    code = "bad-config"
+    says = "'{path}': {reason}"
+
+
+class NotAnAdapter(BadFile):
+    code = "not-an-adapter"
+    says = "'{path}' is not an adapter folder: {reason}"
+    help = "An adapter folder holds adapter_config.json and adapter_model.safetensors, as PEFT's save_pretrained writes them."
+
+
+class NotABase(BadFile):
+    code = "not-a-base"
+    says = "'{path}' is not a base model folder: {reason}"
+    help = "A base folder holds config.json and one or more .safetensors files, as transformers' save_pretrained writes them."
+
+
+class BadDataset(BadFile):
+    code = "bad-dataset"
+    says = "'{path}', line {line}: {reason}"
+
+
+class DigestMismatch(BadFile):
+    code = "digest-mismatch"
+    says = "'{path}' has the digest {actual}, but {expected} was promised ({size} bytes read)."
+    help = "Try again; if it stays, the copy on the other side is damaged: loractl doctor"
+
+
+class FileTooLarge(TooLarge):
+    code = "file-too-large"
+    says = "'{path}' is {size} bytes; at most {limit} are allowed here."
+
+
+# ── fit and binding ──────────────────────────────────────────────────────────
+
+
+class AdapterDoesNotFit(DoesNotFit):
+    code = "does-not-fit"
+    says = "The adapter does not fit base {base}: {reasons}{suggestion}"
+    help = "Push against the base it was made for: loractl push {path} {name} --base BASE"
+
+
+class LeftOverTensors(DoesNotFit):
+    code = "left-over-tensors"
+    says = "{count} tensors belong to nothing in the adapter or its base: {tensors}"
+    help = "Remove them, or fix target_modules and modules_to_save in adapter_config.json."
+
+
+class AmbiguousModule(DoesNotFit):
+    code = "ambiguous-module"
+    says = "Adapter module '{module}' could mean {candidates} of the base."
+
+
+class EvidenceContradicts(DoesNotFit):
+    code = "evidence-contradicts"
+    says = "The adapter says it belongs to {claimed} ({evidence}), but it is pushed against {base}.{suggestion}"
+    help = "Push it against its own base, or override on record: loractl push {path} {name} --base BASE --trust-base"
+
+
+class EvidenceTooWeak(DoesNotFit):
+    code = "evidence-too-weak"
+    says = "Alias '{alias}' of {name} needs evidence '{required}' for the binding; {version} has '{actual}'."
+    help = "Evaluate it on the policy's suite: loractl evaluate {name}@{version}"
+
+
+class NoCompatibleVersion(Conflict):
+    code = "no-compatible-version"
+    says = "No version of '{ref}' is bound to base {base} with fit {wanted}.{nearest}"
+    help = "Carry it over: loractl rebase {ref} --to {base}"
+
+
+class WeightsAbsent(Conflict):
+    code = "weights-absent"
+    says = "Base {base} is registered without its weights, which {work} needs."
+    help = "Upload them: loractl base push DIR --line LINE"
+
+
+class NotRunnable(Conflict):
+    code = "not-runnable"
+    says = "{what} cannot be run here: {reason}"
+    help = "It is stored, versioned and bound like any other; only training, evaluation and merging need more."
+
+
+# ── things that are not there ────────────────────────────────────────────────
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter-not-found"
+    says = "No adapter '{name}'.{nearest}"
+    help = "List them: loractl list"
+
+
+class VersionNotFound(NotFound):
+    code = "version-not-found"
+    says = "No version '{ref}'.{nearest}"
+    help = "Show what there is: loractl show {name}"
+
+
+class AliasNotFound(NotFound):
+    code = "alias-not-found"
+    says = "'{name}' has no alias '{alias}' for base {base}.{nearest}"
+    help = "List its aliases: loractl alias list {name}"
+
+
+class BaseNotFound(NotFound):
+    code = "base-not-found"
+    says = "No base model '{ref}'.{nearest}"
+    help = "List them: loractl base list; register one: loractl base push DIR --line LINE"
+
+
+class DatasetNotFound(NotFound):
+    code = "dataset-not-found"
+    says = "No {kind} '{ref}'.{nearest}"
+    help = "Push it: loractl {kind} push FILE {ref}"
+
+
+class JobNotFound(NotFound):
+    code = "job-not-found"
+    says = "No job '{id}'."
+    help = "List them: loractl jobs list"
+
+
+class CampaignNotFound(NotFound):
+    code = "campaign-not-found"
+    says = "No upgrade campaign '{id}'."
+    help = "Show them: loractl upgrade status"
+
+
+class PushNotFound(NotFound):
+    code = "push-not-found"
+    says = "No push '{id}'."
+    help = "Start again: loractl push"
+
+
+class ScheduleNotFound(NotFound):
+    code = "schedule-not-found"
+    says = "No schedule '{id}'."
+    help = "List them: loractl schedule list"
+
+
+class TokenNotFound(NotFound):
+    code = "token-not-found"
+    says = "No token '{id}'."
+    help = "List them: loractl token list"
+
+
+class PolicyNotFound(NotFound):
+    code = "policy-not-found"
+    says = "Neither '{name}' nor its namespace has a policy."
+    help = "Set one: loractl policy set {name} --suite SUITE --metric METRIC --margin MARGIN"
+
+
+class BlobNotFound(NotFound):
+    code = "blob-not-found"
+    says = "Blob {digest} is not there."
+
+
+class RouteNotFound(NotFound):
+    code = "route-not-found"
+    says = "No route {method} {path}."
+    help = "The routes are listed at /openapi.json"
+
+
+# ── access ───────────────────────────────────────────────────────────────────
+
+
+class TokenMissing(Unauthenticated):
+    code = "token-missing"
+    says = "This needs a token, and none was sent."
+    help = "Log in: loractl login URL --token TOKEN"
+
+
+class TokenRefused(Unauthenticated):
+    code = "token-refused"
+    says = "The token is not valid: {reason}."
+    help = "Ask for a new one (loractl token create), then: loractl login URL --token TOKEN"
+
+
+class ScopeMissing(Forbidden):
+    code = "scope-missing"
+    says = "This needs the scope '{scope}' on '{namespace}'; the token has {granted}."
+    help = "Ask an admin of the namespace: loractl token create --scope {scope} --namespace {namespace}"
+
+
+class NotYourJob(Forbidden):
+    code = "not-your-job"
+    says = "A worker token may only touch jobs it has claimed; '{id}' is not one of them."
+
+
+class SignatureRefused(Forbidden):
+    code = "signature-refused"
+    says = "The signed URL is not valid: {reason}."
+    help = "Ask for a fresh one: repeat the command."
+
+
+# ── pushes, aliases, jobs, campaigns ─────────────────────────────────────────
+
+
+class MoveNotAllowed(Conflict):
+    code = "move-not-allowed"
+    says = "The {noun} {id} is {state}; '{move}' is allowed from {allowed}."
+
+
+class PushExpired(Gone):
+    code = "push-expired"
+    says = "Push {id} is {state} since {since}."
+    help = "Push again; finished files are not sent twice: loractl push"
+
+
+class BlobsMissing(Conflict):
+    code = "blobs-missing"
+    says = "Push {id} cannot be committed: {count} blobs have not arrived: {digests}"
+    help = "Repeat the push; it resumes where it stopped."
+
+
+class PushRejected(BadFile):
+    code = "push-rejected"
+    says = "Push {id} was verified and rejected: {findings}"
+
+
+class AliasMoved(Conflict):
+    code = "alias-moved"
+    says = "Alias '{alias}' of {name} moved in between: it is now {current} (generation {generation})."
+    help = "Look first, then repeat: loractl alias list {name}"
+
+
+class LeaseLost(Conflict):
+    code = "lease-lost"
+    says = "Job {id}, attempt {attempt}: the lease was lost; the job is now {state}."
+
+
+class CampaignExists(Conflict):
+    code = "campaign-exists"
+    says = "Line '{line}' already has an unfinished campaign {id} to {base}."
+    help = "Watch it: loractl upgrade status {id}; or end it: loractl upgrade abort {id}"
+
+
+class GateImpossible(Invalid):
+    code = "gate-impossible"
+    says = "Suite {suite} has {n} items; with margin {margin} nothing can pass below {needed}."
+    help = "Use a larger suite, or a wider margin: loractl policy set {name} --margin MARGIN"
+
+
+class NothingToRollBack(Conflict):
+    code = "nothing-to-roll-back"
+    says = "Alias '{alias}' of {name} has no earlier target on base {base}."
+    help = "See its history: loractl log {name}"
+
+
+class TrainingFailed(BadFile):
+    code = "training-failed"
+    says = "Training stopped at step {step}: {reason}"
+    help = "Lower the learning rate or look at the batch named above."
+
+
+class UnknownTargets(Invalid):
+    code = "unknown-targets"
+    says = "Targets {targets} match no module of the base.{nearest}"
+    help = "Name linear modules by their last part, such as q_proj or down_proj."
+
+
+# ── parts that are down ──────────────────────────────────────────────────────
+
+
+class RegistryUnreachable(Unavailable):
+    code = "registry-unreachable"
+    says = "The registry at {url} does not answer: {reason}"
+    help = "Is it running? Start one here: loractl up; or log in to another: loractl login URL"
+
+
+class DatabaseDown(Unavailable):
+    code = "database-down"
+    says = "The registry's database does not answer: {reason}"
+    help = "Nothing was changed; try again. Operators: loractl doctor"
+
+
+class StorageDown(Unavailable):
+    code = "storage-down"
+    says = "The blob store does not answer: {reason}"
+    help = "Nothing was changed; try again. Operators: loractl doctor"
+
+
+class StorageFull(Unavailable):
+    code = "storage-full"
+    says = "The blob store has no room for {size} bytes: {reason}"
+    help = "Free space or enlarge the store, then repeat; the push resumes."
+
+
+class ChecksumRefused(BadFile):
+    code = "checksum-refused"
+    says = "The store refused '{key}': the bytes have checksum {actual}, the URL was signed for {expected}."
+    help = "The file changed while it was sent, or was damaged on the way; push again."
+
+
+class NotLoggedIn(Usage):
+    code = "not-logged-in"
+    says = "No registry is configured."
+    help = "Start one here: loractl up; then: loractl login URL --token TOKEN"
+
+
+class DiskFull(LocalFailure):
+    code = "disk-full"
+    says = "No room left on this machine while writing '{path}'."
+    help = "Free space and repeat; finished parts are kept."
+
+
+class PathUnusable(LocalFailure):
+    code = "path-unusable"
+    says = "'{path}' cannot be used: {reason}"
+
+
+class WorkFailed(LocalFailure):
+    code = "work-failed"
+    says = "Job {id} failed: {reason}"
+    help = "See its log: loractl jobs logs {id}; try again: loractl jobs retry {id}"
+
+
+class ToolMissing(LocalFailure):
+    code = "tool-missing"
+    says = "{what} needs the extra '{extra}', which is not installed."
+    help = "Install it: pip install 'loractl[{extra}]'"
+
+
+def refusals() -> list[type[LoractlError]]:
+    """Every refusal, in order of code: the source of docs/errors.md."""
+    return [LoractlError.by_code[code] for code in sorted(LoractlError.by_code)]
+
+
+

@@ -1,0 +1,142 @@
+"""Manifest: the files of a version and what they are bound to, as canonical JSON with a SHA-256.
+
+A version's digest is the digest of its manifest, and the manifest holds nothing that differs between
+two pushes of one folder (message, time and aliases live on the version's row), so pushing twice is one
+version. Blobs are named ``sha256:<hex>``, as object stores, LFS and OCI name them.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .digest import Digest
+from .errors import BadDigest, BadManifest, BadPath
+
+MAX_FILES = 4096
+MAX_MANIFEST_BYTES = 16 << 20
+Kind = Literal["adapter", "base", "dataset", "suite"]
+
+
+def canonical_json(value: Any) -> bytes:
+    """``value`` with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def check_path(path: str) -> str:
+    """``path`` itself when it is safe and relative; `BadPath` with the rule when not."""
+    parts = path.split("/")
+    rule = None
+    if not path or len(path.encode()) > 512:
+        rule = "1 to 512 bytes"
+    elif any(ord(char) < 32 or ord(char) == 127 or char in '\\:*?"<>|' for char in path):
+        rule = "no control characters and none of \\ : * ? \" < > |"
+    elif any(part in ("", ".", "..") or part != part.strip() for part in parts):
+        rule = "relative, with no empty, '.' or '..' part, and no part with spaces at its ends"
+    elif any(len(part.encode()) > 255 for part in parts):
+        rule = "no part of the path over 255 bytes"
+    if rule:
+        raise BadPath(path=path[:200], rule=rule)
+    return path
+
+
+def _sha256(value: str) -> str:
+    try:
+        if Digest.parse(value).algorithm == "sha256":
+            return value
+    except BadDigest as error:
+        raise ValueError(error.message) from error
+    raise ValueError("blobs are named by sha256")
+
+
+def _b3(value: str) -> str:
+    try:
+        if Digest.parse(value).algorithm == "b3":
+            return value
+    except BadDigest as error:
+        raise ValueError(error.message) from error
+    raise ValueError("base models are named by b3")
+
+
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+BaseDigest = Annotated[str, AfterValidator(_b3)]
+
+
+class Frozen(BaseModel):
+    """A value: no field changes, no unknown field is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Frozen):
+    """One file of a version: where it lies in the folder, and which bytes it holds."""
+
+    path: str
+    size: Annotated[int, Field(ge=0, le=1 << 44)]
+    digest: Sha256
+
+
+class Lineage(Frozen):
+    """Where a version came from, as far as its author or our worker knows."""
+
+    parents: tuple[Sha256, ...] = ()
+    """Digests of the versions it was made from (rebase: the original; combine: all)."""
+    datasets: tuple[Sha256, ...] = ()
+    """Version digests of the datasets it was trained on."""
+    recipe: dict[str, Any] | None = None
+    """The frozen recipe, as `registry.core.recipes` dumps it."""
+
+
+class Manifest(Frozen):
+    """Everything that makes a version what it is."""
+
+    schema_: Annotated[Literal["loractl/1"], Field(alias="schema")] = "loractl/1"
+    kind: Kind
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=MAX_FILES)]
+    base: BaseDigest | None = None
+    """Adapters: the base they are bound to. Bases: their own base digest."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Adapters: adapter_config.json as it is. Datasets and suites: their spec."""
+    lineage: Lineage = Lineage()
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        paths = [check_path(entry.path) for entry in self.files]
+        if paths != sorted(set(paths)):
+            raise BadManifest(reason="paths must be sorted and occur once")
+        folded = {path.casefold() for path in paths}
+        if len(folded) != len(paths):
+            raise BadManifest(reason="two paths differ only in upper and lower case")
+        if any(f"{path}/".startswith(f"{other}/") for path, other in zip(paths[1:], paths, strict=False)):
+            raise BadManifest(reason="a path is both a file and a folder")
+        if (self.base is None) != (self.kind in ("dataset", "suite")):
+            raise BadManifest(reason=f"a manifest of kind '{self.kind}' {'has no' if self.base else 'needs a'} base")
+        return self
+
+    @classmethod
+    def parse(cls, data: bytes | dict[str, Any]) -> Self:
+        """A manifest from JSON; `BadManifest` or `BadPath` says what is wrong with it."""
+        if isinstance(data, bytes) and len(data) > MAX_MANIFEST_BYTES:
+            raise BadManifest(reason=f"{len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
+        try:
+            return cls.model_validate_json(data) if isinstance(data, bytes) else cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BadManifest(reason=f"{where}: {first['msg']}") from error
+
+    def canonical(self) -> bytes:
+        """The bytes that are hashed and stored."""
+        return canonical_json(self.model_dump(mode="json", by_alias=True))
+
+    @property
+    def digest(self) -> Digest:
+        """The version's digest: the SHA-256 of the canonical bytes."""
+        return Digest.sha256(self.canonical())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)

@@ -1,0 +1,77 @@
+"""Policy: what must hold before an alias of an adapter moves, and what is done when its base changes.
+
+Revisioned, per adapter, with a default per namespace. The verdict itself is `registry.core.gate`.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .manifest import Frozen
+from .recipes import TIERS, Metric, Tier
+
+Action = Literal["auto", "ask", "frozen"]
+
+
+class Evidence(StrEnum):
+    """How we know that an adapter belongs to its base; stronger is earlier (docs/concepts.md)."""
+
+    RECORDED = "recorded"
+    RESOLVED = "resolved"
+    BEHAVIOURAL = "behavioural"
+    DECLARED = "declared"
+
+    def at_least(self, other: "Evidence") -> bool:
+        """Whether this is as strong as ``other`` or stronger."""
+        order = list(Evidence)
+        return order.index(self) <= order.index(other)
+
+
+class Margin(Frozen):
+    """How much worse than what serves a candidate may be: absolute, or a share of the adapter's gain.
+
+    A share is of S(W1 + ΔW) − S(W1), the gain over the bare old base: the sensible unit for likelihood,
+    whose size depends on the task. Printed and parsed as ``0.01`` and ``2%gain``.
+    """
+
+    value: Annotated[float, Field(gt=0, lt=1)]
+    of_gain: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value * 100:g}%gain" if self.of_gain else f"{self.value:g}"
+
+
+class Gate(Frozen):
+    """A suite, the metric read from it, and the margin."""
+
+    suite: str
+    """A suite's reference, ``namespace/name`` or with ``@vN``; without a version its newest one."""
+    metric: Metric
+    margin: Margin
+
+
+class Policy(Frozen):
+    """Everything that decides how one adapter is promoted and carried over."""
+
+    gates: tuple[Gate, ...] = ()
+    guard: Gate | None = None
+    """A general suite that must not get worse."""
+    aliases: tuple[str, ...] = ("prod",)
+    """The gated aliases."""
+    max_negative_flips: Annotated[float, Field(ge=0, le=1)] = 0.05
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """One-sided error of all tiers together."""
+    evidence: Evidence | None = None
+    """The weakest binding that a gated alias accepts; None for any."""
+    action: Action = "auto"
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = TIERS
+    """The tiers that an upgrade may try, in this order."""
+    warm_steps: Annotated[int, Field(ge=1)] = 20
+    """Steps of the warm start (tier 3)."""
+    budget_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Device seconds that one upgrade may spend on one adapter."""
+    recipe: str | None = None
+    """JSON of the FineTune used where a version has none of its own (an adapter made outside)."""
+    retained: str | None = None
+    """A dataset reference with the inputs kept for label-free repair."""
