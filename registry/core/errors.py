@@ -243,6 +243,11 @@ class BadDataset(BadFile):
     says = "'{path}', line {line}: {reason}"
 
 
+class BadRecords(BadFile):
+    code = "bad-records"
+    says = "The evaluation records are not valid; line {line}: {reason}"
+
+
 class DigestMismatch(BadFile):
     code = "digest-mismatch"
     says = "'{path}' has the digest {actual}, but {expected} was promised ({size} bytes read)."
@@ -456,6 +461,12 @@ class CampaignExists(Conflict):
     code = "campaign-exists"
     says = "Line '{line}' already has an unfinished campaign {id} to {base}."
     help = "Watch it: loractl upgrade status {id}; or end it: loractl upgrade abort {id}"
+
+
+class ItemsDiffer(Invalid):
+    code = "items-differ"
+    says = "Cannot pair the records of {left} and {right}: {reason}"
+    help = "Evaluate both on the same version of the suite: loractl evaluate REF… --suite SUITE"
 
 
 class GateImpossible(Invalid):
