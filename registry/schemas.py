@@ -1,0 +1,624 @@
+"""The wire: what the API takes and answers, shared by `registry.api` and `registry.client`.
+
+Requests refuse unknown fields; answers ignore them, so that an older client can talk to a newer
+registry. Digests, references and recipes travel as the text and JSON that `registry.core` defines. The
+body of every refusal is `Problem` (``application/problem+json``).
+
+| route | takes → gives |
+|---|---|
+| ``GET /health`` | → `Health` (the only route without a token) |
+| ``GET /v1/whoami`` · ``GET /v1/doctor`` | → `WhoAmI` · `DoctorReport` |
+| ``POST/GET /v1/tokens``, ``DELETE /v1/tokens/{id}`` | `TokenRequest` → `NewToken`; → `Page[TokenInfo]` |
+| ``POST /v1/{adapters|datasets|suites}/{ns}/{name}/pushes``, ``POST /v1/bases/pushes`` | `PushRequest` → `PushInfo` (201; 200 and state ``committed`` when this exact version exists) |
+| ``POST /v1/pushes/{id}/parts`` | `PartsRequest` → `PartsInfo` |
+| ``GET /v1/pushes/{id}`` · ``POST …/commit`` · ``DELETE`` | → `PushInfo` (202 while verifying, 201 when committed) |
+| ``POST /v1/bases`` | `BaseRegistration` → `BaseInfo`: by its table, without weights |
+| ``GET /v1/bases`` · ``/v1/bases/{ref}`` · ``/v1/bases/{ref}/table`` | → `Page[BaseInfo]` · `BaseInfo` · compressed table |
+| ``GET /v1/bases/{a}/diff/{b}`` | → `DiffInfo` |
+| ``GET /v1/bases/{ref}/adapters`` | → `Page[CompatibleAdapter]` |
+| ``POST /v1/bases/{ref}/derivations`` | `DerivationRequest` → `DerivationInfo` |
+| ``GET /v1/adapters`` · ``/v1/adapters/{ns}/{name}`` | → `Page[AdapterInfo]` · `AdapterInfo` |
+| ``GET …/versions`` · ``…/versions/{v}`` · ``…/versions/{v}/manifest`` | → `Page[VersionInfo]` · `VersionInfo` · the manifest's bytes with ETag |
+| ``GET …/log`` · ``…/lineage`` · ``…/evaluations`` · ``…/aliases`` | → `LogInfo` · `LineageInfo` · `Page[EvaluationInfo]` · `list[AliasInfo]` |
+| ``PUT …/aliases/{alias}`` (``If-Match: <generation>``) · ``POST …/aliases/{alias}/rollback`` | `AliasRequest` · `RollbackRequest` → `AliasInfo` |
+| ``GET/PUT …/policy`` · ``GET/PUT /v1/namespaces/{ns}/policy`` | `Policy` → `PolicyInfo` |
+| ``GET /v1/resolve?ref=&base=&engine=&fit=`` · ``POST /v1/downloads`` | → `Resolution` · `DownloadRequest` → `DownloadInfo` |
+| ``GET /v1/{datasets|suites}`` · ``/v1/{datasets|suites}/{ns}/{name}`` | → `Page[DatasetInfo]` · `DatasetInfo` |
+| ``POST/GET /v1/jobs`` · ``GET /v1/jobs/{id}`` · ``/events`` (SSE) · ``POST …/cancel`` · ``…/retry`` | `JobRequest` → `JobInfo` |
+| ``POST /v1/jobs/claim`` · ``/{id}/heartbeat`` · ``/{id}/pushes`` · ``/{id}/finish`` · ``/{id}/fail`` · ``/{id}/inputs`` | a worker's side: `ClaimRequest` → `ClaimInfo` … |
+| ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/abort`` · ``/approve`` | `UpgradeRequest` → `CampaignInfo` |
+| ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .core.manifest import BaseDigest, Sha256
+from .core.policy import Policy
+
+Scope = Literal["read", "publish", "promote", "run", "admin"]
+SCOPES: tuple[Scope, ...] = ("read", "publish", "promote", "run", "admin")
+
+
+class Request(BaseModel):
+    """A body that the registry takes."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Answer(BaseModel):
+    """A body that the registry gives."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+
+Item = TypeVar("Item")
+
+
+class Page(Answer, Generic[Item]):
+    """Some items in a stable order, and the cursor of the next page, None at the end."""
+
+    items: list[Item]
+    cursor: str | None = None
+
+
+class Problem(Answer):
+    """RFC 9457, with our code, facts and the command that helps."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str = ""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    request: str | None = None
+
+
+class Health(Answer):
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class Finding(Answer):
+    """One line of ``loractl doctor``."""
+
+    check: str
+    ok: bool
+    detail: str
+    help: str = ""
+
+
+class DoctorReport(Answer):
+    findings: list[Finding]
+
+
+# ── access ───────────────────────────────────────────────────────────────────
+
+
+class WhoAmI(Answer):
+    id: str
+    name: str
+    kind: Literal["user", "worker"]
+    scopes: dict[str, list[str]]
+    expires_at: datetime | None
+
+
+class TokenRequest(Request):
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    kind: Literal["user", "worker"] = "user"
+    scopes: dict[str, list[Scope]] = Field(default_factory=dict)
+    """namespace or ``*`` -> scopes; a user token cannot give more than it has."""
+    queues: list[str] = Field(default_factory=list)
+    """A worker token: the queues it may claim from."""
+    expires_in: Annotated[float, Field(gt=0)] | None = None
+    """Seconds; None for no expiry."""
+
+
+class TokenInfo(WhoAmI):
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+class NewToken(TokenInfo):
+    token: str
+    """Shown this once."""
+
+
+# ── push ─────────────────────────────────────────────────────────────────────
+
+
+class Wishes(Request):
+    """What should happen at the commit; not part of the version's identity."""
+
+    aliases: list[str] = Field(default_factory=list)
+    message: Annotated[str, Field(max_length=2000)] = ""
+    task: Annotated[str, Field(max_length=200)] | None = None
+    trust_base: bool = False
+    allow_zero: bool = False
+    line: str | None = None
+    """Bases: the line it becomes the newest revision of."""
+    revision: Annotated[int, Field(ge=1)] | None = None
+    """Bases: the number it must get, for pushes that must not race."""
+    names: list[str] = Field(default_factory=list)
+    """Bases: names it is known by elsewhere, such as ``org/model``: what ``resolved`` evidence rests on."""
+    parent: BaseDigest | None = None
+    parent_kind: Literal["cast", "quantised", "merged", "continued"] | None = None
+    """Bases: a declared derivation."""
+
+
+class PushRequest(Request):
+    manifest: dict[str, Any]
+    wishes: Wishes = Wishes()
+    table: str | None = None
+    """Bases: the tensor table, base64 of its compressed form (`BaseModel.to_bytes`)."""
+
+
+class SignedRequest(Answer):
+    """A request that the store accepts without our token; every header must be sent as given."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = Field(default_factory=dict)
+    expires_at: datetime
+
+
+class BlobState(Answer):
+    digest: Sha256
+    size: int
+    state: Literal["present", "needed", "arrived"]
+    put: SignedRequest | None = None
+    """A needed blob below the multipart threshold."""
+    part_size: int | None = None
+    """A needed blob above it: ask for its parts."""
+
+
+class PushInfo(Answer):
+    id: str
+    kind: str
+    state: str
+    version_digest: Sha256
+    expires_at: datetime
+    blobs: list[BlobState] = Field(default_factory=list)
+    findings: list[dict[str, Any]] = Field(default_factory=list)
+    """Problems (code, detail, hint, facts) that led to a rejection."""
+    outcome: dict[str, Any] | None = None
+    """After the commit: ``ref``, ``version``, ``digest``, ``base``, ``evidence``, ``aliases``, ``warnings``."""
+
+
+class PartWanted(Request):
+    number: Annotated[int, Field(ge=1, le=10_000)]
+    sha256: Sha256
+
+
+class PartsRequest(Request):
+    digest: Sha256
+    parts: Annotated[list[PartWanted], Field(max_length=1000)] = Field(default_factory=list)
+
+
+class PartsInfo(Answer):
+    """Signed URLs for the wanted parts that have not arrived, and which have."""
+
+    digest: Sha256
+    part_size: int
+    arrived: dict[int, Sha256 | None]
+    """Part number -> its checksum, None where the store keeps none."""
+    put: dict[int, SignedRequest]
+
+
+# ── bases ────────────────────────────────────────────────────────────────────
+
+
+class BaseRegistration(Request):
+    table: str
+    """base64 of the compressed tensor table."""
+    wishes: Wishes = Wishes()
+    location: Annotated[str, Field(max_length=500)] | None = None
+    """``hf://org/name@<commit>``, or ``file://…`` under a configured root (embedded mode)."""
+
+
+class BaseInfo(Answer):
+    digest: BaseDigest
+    weights_digest: str
+    arch_digest: str
+    arch_kind: str
+    model_type: str
+    parameters: int
+    weights: Literal["absent", "parts", "full"]
+    revisions: list[str]
+    """``llama@r2`` …, oldest first."""
+    names: list[str]
+    location: str | None
+    vocabulary_digest: str | None
+    template_digest: str | None
+    manifest: Sha256 | None
+    size: int | None
+    created_at: datetime
+
+
+class DiffInfo(Answer):
+    """Difference of two bases by tensor."""
+
+    a: BaseDigest
+    b: BaseDigest
+    equal: int
+    changed: list[str]
+    added: list[str]
+    removed: list[str]
+    reshaped: list[str]
+    arch: dict[str, list[Any]]
+    """field -> [in a, in b]"""
+    vocabulary_changed: bool
+    template_changed: bool
+    derivation: dict[str, Any] | None
+    drift: float | None
+    """Median relative drift of changed tensors, None: not measured."""
+
+
+class DerivationRequest(Request):
+    parent: str
+    kind: Literal["cast", "quantised", "merged", "continued"]
+    detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class DerivationInfo(Answer):
+    child: BaseDigest
+    parent: BaseDigest
+    kind: str
+    evidence: str
+    detail: dict[str, Any]
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────
+
+
+class FitInfo(Answer):
+    fit: str
+    reasons: list[dict[str, Any]]
+    vocabulary_changed: bool = False
+    drift: float | None = None
+
+
+class EvaluationInfo(Answer):
+    base: BaseDigest
+    version: str | None
+    """``team/bot@v7``, None: the bare base."""
+    suite: str
+    summary: dict[str, dict[str, dict[str, float]]]
+    """metric -> split -> {mean, n}"""
+    records: Sha256
+    job: str
+    created_at: datetime
+
+
+class AliasInfo(Answer):
+    alias: str
+    base: BaseDigest
+    base_ref: str
+    version: int
+    digest: Sha256
+    generation: int
+    moved_at: datetime
+    actor: str
+    reason: str
+
+
+class VersionInfo(Answer):
+    ref: str
+    version: int
+    digest: Sha256
+    base: BaseDigest
+    base_ref: str
+    """The newest ``line@rN`` of that base, else its short digest."""
+    evidence: str
+    binding: dict[str, Any]
+    peft_type: str
+    runnable: bool
+    rank: int
+    targets: list[str]
+    engines: dict[str, str]
+    """engine -> ``yes`` or the reason why not"""
+    size: int
+    message: str
+    job: str | None
+    created_by: str
+    created_at: datetime
+    aliases: list[str] = Field(default_factory=list)
+    evaluations: list[EvaluationInfo] = Field(default_factory=list)
+
+
+class AdapterInfo(Answer):
+    name: str
+    task: str | None
+    latest: VersionInfo | None
+    aliases: list[AliasInfo]
+    created_at: datetime
+
+
+class CompatibleAdapter(Answer):
+    version: VersionInfo
+    fit: FitInfo
+
+
+class AliasRequest(Request):
+    version: str
+    """``vN`` or a digest"""
+    reason: Annotated[str, Field(max_length=2000)] = ""
+    force: bool = False
+    """Move a gated alias without a passing gate: needs the scope admin, and is on record."""
+
+
+class RollbackRequest(Request):
+    base: str | None = None
+    """None: the current revision's base of the adapter's line."""
+    reason: Annotated[str, Field(max_length=2000)] = ""
+
+
+class PolicyInfo(Answer):
+    name: str
+    revision: int
+    inherited: bool
+    """True when it is the namespace's default."""
+    policy: Policy
+    created_by: str
+    created_at: datetime
+    notes: list[str] = Field(default_factory=list)
+    """Such as the smallest suite that can pass."""
+
+
+class LogEntry(Answer):
+    at: datetime
+    actor: str
+    event: str
+    detail: str
+    facts: dict[str, Any]
+
+
+class LogInfo(Answer):
+    name: str
+    entries: list[LogEntry]
+    cursor: str | None = None
+
+
+class LineageNode(Answer):
+    digest: Sha256
+    ref: str | None
+    kind: str
+    base: BaseDigest | None
+    recipe: dict[str, Any] | None
+
+
+class LineageInfo(Answer):
+    root: Sha256
+    nodes: list[LineageNode]
+    edges: list[tuple[Sha256, Sha256, str]]
+    """(child, parent, relation)"""
+
+
+class Download(Answer):
+    path: str
+    size: int
+    digest: Sha256
+    get: SignedRequest
+
+
+class Resolution(Answer):
+    """The one version for that base, with its files."""
+
+    version: VersionInfo
+    fit: FitInfo
+    base: BaseDigest
+    base_assumed: bool
+    """True when no base was given and the current revision of the adapter's line was meant."""
+    manifest: Sha256
+    files: list[Download]
+
+
+class DownloadRequest(Request):
+    """Files of versions by manifest digest: an adapter's, a base's, a dataset's."""
+
+    manifests: Annotated[list[Sha256], Field(min_length=1, max_length=100)]
+
+
+class DownloadInfo(Answer):
+    files: dict[Sha256, list[Download]]
+
+
+class DatasetInfo(Answer):
+    name: str
+    kind: Literal["dataset", "suite"]
+    version: int
+    digest: Sha256
+    rows: int
+    gate_rows: int
+    spec: dict[str, Any]
+    size: int
+    created_by: str
+    created_at: datetime
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────
+
+
+class Output(Request):
+    """Where results of a job go."""
+
+    adapter: str | None = None
+    aliases: list[str] = Field(default_factory=list)
+    line: str | None = None
+    message: str = ""
+    task: str | None = None
+
+
+class JobRequest(Request):
+    """Work asked for in people's words: references are resolved to digests when it is planned."""
+
+    recipe: dict[str, Any]
+    """A recipe of `registry.core.recipes` in which references may stand for digests."""
+    output: Output = Output()
+    queue: str = "cpu"
+    fresh: bool = False
+    """Do not reuse an equal succeeded job."""
+    namespace: str | None = None
+    """Who the work belongs to; None: the output adapter's or first input's."""
+
+
+class JobInfo(Answer):
+    id: str
+    kind: str
+    queue: str
+    state: str
+    namespace: str
+    recipe: dict[str, Any]
+    output: dict[str, Any]
+    attempt: int
+    max_attempts: int
+    worker: str | None
+    lease_until: datetime | None
+    cancel_requested: bool
+    progress: dict[str, Any] | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    campaign: str | None
+    reused: bool = False
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class EventInfo(Answer):
+    id: int
+    attempt: int
+    kind: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class ClaimRequest(Request):
+    queue: str
+    worker: Annotated[str, Field(min_length=1, max_length=200)]
+    capabilities: dict[str, Any] = Field(default_factory=dict)
+    """device, memory, version of loractl"""
+    bases: list[BaseDigest] = Field(default_factory=list)
+    """Bases already cached: their jobs are preferred."""
+
+
+class ClaimInfo(Answer):
+    """A claimed job, or nothing."""
+
+    job: JobInfo | None
+    lease_s: float = 0
+    inputs: dict[str, Sha256] = Field(default_factory=dict)
+    """role -> manifest digest of what must be fetched, as `recipes.inputs_of` names the roles"""
+    checkpoint: dict[str, Any] | None = None
+
+
+class HeartbeatRequest(Request):
+    attempt: int
+    progress: dict[str, Any] | None = None
+    events: Annotated[list[dict[str, Any]], Field(max_length=1000)] = Field(default_factory=list)
+    checkpoint: dict[str, Any] | None = None
+
+
+class HeartbeatInfo(Answer):
+    cancel: bool
+    lease_until: datetime
+
+
+class JobPushRequest(Request):
+    """A worker's output: an adapter, a base, or blobs without a version (records, checkpoints)."""
+
+    attempt: int
+    push: PushRequest
+
+
+class FinishRequest(Request):
+    attempt: int
+    result: dict[str, Any]
+    pushes: list[str] = Field(default_factory=list)
+    """Verified pushes to commit in the transaction that ends the job."""
+    evaluations: list[dict[str, Any]] = Field(default_factory=list)
+    """{adapter: digest or null, records: the records' JSONL as text, harness, seconds}"""
+
+
+class FailRequest(Request):
+    attempt: int
+    problem: dict[str, Any]
+    retryable: bool
+    cancelled: bool = False
+
+
+# ── upgrades and schedules ───────────────────────────────────────────────────
+
+
+class UpgradeRequest(Request):
+    line: str
+    to: str
+    """A base reference: the new weights."""
+    old: str | None = None
+    """None: the revision before it in the line."""
+    namespaces: list[str] | None = None
+    queue: str = "cpu"
+
+
+class CampaignItemInfo(Answer):
+    adapter: str
+    alias: str
+    serving: str
+    state: str
+    tier: str | None
+    fit: str
+    final: str | None
+    reason: str
+    plan: dict[str, Any]
+    """route, what is missing with the command that supplies it, smallest n"""
+    scores: dict[str, Any]
+    """metric, and mean per: serving_old, bare_old, bare_new, carry, warm-start, retrain, final"""
+    cost: dict[str, Any]
+    """tier -> {steps, seconds}; and of the retraining, measured or estimated"""
+    verdicts: dict[str, Any]
+
+
+class CampaignInfo(Answer):
+    id: str
+    line: str
+    old: BaseDigest
+    new: BaseDigest
+    old_ref: str
+    new_ref: str
+    state: str
+    reason: str
+    items: list[CampaignItemInfo]
+    created_by: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class ApproveRequest(Request):
+    adapter: str
+    alias: str = "prod"
+
+
+class ScheduleRequest(Request):
+    namespace: str
+    trigger: Literal["cron", "base-upgrade", "new-data"]
+    subject: Annotated[str, Field(min_length=1, max_length=200)]
+    """A cron expression (UTC), a line, or a dataset ``namespace/name``."""
+    action: dict[str, Any]
+    """``{"upgrade": {}}``, or ``{"job": JobRequest}`` (new-data: the datasets become the new version)."""
+
+
+class ScheduleInfo(Answer):
+    id: str
+    namespace: str
+    trigger: str
+    subject: str
+    action: dict[str, Any]
+    enabled: bool
+    next_at: datetime | None
+    last: dict[str, Any] | None
+    created_by: str
+    created_at: datetime
