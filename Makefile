@@ -54,10 +54,9 @@ test: check ## Checks, then all tests (T="path -k word" for some)
 	@echo "test: pytest on $(JOBS) processes"
 	@$(BIN)/python -m pytest --quiet -n $(JOBS) $(T)
 
-check: .venv/install.stamp ## Lint, formatting, types and the import rules
+check: .venv/install.stamp ## Lint, types and the import rules
 	@echo "check: ruff"
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --quiet --check . || { echo "not formatted; run: $(BIN)/ruff format ."; exit 1; }
 	@echo "check: mypy"
 	@$(BIN)/mypy --no-error-summary $(SOURCES)
 	@echo "check: import rules"
