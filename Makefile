@@ -12,7 +12,7 @@ T ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 SOURCES := registry workers cli migrations tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
