@@ -38,7 +38,7 @@ NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
-SQLModel.metadata.naming_convention = NAMING  # type: ignore[assignment]  # typed narrower than SQLAlchemy takes
+SQLModel.metadata.naming_convention = NAMING
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -153,6 +153,8 @@ class Push(SQLModel, table=True):
     state: str = Field(max_length=12)
     findings: list[Any] | None = _json("problems that led to the rejection", nullable=True)
     outcome: dict[str, Any] | None = _json("what the commit made, for whoever asks again", nullable=True)
+    facts: dict[str, Any] | None = _json("what the verifier read in the files; the commit is made of it", nullable=True)
+    lease_until: datetime | None = _time("until when one verifier owns it", nullable=True)
     created_by: str = Field(max_length=16)
     job_id: str | None = Field(default=None, max_length=32)
     created_at: datetime = _time("when it was opened")

@@ -1,0 +1,102 @@
+"""The app factory: parts, routes, problems, request ids. ``uvicorn --factory registry.api.app:create_app``."""
+
+import importlib.metadata
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import structlog
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry import logs
+from registry.services import tokens
+from registry.settings import Settings
+from registry.storage.local import LocalStore
+
+from . import meta, problems
+from . import tokens as token_routes
+from .deps import AppParts
+from .store import store_router
+
+log = structlog.get_logger()
+
+
+def create_app(parts: AppParts | None = None) -> FastAPI:
+    """The API over ``parts``; without them, over what the environment names."""
+    if parts is None:
+        settings = Settings.from_environment(os.environ)
+        logs.configure(settings.log_level)
+        parts = AppParts.of(settings)
+    app = FastAPI(
+        title="loractl", version=importlib.metadata.version("loractl"), lifespan=_lifespan, redirect_slashes=False
+    )
+    app.state.parts = parts
+    problems.install(app)
+    for routes in (meta, token_routes):
+        app.include_router(routes.router)
+    if isinstance(parts.store, LocalStore):
+        app.include_router(store_router(parts.store))
+    app.add_middleware(RequestIds)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    parts: AppParts = app.state.parts
+    settings, now = parts.settings, parts.clock()
+    with parts.database.write() as session:
+        if settings.bootstrap_token:
+            tokens.ensure(
+                session, settings.bootstrap_token, name="admin", kind="user", scopes={"*": ["admin"]}, now=now
+            )
+        if settings.bootstrap_worker_token:
+            tokens.ensure(
+                session,
+                settings.bootstrap_worker_token,
+                name="worker",
+                kind="worker",
+                scopes={"queues": ["cpu", "gpu"]},
+                now=now,
+            )
+    yield
+    parts.close()
+
+
+class RequestIds:
+    """Give every request an id (or keep the caller's), put it in logs and answers, log what took place."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        identity = sent if sent.isalnum() and len(sent) <= 64 else uuid4().hex
+        scope["request_id"] = identity
+        structlog.contextvars.bind_contextvars(request=identity)
+        began, status = time.perf_counter(), 0
+
+        async def mark(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, mark)
+        finally:
+            log.debug(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                ms=round(1000 * (time.perf_counter() - began), 1),
+            )
+            structlog.contextvars.unbind_contextvars("request")

@@ -1,0 +1,91 @@
+"""Database: sessions for reading and for writing, on SQLite (WAL) and PostgreSQL.
+
+A write block is one transaction: it commits at its end and rolls back on any exception. SQLite writers
+begin immediate, so that two of them queue instead of failing late. Read blocks run in autocommit: each
+statement sees a consistent state, and no round trip is spent on BEGIN and ROLLBACK.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from sqlite3 import Connection as SqliteConnection
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlmodel import Session
+
+from registry.core.errors import DatabaseDown
+
+
+class Database:
+    """An engine and the two kinds of session on it."""
+
+    def __init__(self, url: str) -> None:
+        """``url`` as SQLAlchemy spells it: ``sqlite:///path`` or ``postgresql+psycopg://…``."""
+        self.engine = make_engine(url)
+        self._readers = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    @property
+    def dialect(self) -> str:
+        """``sqlite`` or ``postgresql``."""
+        return self.engine.dialect.name
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction, committed at the end of the block; `DatabaseDown` when the database is not there."""
+        with _reachable(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for queries; nothing may be written in it."""
+        with _reachable(), Session(self._readers, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def ping(self) -> None:
+        """`DatabaseDown` when the database does not answer."""
+        with self.read() as session:
+            session.connection().execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def make_engine(url: str) -> Engine:
+    """An engine for ``url``; SQLite gets WAL, foreign keys and explicit BEGIN."""
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_size=20, max_overflow=20, pool_timeout=10, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": 30}, pool_size=20, max_overflow=20)
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: SqliteConnection, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, below
+        connection.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON; PRAGMA busy_timeout=30000;"
+        )
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        if connection.get_isolation_level() != "AUTOCOMMIT":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        raise DatabaseDown(reason=_reason(error)) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise DatabaseDown(reason=_reason(error)) from error
+        raise
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    cause = getattr(error, "orig", None) or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

@@ -1,0 +1,54 @@
+"""What a process of the registry is made of: database, store and broker, built once from its settings.
+
+The API and the daemons are two edges over the same parts; this is the one place that chooses between
+SQLite and PostgreSQL, a folder and S3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from .broker import Broker
+from .db.engine import Database
+from .settings import BadSetting, Settings
+from .storage.base import BlobStore
+from .storage.local import LocalStore
+
+
+@dataclass
+class Parts:
+    """Settings, database, store, broker and clock of one process."""
+
+    settings: Settings
+    database: Database
+    store: BlobStore
+    broker: Broker
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The parts that ``settings`` name."""
+        return cls(settings, Database(settings.database_url), open_store(settings), Broker(settings.broker_url))
+
+    def close(self) -> None:
+        """Give connections back."""
+        self.database.close()
+
+
+def open_store(settings: Settings) -> BlobStore:
+    """The blob store that ``settings`` name: S3 where a bucket is set, else the embedded folder."""
+    if settings.s3 is not None:
+        from .storage.s3 import S3Store
+
+        return S3Store(
+            settings.s3.bucket,
+            endpoint=settings.s3.endpoint,
+            public_endpoint=settings.s3.public_endpoint,
+            region=settings.s3.region,
+            access_key=settings.s3.access_key,
+            secret_key=settings.s3.secret_key,
+        )
+    if settings.data is None:
+        raise BadSetting(name="LORACTL_S3_BUCKET", reason="is missing: only embedded mode keeps blobs in a folder")
+    return LocalStore(settings.data / "store", settings.public_url, settings.signing_key)

@@ -1,0 +1,146 @@
+"""Settings: the only reader of the environment (``LORACTL_*``), once per process, then passed in.
+
+Secrets have no default outside embedded mode; there ``loractl up`` makes them at first start and keeps
+them with mode 0600.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from .core.errors import Usage
+
+
+class BadSetting(Usage):
+    """A setting is missing or not readable."""
+
+    code = "bad-setting"
+    says = "Setting {name} {reason}."
+    help = "See docs/deploy.md for every setting."
+
+
+@dataclass(frozen=True, slots=True)
+class S3Settings:
+    """Where an S3-compatible store is: one endpoint for our calls, one for signing (a signature covers the host)."""
+
+    bucket: str
+    endpoint: str | None
+    public_endpoint: str | None
+    region: str
+    access_key: str
+    secret_key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What API and daemons need."""
+
+    mode: Literal["embedded", "fleet"]
+    database_url: str = field(repr=False)
+    broker_url: str = field(repr=False)
+    public_url: str
+    """How clients reach the API; the local store's URLs begin with it."""
+    signing_key: bytes = field(repr=False)
+    """Signs the local store's URLs and page cursors."""
+    data: Path | None = None
+    """Embedded: the folder of the local store."""
+    s3: S3Settings | None = None
+    bootstrap_token: str | None = field(default=None, repr=False)
+    """The first admin's token, made valid at start."""
+    bootstrap_worker_token: str | None = field(default=None, repr=False)
+    file_roots: tuple[Path, ...] = ()
+    """Embedded: folders under which ``file://`` locations of base models are allowed."""
+    push_ttl_s: int = 24 * 3600
+    url_ttl_s: int = 3600
+    lease_s: int = 60
+    part_size: int = 32 << 20
+    multipart_from: int = 64 << 20
+    max_file_bytes: int = 1 << 40
+    log_level: str = "info"
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Self:
+        """Settings from ``LORACTL_*``; `BadSetting` names what is missing or wrong."""
+        read = _Reader(env)
+        mode = read("MODE", "fleet")
+        if mode not in ("embedded", "fleet"):
+            raise BadSetting(name="LORACTL_MODE", reason=f"is '{mode}'; 'embedded' and 'fleet' are allowed")
+        bucket = read("S3_BUCKET", "") if mode == "embedded" else read("S3_BUCKET")
+        endpoint = read("S3_ENDPOINT", "") or None
+        return cls(
+            mode="embedded" if mode == "embedded" else "fleet",
+            database_url=read("DATABASE_URL"),
+            broker_url=read("BROKER_URL"),
+            public_url=read("PUBLIC_URL").rstrip("/"),
+            signing_key=read("SIGNING_KEY").encode(),
+            data=Path(read("DATA")) if mode == "embedded" and not bucket else None,
+            s3=S3Settings(
+                bucket=bucket,
+                endpoint=endpoint,
+                public_endpoint=read("S3_PUBLIC_ENDPOINT", "") or endpoint,
+                region=read("S3_REGION", "us-east-1"),
+                access_key=read("S3_ACCESS_KEY"),
+                secret_key=read("S3_SECRET_KEY"),
+            )
+            if bucket
+            else None,
+            bootstrap_token=read("BOOTSTRAP_TOKEN", "") or None,
+            bootstrap_worker_token=read("BOOTSTRAP_WORKER_TOKEN", "") or None,
+            file_roots=tuple(Path(part).resolve() for part in read("FILE_ROOTS", "").split(":") if part),
+            push_ttl_s=read.number("PUSH_TTL_S", 24 * 3600),
+            url_ttl_s=read.number("URL_TTL_S", 3600),
+            lease_s=read.number("LEASE_S", 60),
+            part_size=read.number("PART_SIZE", 32 << 20),
+            multipart_from=read.number("MULTIPART_FROM", 64 << 20),
+            max_file_bytes=read.number("MAX_FILE_BYTES", 1 << 40),
+            log_level=read("LOG_LEVEL", "info"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker needs: a URL, a token, a broker. No database, no storage key."""
+
+    url: str
+    token: str = field(repr=False)
+    broker_url: str = field(repr=False)
+    cache: Path
+    cache_bytes: int
+    name: str
+    log_level: str = "info"
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Self:
+        """Worker settings from ``LORACTL_*``; `BadSetting` names what is missing or wrong."""
+        read = _Reader(env)
+        return cls(
+            url=read("URL"),
+            token=read("TOKEN"),
+            broker_url=read("BROKER_URL"),
+            cache=Path(read("CACHE_DIR", str(Path(env.get("HOME", ".")) / ".cache" / "loractl"))),
+            cache_bytes=read.number("CACHE_BYTES", 200 << 30),
+            name=read("WORKER_NAME", env.get("HOSTNAME", "worker")),
+            log_level=read("LOG_LEVEL", "info"),
+        )
+
+
+class _Reader:
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.env = env
+
+    def __call__(self, name: str, default: str | None = None) -> str:
+        text = self.env.get(f"LORACTL_{name}", default)
+        if text is None or (default is None and not text):
+            raise BadSetting(name=f"LORACTL_{name}", reason="is missing")
+        return text
+
+    def number(self, name: str, default: int) -> int:
+        text = self(name, str(default))
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text}'; expected a whole number") from error
+        if value <= 0:
+            raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; expected more than 0")
+        return value
