@@ -30,6 +30,8 @@ class S3Settings:
     region: str
     access_key: str
     secret_key: str = field(repr=False)
+    path_style: bool = True
+    """``host/bucket/key``; AWS prefers ``bucket.host/key``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Settings:
                 region=read("S3_REGION", "us-east-1"),
                 access_key=read("S3_ACCESS_KEY"),
                 secret_key=read("S3_SECRET_KEY"),
+                path_style=read("S3_ADDRESSING", "path") == "path",
             )
             if bucket
             else None,

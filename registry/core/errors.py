@@ -469,6 +469,12 @@ class ItemsDiffer(Invalid):
     help = "Evaluate both on the same version of the suite: loractl evaluate REF… --suite SUITE"
 
 
+class GateIncomplete(Invalid):
+    code = "gate-incomplete"
+    says = "The gate on {suite} cannot be judged: {missing}."
+    help = "Evaluate on the policy's suite, which must measure its metric: loractl evaluate REF… --suite {suite}"
+
+
 class GateImpossible(Invalid):
     code = "gate-impossible"
     says = "Suite {suite} has {n} items; with margin {margin} nothing can pass below {needed}."
@@ -524,6 +530,29 @@ class ChecksumRefused(BadFile):
     code = "checksum-refused"
     says = "The store refused '{key}': the bytes have checksum {actual}, the URL was signed for {expected}."
     help = "The file changed while it was sent, or was damaged on the way; push again."
+
+
+class BadKey(Invalid):
+    code = "bad-key"
+    says = "'{key}' cannot be the key of a blob: {rule}"
+
+
+class UploadNotFound(NotFound):
+    code = "upload-not-found"
+    says = "No open multipart upload '{upload_id}' of '{key}'; it was completed, aborted, or never started."
+    help = "Repeat the push; it resumes where it stopped."
+
+
+class PartsMissing(Conflict):
+    code = "parts-missing"
+    says = "The upload of '{key}' cannot be completed: parts {numbers} have not arrived whole."
+    help = "Repeat the push; it resumes where it stopped."
+
+
+class PartBusy(Unavailable):
+    code = "part-busy"
+    says = "Another request is still writing to the upload of '{key}' ({what})."
+    help = "Try again in a moment."
 
 
 class NotLoggedIn(Usage):
