@@ -1,0 +1,308 @@
+"""Every SELECT that more than one service asks, named by its question.
+
+Functions take a session and give rows or None; what a missing row means is the caller's to say. Pages
+use keyset pagination: the last id seen is the cursor.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import ColumnElement, Subquery, and_, or_, union_all
+from sqlalchemy import select as columns
+from sqlmodel import Session, col, func, select
+
+from .models import (
+    Adapter,
+    Alias,
+    AliasMove,
+    Base,
+    Dataset,
+    DatasetVersion,
+    Evaluation,
+    Line,
+    Revision,
+    StoredPolicy,
+    TargetFit,
+    Version,
+)
+
+# ── bases ────────────────────────────────────────────────────────────────────
+
+
+def base_by_digest(session: Session, digest: str) -> Base | None:
+    """The base model with this digest."""
+    return session.exec(select(Base).where(Base.digest == digest)).first()
+
+
+def base_of_revision(session: Session, line: str, number: int | None) -> Base | None:
+    """The base behind ``line@rN``; the newest revision without a number."""
+    query = select(Base).join(Revision).join(Line).where(Line.name == line)
+    if number is not None:
+        query = query.where(Revision.number == number)
+    return session.exec(query.order_by(col(Revision.number).desc()).limit(1)).first()
+
+
+def revision_names(session: Session, base_ids: Iterable[int]) -> dict[int, list[str]]:
+    """base id -> its ``line@rN`` names, oldest first."""
+    found: dict[int, list[str]] = {}
+    query = (
+        select(Revision.base_id, Line.name, Revision.number)
+        .join(Line)
+        .where(col(Revision.base_id).in_(set(base_ids)))
+        .order_by(col(Revision.id))
+    )
+    for base_id, line, number in session.exec(query):
+        found.setdefault(base_id, []).append(f"{line}@r{number}")
+    return found
+
+
+def current_base_of_line_of(session: Session, base_id: int) -> Base | None:
+    """The newest base of the line that ``base_id`` last joined."""
+    line_id = select(Revision.line_id).where(Revision.base_id == base_id).order_by(col(Revision.id).desc()).limit(1)
+    query = (
+        select(Base)
+        .join(Revision)
+        .where(Revision.line_id == line_id.scalar_subquery())
+        .order_by(col(Revision.number).desc())
+        .limit(1)
+    )
+    return session.exec(query).first()
+
+
+def line_names(session: Session) -> Sequence[str]:
+    """Names of all lines."""
+    return session.exec(select(Line.name).order_by(Line.name)).all()
+
+
+# ── adapters and versions ────────────────────────────────────────────────────
+
+
+def adapter_by_name(session: Session, namespace: str, name: str) -> Adapter | None:
+    """The series ``namespace/name``."""
+    return session.exec(select(Adapter).where(Adapter.namespace == namespace, Adapter.name == name)).first()
+
+
+def adapter_names(session: Session, namespaces: Sequence[str] | None) -> list[str]:
+    """Names of the series in ``namespaces`` (None: all), for suggestions."""
+    query = select(Adapter.namespace, Adapter.name).limit(5000)
+    if namespaces is not None:
+        query = query.where(col(Adapter.namespace).in_(namespaces))
+    return [f"{namespace}/{name}" for namespace, name in session.exec(query)]
+
+
+def version_by_number(session: Session, adapter_id: int, number: int) -> Version | None:
+    """``@vN`` of a series."""
+    return session.exec(select(Version).where(Version.adapter_id == adapter_id, Version.number == number)).first()
+
+
+def version_by_digest(session: Session, adapter_id: int, digest: str) -> Version | None:
+    """``@sha256:…`` of a series."""
+    return session.exec(select(Version).where(Version.adapter_id == adapter_id, Version.digest == digest)).first()
+
+
+def latest_version(session: Session, adapter_id: int, base_id: int | None = None) -> Version | None:
+    """The newest version of a series, on one base where ``base_id`` is given."""
+    query = select(Version).where(Version.adapter_id == adapter_id)
+    if base_id is not None:
+        query = query.where(Version.base_id == base_id, col(Version.latest))
+    return session.exec(query.order_by(col(Version.number).desc()).limit(1)).first()
+
+
+def namespaces_of_version(session: Session, digest: str) -> Sequence[str]:
+    """Namespaces in which a version with this manifest digest lives."""
+    query = select(Adapter.namespace).join(Version).where(Version.digest == digest).distinct()
+    return session.exec(query).all()
+
+
+# ── aliases ──────────────────────────────────────────────────────────────────
+
+
+def alias_row(session: Session, adapter_id: int, base_id: int, name: str) -> Alias | None:
+    """Where an alias of a series points on one base."""
+    return session.exec(
+        select(Alias).where(Alias.adapter_id == adapter_id, Alias.base_id == base_id, Alias.name == name)
+    ).first()
+
+
+def aliases_of(session: Session, adapter_ids: Iterable[int]) -> Sequence[tuple[Alias, AliasMove, Version, Base]]:
+    """Aliases of these series with their last move, target and base, by base and name."""
+    query = (
+        select(Alias, AliasMove, Version, Base)
+        .join(
+            AliasMove,
+            and_(
+                col(AliasMove.adapter_id) == Alias.adapter_id,
+                col(AliasMove.base_id) == Alias.base_id,
+                col(AliasMove.name) == Alias.name,
+                col(AliasMove.generation) == Alias.generation,
+            ),
+        )
+        .join(Version, col(Version.id) == Alias.version_id)
+        .join(Base, col(Base.id) == Alias.base_id)
+        .where(col(Alias.adapter_id).in_(set(adapter_ids)))
+        .order_by(col(Alias.adapter_id), col(Alias.base_id).desc(), Alias.name)
+    )
+    return session.exec(query).all()
+
+
+def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dict[int, list[str]]:
+    """version id -> names of aliases that point at it."""
+    found: dict[int, list[str]] = {}
+    query = select(Alias.version_id, Alias.name).where(col(Alias.version_id).in_(set(version_ids))).order_by(Alias.name)
+    for version_id, name in session.exec(query):
+        found.setdefault(version_id, []).append(name)
+    return found
+
+
+# ── evaluations ──────────────────────────────────────────────────────────────
+
+
+def newest_evaluation(
+    session: Session, *, base_id: int, version_id: int | None, suite_id: int, harness: str | None = None
+) -> Evaluation | None:
+    """The newest scoring of a version (None: the bare base) on a suite, by one harness where given."""
+    query = select(Evaluation).where(
+        Evaluation.base_id == base_id, Evaluation.version_id == version_id, Evaluation.suite_id == suite_id
+    )
+    if harness is not None:
+        query = query.where(Evaluation.harness == harness)
+    return session.exec(query.order_by(col(Evaluation.id).desc()).limit(1)).first()
+
+
+def newest_evaluations_of(session: Session, version_ids: Iterable[int]) -> Sequence[Evaluation]:
+    """The newest scoring of each version on each base and suite."""
+    newest = (
+        select(func.max(Evaluation.id))
+        .where(col(Evaluation.version_id).in_(set(version_ids)))
+        .group_by(col(Evaluation.version_id), col(Evaluation.base_id), col(Evaluation.suite_id))
+    )
+    return session.exec(select(Evaluation).where(col(Evaluation.id).in_(newest)).order_by(col(Evaluation.id))).all()
+
+
+# ── data and policies ────────────────────────────────────────────────────────
+
+
+def dataset_version(
+    session: Session, kind: str, namespace: str, name: str, number: int | None = None, digest: str | None = None
+) -> DatasetVersion | None:
+    """A version of a dataset or suite; the newest without a number or digest."""
+    query = (
+        select(DatasetVersion)
+        .join(Dataset)
+        .where(Dataset.kind == kind, Dataset.namespace == namespace, Dataset.name == name)
+    )
+    if number is not None:
+        query = query.where(DatasetVersion.number == number)
+    if digest is not None:
+        query = query.where(DatasetVersion.digest == digest)
+    return session.exec(query.order_by(col(DatasetVersion.number).desc()).limit(1)).first()
+
+
+def dataset_refs(session: Session, ids: Iterable[int]) -> dict[int, str]:
+    """dataset version id -> ``namespace/name@vN``."""
+    query = (
+        select(DatasetVersion.id, Dataset.namespace, Dataset.name, DatasetVersion.number)
+        .join(Dataset)
+        .where(col(DatasetVersion.id).in_(set(ids)))
+    )
+    return {i: f"{namespace}/{name}@v{number}" for i, namespace, name, number in session.exec(query) if i is not None}
+
+
+def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy | None:
+    """The newest policy of a series, or of the namespace where ``name`` is empty."""
+    return session.exec(
+        select(StoredPolicy)
+        .where(StoredPolicy.namespace == namespace, StoredPolicy.name == name)
+        .order_by(col(StoredPolicy.revision).desc())
+        .limit(1)
+    ).first()
+
+
+# ── compatibility ────────────────────────────────────────────────────────────
+
+
+def fits_to(session: Session, new_id: int, classes: Sequence[str]) -> Sequence[TargetFit]:
+    """How each (old base, target set) stands to a base, in these classes."""
+    return session.exec(select(TargetFit).where(TargetFit.new_id == new_id, col(TargetFit.fit).in_(classes))).all()
+
+
+def compatible_versions(
+    session: Session,
+    *,
+    exact: int | None,
+    fits: Sequence[TargetFit],
+    alias: str | None,
+    max_rank: int | None,
+    engine_bit: int | None,
+    evidence: Sequence[str] | None,
+    namespaces: Sequence[str] | None,
+    task: str | None,
+    after: int,
+    limit: int,
+) -> Sequence[tuple[Version, Adapter]]:
+    """Versions bound to base ``exact``, or to one of ``fits``: the newest per series, or what ``alias`` names.
+
+    One index range per (base, target set), each cut at ``limit``, so that the cost does not grow with the
+    number of adapters.
+    """
+    ranges: list[ColumnElement[bool]] = []
+    if exact is not None:
+        ranges.append(col(Version.base_id) == exact)
+    ranges += [and_(col(Version.base_id) == f.old_id, col(Version.target_set_id) == f.target_set_id) for f in fits]
+    if not ranges:
+        return []
+
+    def narrowed(within: ColumnElement[bool]) -> Subquery:
+        query = columns(col(Version.id)).where(within, col(Version.id) > after)
+        if alias is None:
+            query = query.where(col(Version.latest))
+        else:
+            query = query.join(Alias, and_(col(Alias.version_id) == Version.id, col(Alias.name) == alias))
+        if max_rank is not None:
+            query = query.where(col(Version.rank) <= max_rank)
+        if engine_bit is not None:
+            query = query.where(col(Version.engines).bitwise_and(engine_bit) != 0)
+        if evidence is not None:
+            query = query.where(col(Version.evidence).in_(evidence))
+        if namespaces is not None or task is not None:
+            query = query.join(Adapter, col(Adapter.id) == Version.adapter_id)
+            if namespaces is not None:
+                query = query.where(col(Adapter.namespace).in_(namespaces))
+            if task is not None:
+                query = query.where(col(Adapter.task) == task)
+        return query.order_by(col(Version.id)).limit(limit).subquery()
+
+    ids = union_all(*[columns(narrowed(within).c.id) for within in ranges]).subquery()
+    query = (
+        select(Version, Adapter)
+        .join(Adapter, col(Adapter.id) == Version.adapter_id)
+        .where(col(Version.id).in_(select(ids.c.id)))
+        .order_by(col(Version.id))
+        .limit(limit)
+    )
+    return session.exec(query).all()
+
+
+def adapters_page(
+    session: Session,
+    *,
+    namespaces: Sequence[str] | None,
+    text: str | None,
+    task: str | None,
+    after: tuple[str, str],
+    limit: int,
+) -> Sequence[Adapter]:
+    """Series by name, after a cursor, whose name or task holds ``text``."""
+    query = select(Adapter).where(
+        or_(
+            col(Adapter.namespace) > after[0],
+            and_(col(Adapter.namespace) == after[0], col(Adapter.name) > after[1]),
+        )
+    )
+    if namespaces is not None:
+        query = query.where(col(Adapter.namespace).in_(namespaces))
+    if task is not None:
+        query = query.where(col(Adapter.task) == task)
+    if text:
+        in_name = col(Adapter.name).contains(text, autoescape=True)
+        query = query.where(or_(in_name, col(Adapter.task).contains(text, autoescape=True)))
+    return session.exec(query.order_by(Adapter.namespace, Adapter.name).limit(limit)).all()
