@@ -1,6 +1,6 @@
 """Evaluation records: one line of JSON per item of a suite, the evidence that every gate judges.
 
-    {"item": "<16 hex>", "split": "gate", "metrics": {"likelihood": -0.41, "accuracy": 1}, "parsed": true, "output": "B"}
+    {"item": "<16 hex>", "split": "gate", "metrics": {"likelihood": -0.4, "accuracy": 1}, "parsed": null, "output": null}
 
 An item is named by its content, so that two evaluations pair up without trusting any order. Items fall
 into three splits by a hash of that name: what chose among candidates (calibration), what decides (gate)
