@@ -1,0 +1,463 @@
+"""The registry as a Python object: one method a route, typed by `registry.schemas`.
+
+A refusal comes back as the exception it was (`LoractlError.from_problem`), so a program catches
+`GateNotPassed` and not a status code. Safe requests are tried again when a proxy, a restart or a broken
+connection got in between; a registry that does not answer is `RegistryUnreachable`. The token is sent to
+the registry and nowhere else: redirects are not followed, and signed URLs are used by another connection
+(`registry.transfer`).
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+from pydantic import BaseModel, TypeAdapter
+
+from . import schemas as wire
+from .core.errors import BadName, LoractlError, RegistryUnreachable, UnknownProblem
+from .core.lifecycle import JobState
+from .core.names import SeriesName
+from .core.policy import Policy
+
+Kind = Literal["adapter", "base", "dataset", "suite"]
+Answered = TypeVar("Answered", bound=BaseModel)
+Item = TypeVar("Item", bound=BaseModel)
+
+TRIES = 5
+PAUSE_S = 0.1
+"""Before the first repetition; doubled before each further one, and shortened by chance."""
+ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+"""A job in one of these has nothing more to say."""
+_PASSING = {502, 503, 504}
+_PLURAL = {"adapter": "adapters", "dataset": "datasets", "suite": "suites"}
+_ALIASES = TypeAdapter(list[wire.AliasInfo])
+
+
+def user_agent() -> str:
+    """``loractl/<version>``."""
+    return f"loractl/{metadata.version('loractl')}"
+
+
+class RegistryClient:
+    """A registry at ``url`` for whoever holds ``token``; safe to share between threads."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        timeout_s: float = 60.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+            raise BadName(value=url[:200], what="registry URL", rule="expected http://HOST:PORT or https://HOST")
+        self.url = url.rstrip("/")
+        self._sleep = sleep
+        headers = {"user-agent": user_agent(), "accept": "application/json"}
+        if token:
+            headers["authorization"] = f"Bearer {token}"
+        self._http = httpx.Client(base_url=self.url, headers=headers, transport=transport, timeout=timeout_s)
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ── about the registry, access ───────────────────────────────────────────
+
+    def health(self) -> wire.Health:
+        """Whether the registry answers; needs no token."""
+        return self._get("/health", wire.Health)
+
+    def whoami(self) -> wire.WhoAmI:
+        """Whose token this is."""
+        return self._get("/v1/whoami", wire.WhoAmI)
+
+    def doctor(self) -> wire.DoctorReport:
+        """What the registry finds when it looks at itself."""
+        return self._get("/v1/doctor", wire.DoctorReport)
+
+    def create_token(self, request: wire.TokenRequest) -> wire.NewToken:
+        """A new token, shown this once."""
+        return self._post("/v1/tokens", wire.NewToken, request)
+
+    def tokens(self) -> wire.Page[wire.TokenInfo]:
+        """Tokens that the caller may see."""
+        return self._get("/v1/tokens", wire.Page[wire.TokenInfo])
+
+    def revoke_token(self, token_id: str) -> None:
+        """End a token's life."""
+        self._send("DELETE", _path("tokens", token_id))
+
+    # ── pushes and downloads ─────────────────────────────────────────────────
+
+    def open_push(self, kind: Kind, name: str | None, request: wire.PushRequest) -> wire.PushInfo:
+        """A new push, the caller's own open one of this manifest, or the version that exists already."""
+        return self._post(
+            "/v1/bases/pushes" if name is None else _series(kind, name, "pushes"), wire.PushInfo, request, again=True
+        )
+
+    def parts(self, push_id: str, request: wire.PartsRequest) -> wire.PartsInfo:
+        """Signed URLs for parts, and which have arrived."""
+        return self._post(_path("pushes", push_id, "parts"), wire.PartsInfo, request, again=True)
+
+    def push(self, push_id: str) -> wire.PushInfo:
+        """State of a push, with fresh URLs."""
+        return self._get(_path("pushes", push_id), wire.PushInfo)
+
+    def commit(self, push_id: str) -> wire.PushInfo:
+        """Verify and commit; state ``verifying`` means: ask again."""
+        return self._post(_path("pushes", push_id, "commit"), wire.PushInfo, again=True)
+
+    def abort_push(self, push_id: str) -> None:
+        """Give up a push."""
+        self._send("DELETE", _path("pushes", push_id))
+
+    def downloads(self, manifests: Iterable[str]) -> wire.DownloadInfo:
+        """Signed GETs of all files of versions, by manifest digest."""
+        body = wire.DownloadRequest(manifests=list(manifests))
+        return self._post("/v1/downloads", wire.DownloadInfo, body, again=True)
+
+    # ── bases ────────────────────────────────────────────────────────────────
+
+    def register_base(self, request: wire.BaseRegistration) -> wire.BaseInfo:
+        """A base by its tensor table, without weights."""
+        return self._post("/v1/bases", wire.BaseInfo, request, again=True)
+
+    def bases(self, *, line: str | None = None, cursor: str | None = None) -> wire.Page[wire.BaseInfo]:
+        """Bases, newest first."""
+        return self._get("/v1/bases", wire.Page[wire.BaseInfo], line=line, cursor=cursor)
+
+    def base(self, ref: str) -> wire.BaseInfo:
+        """A base by ``line``, ``line@rN`` or digest."""
+        return self._get(_path("bases", ref), wire.BaseInfo)
+
+    def base_table(self, ref: str) -> bytes:
+        """Its compressed tensor table, for `registry.core.base_model.BaseModel.from_compressed`."""
+        return self._send("GET", _path("bases", ref, "table")).content
+
+    def diff_bases(self, a: str, b: str) -> wire.DiffInfo:
+        """Difference of two bases by tensor."""
+        return self._get(_path("bases", a, "diff", b), wire.DiffInfo)
+
+    def compatible(self, base: str, **filters: Any) -> wire.Page[wire.CompatibleAdapter]:
+        """Adapters that fit; filters: fit, engine, alias, max_rank, evidence, namespace, task, limit, cursor."""
+        return self._get(_path("bases", base, "adapters"), wire.Page[wire.CompatibleAdapter], **filters)
+
+    def declare_derivation(self, base: str, request: wire.DerivationRequest) -> wire.DerivationInfo:
+        """Say how ``base`` came from another."""
+        return self._post(_path("bases", base, "derivations"), wire.DerivationInfo, request)
+
+    # ── adapters ─────────────────────────────────────────────────────────────
+
+    def adapters(self, **filters: Any) -> wire.Page[wire.AdapterInfo]:
+        """Adapters; filters: namespace, q, task, limit, cursor."""
+        return self._get("/v1/adapters", wire.Page[wire.AdapterInfo], **filters)
+
+    def adapter(self, name: str) -> wire.AdapterInfo:
+        """One adapter with its newest version and aliases."""
+        return self._get(_series("adapter", name), wire.AdapterInfo)
+
+    def versions(self, name: str, **filters: Any) -> wire.Page[wire.VersionInfo]:
+        """Versions, newest first; filters: limit, cursor."""
+        return self._get(_series("adapter", name, "versions"), wire.Page[wire.VersionInfo], **filters)
+
+    def version(self, name: str, version: str) -> wire.VersionInfo:
+        """One version: ``v7`` or ``sha256:…``."""
+        return self._get(_series("adapter", name, "versions", version), wire.VersionInfo)
+
+    def manifest(self, name: str, version: str) -> bytes:
+        """The canonical bytes of a version's manifest."""
+        return self._send("GET", _series("adapter", name, "versions", version, "manifest")).content
+
+    def log(self, name: str, *, limit: int | None = None, cursor: str | None = None) -> wire.LogInfo:
+        """What happened to an adapter, newest first."""
+        return self._get(_series("adapter", name, "log"), wire.LogInfo, limit=limit, cursor=cursor)
+
+    def lineage(self, name: str, version: str | None = None) -> wire.LineageInfo:
+        """Where versions came from and what was made of them; of one version, or of the newest."""
+        return self._get(_series("adapter", name, "lineage"), wire.LineageInfo, version=version)
+
+    def evaluations(self, name: str, **filters: Any) -> wire.Page[wire.EvaluationInfo]:
+        """Evaluations of an adapter's versions, newest first; filters: version, suite, base, limit, cursor."""
+        return self._get(_series("adapter", name, "evaluations"), wire.Page[wire.EvaluationInfo], **filters)
+
+    def aliases(self, name: str) -> list[wire.AliasInfo]:
+        """The aliases of an adapter on every base."""
+        return _ALIASES.validate_json(self._send("GET", _series("adapter", name, "aliases")).content)
+
+    def move_alias(
+        self, name: str, alias: str, request: wire.AliasRequest, *, generation: int | None = None
+    ) -> wire.AliasInfo:
+        """Point an alias at a version, if it still has ``generation`` (0: does not exist; None: whatever it is)."""
+        headers = {} if generation is None else {"if-match": str(generation)}
+        reply = self._send("PUT", _series("adapter", name, "aliases", alias), body=request, headers=headers)
+        return wire.AliasInfo.model_validate_json(reply.content)
+
+    def roll_back(self, name: str, alias: str, request: wire.RollbackRequest) -> wire.AliasInfo:
+        """Point an alias at what it pointed at before."""
+        return self._post(_series("adapter", name, "aliases", alias, "rollback"), wire.AliasInfo, request)
+
+    def policy(self, name: str) -> wire.PolicyInfo:
+        """The policy of an adapter ``team/bot``, or the default of a namespace ``team``."""
+        return self._get(_policy_of(name), wire.PolicyInfo)
+
+    def set_policy(self, name: str, policy: Policy) -> wire.PolicyInfo:
+        """A new revision of a policy."""
+        return wire.PolicyInfo.model_validate_json(self._send("PUT", _policy_of(name), body=policy).content)
+
+    def resolve(
+        self, ref: str, *, base: str | None = None, engine: str | None = None, fit: str | None = None
+    ) -> wire.Resolution:
+        """The one version that ``ref`` means for ``base``, with signed files."""
+        return self._get("/v1/resolve", wire.Resolution, ref=ref, base=base, engine=engine, fit=fit)
+
+    # ── datasets and suites ──────────────────────────────────────────────────
+
+    def datasets(self, kind: Literal["dataset", "suite"], **filters: Any) -> wire.Page[wire.DatasetInfo]:
+        """Datasets or suites; filters: namespace, limit, cursor."""
+        return self._get(f"/v1/{_PLURAL[kind]}", wire.Page[wire.DatasetInfo], **filters)
+
+    def dataset(self, kind: Literal["dataset", "suite"], name: str) -> wire.DatasetInfo:
+        """One dataset or suite."""
+        return self._get(_series(kind, name), wire.DatasetInfo)
+
+    # ── jobs ─────────────────────────────────────────────────────────────────
+
+    def submit(self, request: wire.JobRequest) -> wire.JobInfo:
+        """Ask for work; an equal job that exists already is given back."""
+        return self._post("/v1/jobs", wire.JobInfo, request)
+
+    def jobs(self, **filters: Any) -> wire.Page[wire.JobInfo]:
+        """Jobs, newest first; filters: state, kind, queue, namespace, campaign, limit, cursor."""
+        return self._get("/v1/jobs", wire.Page[wire.JobInfo], **filters)
+
+    def job(self, job_id: str) -> wire.JobInfo:
+        """One job."""
+        return self._get(_path("jobs", job_id), wire.JobInfo)
+
+    def cancel_job(self, job_id: str) -> wire.JobInfo:
+        """End a job that has not ended."""
+        return self._post(_path("jobs", job_id, "cancel"), wire.JobInfo)
+
+    def retry_job(self, job_id: str) -> wire.JobInfo:
+        """Queue a failed or cancelled job again."""
+        return self._post(_path("jobs", job_id, "retry"), wire.JobInfo)
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[wire.EventInfo]:
+        """Everything that happens to a job from event ``after`` on, as it happens, until it has ended.
+
+        Server-sent events; a stream that breaks is taken up again behind the last event (Last-Event-ID).
+        """
+        quiet = 0
+        while True:
+            try:
+                for event in self._stream(job_id, after):
+                    after, quiet = event.id, 0
+                    yield event
+            except httpx.TransportError:
+                pass  # the next request says whether the registry is there at all
+            if self.job(job_id).state in ENDED:
+                yield from self._stream(job_id, after)
+                return
+            self._sleep(min(2.0, PAUSE_S * 2**quiet))
+            quiet += 1
+
+    def _stream(self, job_id: str, after: int) -> Iterator[wire.EventInfo]:
+        headers = {"accept": "text/event-stream", "last-event-id": str(after), "x-request-id": uuid4().hex}
+        with self._http.stream("GET", _path("jobs", job_id, "events"), headers=headers) as reply:
+            if reply.is_error:
+                reply.read()
+                if reply.status_code in _PASSING:
+                    return
+                raise self._refusal(reply)
+            for data in _messages(reply.iter_lines()):
+                yield wire.EventInfo.model_validate_json(data)
+
+    # ── a worker's side of jobs ──────────────────────────────────────────────
+
+    def claim(self, request: wire.ClaimRequest) -> wire.ClaimInfo:
+        """A job of a queue, with a lease; or none."""
+        return self._post("/v1/jobs/claim", wire.ClaimInfo, request)
+
+    def heartbeat(self, job_id: str, request: wire.HeartbeatRequest) -> wire.HeartbeatInfo:
+        """Keep the lease, report progress; says whether to cancel."""
+        return self._post(_path("jobs", job_id, "heartbeat"), wire.HeartbeatInfo, request)
+
+    def job_push(self, job_id: str, request: wire.JobPushRequest) -> wire.PushInfo:
+        """Open a push of a job's output."""
+        return self._post(_path("jobs", job_id, "pushes"), wire.PushInfo, request, again=True)
+
+    def finish(self, job_id: str, request: wire.FinishRequest) -> wire.JobInfo:
+        """End a job with its results, in one transaction."""
+        return self._post(_path("jobs", job_id, "finish"), wire.JobInfo, request)
+
+    def fail(self, job_id: str, request: wire.FailRequest) -> wire.JobInfo:
+        """End an attempt without results."""
+        return self._post(_path("jobs", job_id, "fail"), wire.JobInfo, request)
+
+    def job_inputs(self, job_id: str) -> wire.DownloadInfo:
+        """Signed GETs of everything a claimed job needs."""
+        return self._get(_path("jobs", job_id, "inputs"), wire.DownloadInfo)
+
+    # ── upgrades and schedules ───────────────────────────────────────────────
+
+    def plan_upgrade(self, request: wire.UpgradeRequest) -> wire.CampaignInfo:
+        """What an upgrade would do; nothing is changed."""
+        return self._post("/v1/upgrades/plan", wire.CampaignInfo, request, again=True)
+
+    def create_upgrade(self, request: wire.UpgradeRequest) -> wire.CampaignInfo:
+        """A planned campaign."""
+        return self._post("/v1/upgrades", wire.CampaignInfo, request)
+
+    def upgrades(self, **filters: Any) -> wire.Page[wire.CampaignInfo]:
+        """Campaigns, newest first; filters: line, state, limit, cursor."""
+        return self._get("/v1/upgrades", wire.Page[wire.CampaignInfo], **filters)
+
+    def upgrade(self, campaign_id: str) -> wire.CampaignInfo:
+        """One campaign."""
+        return self._get(_path("upgrades", campaign_id), wire.CampaignInfo)
+
+    def start_upgrade(self, campaign_id: str) -> wire.CampaignInfo:
+        """Let a planned campaign run."""
+        return self._post(_path("upgrades", campaign_id, "start"), wire.CampaignInfo)
+
+    def abort_upgrade(self, campaign_id: str) -> wire.CampaignInfo:
+        """End a campaign; what was promoted stays."""
+        return self._post(_path("upgrades", campaign_id, "abort"), wire.CampaignInfo)
+
+    def approve(self, campaign_id: str, request: wire.ApproveRequest) -> wire.CampaignInfo:
+        """Promote an adapter whose policy asks first."""
+        return self._post(_path("upgrades", campaign_id, "approve"), wire.CampaignInfo, request)
+
+    def create_schedule(self, request: wire.ScheduleRequest) -> wire.ScheduleInfo:
+        """A new schedule."""
+        return self._post("/v1/schedules", wire.ScheduleInfo, request)
+
+    def schedules(self, **filters: Any) -> wire.Page[wire.ScheduleInfo]:
+        """Schedules; filters: namespace, limit, cursor."""
+        return self._get("/v1/schedules", wire.Page[wire.ScheduleInfo], **filters)
+
+    def delete_schedule(self, schedule_id: str) -> None:
+        """Remove a schedule."""
+        self._send("DELETE", _path("schedules", schedule_id))
+
+    # ── requests ─────────────────────────────────────────────────────────────
+
+    def _get(self, path: str, answer: type[Answered], **params: Any) -> Answered:
+        return _parsed(answer, self._send("GET", path, params=params))
+
+    def _post(
+        self, path: str, answer: type[Answered], body: BaseModel | None = None, *, again: bool = False
+    ) -> Answered:
+        return _parsed(answer, self._send("POST", path, body=body, again=again))
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: BaseModel | None = None,
+        params: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        again: bool = False,
+    ) -> httpx.Response:
+        """One request, repeated while that is safe (``again``, or a GET) and might help."""
+        sent = {"x-request-id": uuid4().hex, **(headers or {})}
+        content = None
+        if body is not None:
+            sent["content-type"] = "application/json"
+            content = body.model_dump_json(by_alias=True)
+        query = {
+            key: ",".join(value) if isinstance(value, list | tuple) else value
+            for key, value in (params or {}).items()
+            if value is not None
+        }
+        for attempt in range(TRIES):
+            last = attempt == TRIES - 1
+            try:
+                reply = self._http.request(method, path, content=content, params=query, headers=sent)
+            except httpx.TransportError as error:
+                unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+                if last or not (unsent or again or method == "GET"):
+                    raise RegistryUnreachable(url=self.url, reason=_why(error)) from error
+            else:
+                if not reply.is_error:
+                    return reply
+                if last or reply.status_code not in _PASSING or not (again or method == "GET"):
+                    raise self._refusal(reply)
+            self._sleep(PAUSE_S * 2**attempt * (0.5 + random.random() / 2))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _refusal(self, reply: httpx.Response) -> LoractlError:
+        try:
+            problem = json.loads(reply.content)
+        except ValueError:
+            problem = None
+        if isinstance(problem, dict) and "code" in problem:
+            return LoractlError.from_problem(problem)
+        if reply.status_code in _PASSING:
+            return RegistryUnreachable(url=self.url, reason=f"HTTP {reply.status_code} {reply.reason_phrase}")
+        return UnknownProblem(
+            problem=f"HTTP {reply.status_code}",
+            detail=f"{reply.reason_phrase or 'no reason given'}, and not as a loractl registry says it",
+            advice=f"Is {self.url} the address of a registry? loractl login URL --token TOKEN",
+        )
+
+
+def every(page_after: Callable[[str | None], wire.Page[Item]]) -> Iterator[Item]:
+    """All items of all pages: ``every(lambda cursor: client.adapters(cursor=cursor))``."""
+    cursor = None
+    while True:
+        page = page_after(cursor)
+        yield from page.items
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+def _parsed(answer: type[Answered], reply: httpx.Response) -> Answered:
+    return answer.model_validate_json(reply.content)
+
+
+def _messages(lines: Iterable[str]) -> Iterator[str]:
+    """The data of each server-sent event; comments (keep-alives) and other fields are skipped."""
+    data: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []
+
+
+def _path(*parts: str) -> str:
+    return "/v1/" + "/".join(quote(part, safe="@:") for part in parts)
+
+
+def _series(kind: Kind, name: str, *rest: str) -> str:
+    series = SeriesName.parse(name, kind)
+    return _path(_PLURAL[kind], series.namespace, series.name, *rest)
+
+
+def _policy_of(name: str) -> str:
+    return _series("adapter", name, "policy") if "/" in name else _path("namespaces", name, "policy")
+
+
+def _why(error: httpx.TransportError) -> str:
+    return str(error) or type(error).__name__
