@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,8 +28,15 @@ from pathlib import Path
 
 import boto3
 import psycopg
+import uvicorn
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from registry.api import problems
+from registry.api.store import store_router
+from registry.storage.local import LocalStore
 
 PATIENCE_S = 60.0
 
@@ -287,3 +295,46 @@ def _s3_answers(server: S3Server) -> bool:
         return answer == b"ready"
     except (ClientError, BotoCoreError):
         return False
+
+
+# ── our own programs ─────────────────────────────────────────────────────────
+
+
+@contextmanager
+def served(make_app: Callable[[str], ASGIApp]) -> Iterator[str]:
+    """``make_app(url)`` behind a real uvicorn in a thread; yields the URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(make_app(url), ws="none", log_level="warning", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn", daemon=True)
+        thread.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise ServerDown("uvicorn did not start; its log says why")
+            time.sleep(0.01)
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE_S)
+
+
+@contextmanager
+def local_store(
+    folder: Path, make: Callable[[Path, str, bytes], LocalStore] = LocalStore, secret: bytes = b"a secret of tests"
+) -> Iterator[LocalStore]:
+    """A `LocalStore` in ``folder`` with its routes served, so that its signed URLs work."""
+    stores: list[LocalStore] = []
+
+    def make_app(url: str) -> FastAPI:
+        stores.append(make(folder, url, secret))
+        app = FastAPI()
+        problems.install(app)
+        app.include_router(store_router(stores[0]))
+        return app
+
+    with served(make_app):
+        yield stores[0]
