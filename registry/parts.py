@@ -41,14 +41,7 @@ def open_store(settings: Settings) -> BlobStore:
     if settings.s3 is not None:
         from .storage.s3 import S3Store
 
-        return S3Store(
-            settings.s3.bucket,
-            endpoint=settings.s3.endpoint,
-            public_endpoint=settings.s3.public_endpoint,
-            region=settings.s3.region,
-            access_key=settings.s3.access_key,
-            secret_key=settings.s3.secret_key,
-        )
+        return S3Store(settings.s3)
     if settings.data is None:
         raise BadSetting(name="LORACTL_S3_BUCKET", reason="is missing: only embedded mode keeps blobs in a folder")
     return LocalStore(settings.data / "store", settings.public_url, settings.signing_key)

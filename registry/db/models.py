@@ -342,6 +342,7 @@ class Alias(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("adapter_id", "base_id", "name"),
         Index("ix_aliases_base_id_name", "base_id", "name"),
+        Index("ix_aliases_version_id", "version_id"),
         CheckConstraint("generation >= 1", name="generation"),
     )
     id: int | None = Field(default=None, primary_key=True)

@@ -1,0 +1,301 @@
+"""Routes of adapters: search and show, versions and manifests, history, aliases, compatibility, resolve."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Query, Response
+from sqlmodel import Session
+
+from registry.core.errors import BadRequest
+from registry.core.fit import FitClass
+from registry.core.names import Reference, SeriesName
+from registry.core.policy import Evidence
+from registry.db.models import Adapter, Base, Version
+from registry.schemas import (
+    AdapterInfo,
+    AliasInfo,
+    AliasRequest,
+    CompatibleAdapter,
+    EvaluationInfo,
+    LineageInfo,
+    LogInfo,
+    Page,
+    Resolution,
+    RollbackRequest,
+    VersionInfo,
+)
+from registry.services import adapters, aliases, bases, downloads, evaluations, gates, policies
+from registry.services.adapters import BY_DEFAULT, Filter
+from registry.services.gates import Scored
+from registry.services.references import find_adapter, find_version, parse_version
+from registry.services.tokens import Caller
+
+from .deps import Parts, User
+from .pages import Limit, behind, cursor
+
+router = APIRouter(prefix="/v1", tags=["adapters"])
+
+
+def _classes(text: str | None) -> tuple[FitClass, ...]:
+    if text is None:
+        return BY_DEFAULT
+    allowed = ", ".join(FitClass)
+    try:
+        return tuple(FitClass(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise BadRequest(problems=f"fit '{text}' is not one of {allowed}") from error
+
+
+def _series(session: Session, caller: Caller, namespace: str, name: str) -> Adapter:
+    return find_adapter(session, caller, SeriesName.parse(f"{namespace}/{name}"))
+
+
+def _version(session: Session, caller: Caller, namespace: str, name: str, text: str) -> tuple[Version, Adapter]:
+    reference = parse_version(SeriesName.parse(f"{namespace}/{name}"), text)
+    adapter = find_adapter(session, caller, reference.series)
+    return find_version(session, adapter, reference), adapter
+
+
+@router.get("/adapters")
+def list_adapters(
+    parts: Parts,
+    caller: User,
+    q: str | None = None,
+    namespace: str | None = None,
+    task: str | None = None,
+    limit: Limit = 50,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[AdapterInfo]:
+    """Adapters by name, whose name or task holds ``q``."""
+    key = behind(after, ("", ""))
+    namespaces = caller.readable()
+    if namespace is not None:
+        namespaces = [namespace] if namespaces is None or namespace in namespaces else []
+    with parts.database.read() as session:
+        rows = adapters.page(session, namespaces=namespaces, text=q, task=task, after=key, limit=limit)
+        more = cursor(rows[-1].namespace, rows[-1].name) if len(rows) == limit else None
+        return Page(items=adapters.describe_adapters(session, rows), cursor=more)
+
+
+@router.get("/adapters/{namespace}/{name}")
+def show_adapter(namespace: str, name: str, parts: Parts, caller: User) -> AdapterInfo:
+    """One adapter with its newest version and its aliases on every base."""
+    with parts.database.read() as session:
+        return adapters.describe_adapters(session, [_series(session, caller, namespace, name)])[0]
+
+
+@router.get("/adapters/{namespace}/{name}/versions")
+def list_versions(
+    namespace: str,
+    name: str,
+    parts: Parts,
+    caller: User,
+    limit: Limit = 50,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[VersionInfo]:
+    """Versions, newest first."""
+    (before,) = behind(after, (1 << 30,))
+    with parts.database.read() as session:
+        adapter = _series(session, caller, namespace, name)
+        rows = adapters.versions_page(session, adapter, before=before, limit=limit)
+        more = cursor(rows[-1].number) if len(rows) == limit else None
+        return Page(items=adapters.describe(session, [(row, adapter) for row in rows]), cursor=more)
+
+
+@router.get("/adapters/{namespace}/{name}/versions/{version}")
+def show_version(namespace: str, name: str, version: str, parts: Parts, caller: User) -> VersionInfo:
+    """One version: ``vN`` or its digest."""
+    with parts.database.read() as session:
+        return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
+
+
+@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest")
+def show_manifest(
+    namespace: str,
+    name: str,
+    version: str,
+    parts: Parts,
+    caller: User,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The canonical bytes of the manifest; immutable where the version is named by its digest."""
+    with parts.database.read() as session:
+        row, _ = _version(session, caller, namespace, name, version)
+        etag = f'"{row.digest}"'
+        headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+        if if_none_match == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(adapters.manifest_body(session, row.digest), media_type="application/json", headers=headers)
+
+
+@router.get("/adapters/{namespace}/{name}/log")
+def show_log(namespace: str, name: str, parts: Parts, caller: User, limit: Limit = 100) -> LogInfo:
+    """What happened to the adapter, newest first."""
+    with parts.database.read() as session:
+        adapter = _series(session, caller, namespace, name)
+        return LogInfo(name=f"{namespace}/{name}", entries=adapters.history(session, adapter, limit=limit))
+
+
+@router.get("/adapters/{namespace}/{name}/lineage")
+def show_lineage(namespace: str, name: str, parts: Parts, caller: User, version: str | None = None) -> LineageInfo:
+    """What a version (the newest by default) was made from."""
+    with parts.database.read() as session:
+        if version is not None:
+            row, _ = _version(session, caller, namespace, name, version)
+        else:
+            series = SeriesName.parse(f"{namespace}/{name}")
+            row = find_version(session, find_adapter(session, caller, series), Reference(series))
+        return adapters.lineage(session, caller, row)
+
+
+@router.get("/adapters/{namespace}/{name}/evaluations")
+def list_evaluations(
+    namespace: str,
+    name: str,
+    parts: Parts,
+    caller: User,
+    limit: Limit = 100,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[EvaluationInfo]:
+    """Evaluations of all versions, oldest first."""
+    (key,) = behind(after, (0,))
+    with parts.database.read() as session:
+        rows = evaluations.listed(session, _series(session, caller, namespace, name), after=key, limit=limit)
+        more = cursor(rows[-1].id) if len(rows) == limit else None
+        return Page(items=evaluations.described(session, rows), cursor=more)
+
+
+@router.get("/adapters/{namespace}/{name}/aliases")
+def list_aliases(namespace: str, name: str, parts: Parts, caller: User) -> list[AliasInfo]:
+    """Aliases on every base."""
+    with parts.database.read() as session:
+        adapter = _series(session, caller, namespace, name)
+        return adapters.describe_aliases(session, [adapter.id or 0]).get(adapter.id or 0, [])
+
+
+def _alias_info(session: Session, adapter: Adapter, base: Base, alias: str) -> AliasInfo:
+    found = adapters.describe_aliases(session, [adapter.id or 0])[adapter.id or 0]
+    return next(info for info in found if info.alias == alias and info.base == base.digest)
+
+
+@router.put("/adapters/{namespace}/{name}/aliases/{alias}")
+def set_alias(
+    namespace: str,
+    name: str,
+    alias: str,
+    request: AliasRequest,
+    parts: Parts,
+    caller: User,
+    if_match: Annotated[str | None, Header()] = None,
+) -> AliasInfo:
+    """Point an alias to a version, on that version's base; ``If-Match`` with the generation makes it a compare-and-set.
+
+    A generation of 0 means that the alias must not exist yet. 412 when it moved, 422 when its gate has not passed.
+    """
+    expected = _generation(if_match)
+    with parts.database.write() as session:
+        version, adapter = _version(session, caller, namespace, name, request.version)
+        base = session.get_one(Base, version.base_id)
+        policy = policies.effective(session, namespace, name)
+        serving = aliases.serving(session, adapter, base, alias, other_than=version)
+        aliases.set_alias(
+            session,
+            caller,
+            adapter=adapter,
+            base=base,
+            alias=alias,
+            version=version,
+            expected=expected,
+            policy=policy,
+            judge=lambda: gates.verdict(
+                session,
+                parts.store,
+                policy,
+                candidate=Scored(base, version),
+                serving=Scored(base, serving) if serving else None,
+            ),
+            force=request.force,
+            reason=request.reason,
+            now=parts.clock(),
+        )
+        return _alias_info(session, adapter, base, alias)
+
+
+def _generation(if_match: str | None) -> int:
+    if if_match is None:
+        return aliases.ANY
+    text = if_match.strip('"')
+    if not text.isdecimal():
+        raise BadRequest(problems=f"If-Match is '{if_match[:50]}'; expected an alias's generation")
+    return int(text)
+
+
+@router.post("/adapters/{namespace}/{name}/aliases/{alias}/rollback")
+def roll_back(
+    namespace: str, name: str, alias: str, request: RollbackRequest, parts: Parts, caller: User
+) -> AliasInfo:
+    """Point the alias to where it pointed before its last move."""
+    with parts.database.write() as session:
+        adapter = _series(session, caller, namespace, name)
+        if request.base is not None:
+            base = bases.find(session, request.base)
+        else:
+            base = adapters.resolve(session, caller, Reference(SeriesName(namespace, name), alias=alias), None).base
+        aliases.roll_back(
+            session, caller, adapter=adapter, base=base, alias=alias, reason=request.reason, now=parts.clock()
+        )
+        return _alias_info(session, adapter, base, alias)
+
+
+@router.get("/bases/{base}/adapters")
+def list_compatible(
+    base: str,
+    parts: Parts,
+    caller: User,
+    fit: str | None = None,
+    engine: str | None = None,
+    alias: str | None = None,
+    max_rank: int | None = None,
+    evidence: Literal["recorded", "resolved", "behavioural", "declared"] | None = None,
+    namespace: str | None = None,
+    task: str | None = None,
+    limit: Limit = 50,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[CompatibleAdapter]:
+    """Adapters that fit this base, with class, reasons, evidence and newest evaluations."""
+    (key,) = behind(after, (0,))
+    wanted = Filter(
+        _classes(fit), alias, engine, max_rank, Evidence(evidence) if evidence else None, namespace, task
+    )
+    with parts.database.read() as session:
+        row = bases.find(session, base)
+        found = adapters.compatible(session, caller, row, wanted, after=key, limit=limit)
+        infos = adapters.describe(session, [(version, adapter) for version, adapter, _ in found])
+        items = [CompatibleAdapter(version=i, fit=f) for i, (_, _, f) in zip(infos, found, strict=True)]
+        more = cursor(found[-1][0].id) if len(found) == limit else None
+        return Page(items=items, cursor=more)
+
+
+@router.get("/resolve")
+def resolve(
+    parts: Parts,
+    caller: User,
+    ref: str,
+    base: str | None = None,
+    engine: str | None = None,
+    fit: str | None = None,
+) -> Resolution:
+    """The one version for these weights, with signed URLs of its files; 409 with the nearest when there is none."""
+    reference = Reference.parse(ref)
+    with parts.database.read() as session:
+        row = bases.find(session, base) if base is not None else None
+        found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
+        info = adapters.describe(session, [(found.version, found.adapter)])[0]
+        files = downloads.files_of(session, parts.store, found.version.digest, parts.settings.url_ttl_s)
+    return Resolution(
+        version=info,
+        fit=found.fit,
+        base=found.base.digest,
+        base_assumed=found.assumed,
+        manifest=found.version.digest,
+        files=files,
+    )

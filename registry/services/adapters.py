@@ -1,0 +1,418 @@
+"""Adapters: show, search, history, lineage, and the two questions of the registry.
+
+*What is compatible with these weights?* (`compatible`) and *which version belongs to them?* (`resolve`).
+Fit is never computed adapter by adapter: it is stored per (base, base, target set) and joined
+(`registry.services.fits`).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sqlmodel import Session, col, select
+
+from registry.core.engines import ENGINES
+from registry.core.errors import BadRequest, NoCompatibleVersion, VersionNotFound
+from registry.core.fit import FitClass
+from registry.core.names import Reference
+from registry.core.policy import Evidence
+from registry.db import queries
+from registry.db.models import (
+    Adapter,
+    Alias,
+    AliasMove,
+    Base,
+    Dataset,
+    DatasetVersion,
+    StoredManifest,
+    TargetFit,
+    Token,
+    Version,
+    VersionParent,
+)
+from registry.schemas import AdapterInfo, AliasInfo, FitInfo, LineageInfo, LineageNode, LogEntry, VersionInfo
+
+from . import evaluations
+from .references import find_adapter, find_version
+from .tokens import Caller
+
+BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
+"""Fits that pull and resolve give unasked; anything else only by name."""
+
+
+# ── show ─────────────────────────────────────────────────────────────────────
+
+
+def base_names(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
+    """base id -> (digest, newest ``line@rN`` or short digest)."""
+    wanted = set(ids)
+    revisions = queries.revision_names(session, wanted)
+    rows = session.exec(select(Base.id, Base.digest).where(col(Base.id).in_(wanted)))
+    return {i: (digest, (revisions.get(i) or [digest[:15]])[-1]) for i, digest in rows if i is not None}
+
+
+def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[VersionInfo]:
+    """Versions in the words of the wire, with aliases and newest evaluations; a few queries for any number."""
+    ids = [version.id for version, _ in rows if version.id is not None]
+    bases = base_names(session, {version.base_id for version, _ in rows})
+    aliases = queries.alias_names_of_versions(session, ids)
+    found = queries.newest_evaluations_of(session, ids)
+    scored: dict[int | None, list[int]] = {}
+    for position, row in enumerate(found):
+        scored.setdefault(row.version_id, []).append(position)
+    infos = evaluations.described(session, found)
+    return [
+        _info(
+            version,
+            adapter,
+            bases[version.base_id],
+            aliases.get(version.id or 0, []),
+        ).model_copy(update={"evaluations": [infos[i] for i in scored.get(version.id, [])]})
+        for version, adapter in rows
+    ]
+
+
+def _info(version: Version, adapter: Adapter, base: tuple[str, str], aliases: list[str]) -> VersionInfo:
+    return VersionInfo(
+        ref=f"{adapter.namespace}/{adapter.name}@v{version.number}",
+        version=version.number,
+        digest=version.digest,
+        base=base[0],
+        base_ref=base[1],
+        evidence=version.evidence,
+        binding=version.binding,
+        peft_type=version.peft_type,
+        runnable=version.runnable,
+        rank=version.rank,
+        targets=version.spec.get("targets", []),
+        engines=version.spec.get("engines", {}),
+        size=version.size,
+        message=version.message,
+        job=version.job_id,
+        created_by=version.created_by,
+        created_at=version.created_at,
+        aliases=aliases,
+    )
+
+
+def describe_aliases(session: Session, adapter_ids: Iterable[int]) -> dict[int, list[AliasInfo]]:
+    """adapter id -> its aliases on every base."""
+    rows = queries.aliases_of(session, adapter_ids)
+    bases = base_names(session, {base.id for *_, base in rows if base.id is not None})
+    found: dict[int, list[AliasInfo]] = {}
+    for alias, last, version, base in rows:
+        found.setdefault(alias.adapter_id, []).append(
+            AliasInfo(
+                alias=alias.name,
+                base=base.digest,
+                base_ref=bases[base.id or 0][1],
+                version=version.number,
+                digest=version.digest,
+                generation=alias.generation,
+                moved_at=last.at,
+                actor=last.actor,
+                reason=last.reason,
+            )
+        )
+    return found
+
+
+def describe_adapters(session: Session, rows: Sequence[Adapter]) -> list[AdapterInfo]:
+    """Series with their newest version and aliases."""
+    ids = [row.id for row in rows if row.id is not None]
+    newest = session.exec(
+        select(Version, Adapter)
+        .join(Adapter)
+        .where(col(Adapter.id).in_(ids), Version.number == Adapter.next_version - 1)
+    ).all()
+    latest = {version.adapter_id: info for (version, _), info in zip(newest, describe(session, newest), strict=True)}
+    aliases = describe_aliases(session, ids)
+    return [
+        AdapterInfo(
+            name=f"{row.namespace}/{row.name}",
+            task=row.task,
+            latest=latest.get(row.id or 0),
+            aliases=aliases.get(row.id or 0, []),
+            created_at=row.created_at,
+        )
+        for row in rows
+    ]
+
+
+def page(
+    session: Session,
+    *,
+    namespaces: Sequence[str] | None,
+    text: str | None,
+    task: str | None,
+    after: tuple[str, str],
+    limit: int,
+) -> Sequence[Adapter]:
+    """Series by name whose name or task holds ``text``, after a cursor."""
+    return queries.adapters_page(session, namespaces=namespaces, text=text, task=task, after=after, limit=limit)
+
+
+def versions_page(session: Session, adapter: Adapter, *, before: int, limit: int) -> Sequence[Version]:
+    """Versions newest first, below a number."""
+    query = select(Version).where(Version.adapter_id == adapter.id, Version.number < before)
+    return session.exec(query.order_by(col(Version.number).desc()).limit(limit)).all()
+
+
+def manifest_body(session: Session, digest: str) -> bytes:
+    """The canonical bytes of a stored manifest."""
+    return session.get_one(StoredManifest, digest).body
+
+
+# ── the two questions ────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What the compatible adapters must be besides compatible."""
+
+    classes: tuple[FitClass, ...] = BY_DEFAULT
+    alias: str | None = None
+    engine: str | None = None
+    max_rank: int | None = None
+    evidence: Evidence | None = None
+    namespace: str | None = None
+    task: str | None = None
+
+    @property
+    def engine_bit(self) -> int | None:
+        """The engine's bit in `Version.engines`; `BadRequest` for an unknown one."""
+        if self.engine is None:
+            return None
+        if self.engine not in ENGINES:
+            raise BadRequest(problems=f"engine '{self.engine}' is unknown; known are {', '.join(ENGINES)}")
+        return 1 << list(ENGINES).index(self.engine)
+
+    @property
+    def evidence_levels(self) -> list[str] | None:
+        """The levels that are strong enough."""
+        return None if self.evidence is None else [level for level in Evidence if level.at_least(self.evidence)]
+
+
+def compatible(
+    session: Session, caller: Caller, base: Base, wanted: Filter, *, after: int, limit: int
+) -> list[tuple[Version, Adapter, FitInfo]]:
+    """Adapters that fit ``base``: of each series the newest version on its base, or what the alias names there."""
+    assert base.id is not None
+    namespaces = caller.readable()
+    if wanted.namespace is not None:
+        namespaces = [wanted.namespace] if namespaces is None or wanted.namespace in namespaces else []
+    others = [c for c in wanted.classes if c is not FitClass.EXACT]
+    fits = [f for f in queries.fits_to(session, base.id, others) if f.old_id != base.id] if others else []
+    rows = queries.compatible_versions(
+        session,
+        exact=base.id if FitClass.EXACT in wanted.classes else None,
+        fits=fits,
+        alias=wanted.alias,
+        max_rank=wanted.max_rank,
+        engine_bit=wanted.engine_bit,
+        evidence=wanted.evidence_levels,
+        namespaces=namespaces,
+        task=wanted.task,
+        after=after,
+        limit=limit,
+    )
+    known = {(f.old_id, f.target_set_id): f for f in fits}
+    return [
+        (version, adapter, _fit_info(version, base, known.get((version.base_id, version.target_set_id or 0))))
+        for version, adapter in rows
+    ]
+
+
+def _fit_info(version: Version, base: Base, stored: TargetFit | None) -> FitInfo:
+    if version.base_id == base.id:
+        return FitInfo(fit=FitClass.EXACT, reasons=[])
+    if stored is None:
+        return FitInfo(fit=FitClass.UNKNOWN, reasons=[{"why": "this kind of adapter names no tensors that it patches"}])
+    return FitInfo(
+        fit=stored.fit, reasons=stored.reasons, vocabulary_changed=stored.vocabulary_changed, drift=stored.drift
+    )
+
+
+def fit_of(session: Session, version: Version, base: Base) -> FitInfo:
+    """How one version stands to ``base``, as stored."""
+    if version.base_id == base.id or version.target_set_id is None:
+        return _fit_info(version, base, None)
+    stored = session.get(TargetFit, (version.base_id, base.id, version.target_set_id))
+    return _fit_info(version, base, stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The one version for a base, how it fits, and whether the base was assumed."""
+
+    version: Version
+    adapter: Adapter
+    base: Base
+    fit: FitInfo
+    assumed: bool
+
+
+def resolve(
+    session: Session,
+    caller: Caller,
+    reference: Reference,
+    base: Base | None,
+    *,
+    classes: Sequence[FitClass] = BY_DEFAULT,
+    engine: str | None = None,
+) -> Resolved:
+    """The version that ``reference`` means for ``base``; `NoCompatibleVersion` with the nearest candidates.
+
+    An alias or a bare name means the version on that very base first, then the best of what ``classes`` allow.
+    Without a base, the current revision of the adapter's line is meant.
+    """
+    adapter = find_adapter(session, caller, reference.series)
+    assert adapter.id is not None
+    assumed = base is None
+    if base is None:
+        base = _assumed_base(session, adapter, reference)
+    bit = Filter(engine=engine).engine_bit
+    candidates = _candidates(session, adapter, reference, base)
+    order = list(FitClass)
+    graded = sorted(
+        ((fit_of(session, version, base), version) for version in candidates),
+        key=lambda pair: (order.index(FitClass(pair[0].fit)), -pair[1].number),
+    )
+    for fit, version in graded:
+        if fit.fit in classes and (bit is None or version.engines & bit):
+            return Resolved(version, adapter, base, fit, assumed)
+    base_ref = base_names(session, [base.id or 0])[base.id or 0][1]
+    raise NoCompatibleVersion(
+        ref=str(reference),
+        base=base_ref,
+        digest=base.digest,
+        wanted=" or ".join(classes) + (f" for {engine}" if engine else ""),
+        nearest=_nearest(session, graded[:3], engine, bit),
+        candidates=[{"version": version.number, "fit": fit.model_dump()} for fit, version in graded[:10]],
+    )
+
+
+def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> Base:
+    version = find_version(session, adapter, Reference(reference.series, None, reference.version, reference.digest))
+    if reference.version is not None or reference.digest is not None:
+        return session.get_one(Base, version.base_id)
+    return queries.current_base_of_line_of(session, version.base_id) or session.get_one(Base, version.base_id)
+
+
+def _candidates(session: Session, adapter: Adapter, reference: Reference, base: Base) -> Sequence[Version]:
+    assert adapter.id is not None and base.id is not None
+    if reference.version is not None or reference.digest is not None:
+        return [find_version(session, adapter, reference)]
+    query = select(Version).where(Version.adapter_id == adapter.id)
+    if reference.alias is not None:
+        query = query.join(Alias, col(Alias.version_id) == Version.id).where(
+            Alias.adapter_id == adapter.id, Alias.name == reference.alias
+        )
+        exact = session.exec(query.where(Alias.base_id == base.id)).first()
+        if exact is not None:
+            return [exact]
+    else:
+        query = query.where(col(Version.latest))
+    found = session.exec(query.order_by(col(Version.number).desc())).all()
+    if not found and reference.alias is None:
+        raise VersionNotFound(ref=str(reference), name=str(reference.series), nearest="")
+    return found
+
+
+def _nearest(
+    session: Session, graded: Sequence[tuple[FitInfo, Version]], engine: str | None, bit: int | None
+) -> str:
+    if not graded:
+        return ""
+    bases = base_names(session, {version.base_id for _, version in graded})
+    listed = "; ".join(
+        f"v{version.number} on {bases[version.base_id][1]} is {fit.fit}"
+        + (f", not loadable by {engine}" if bit is not None and not version.engines & bit else "")
+        for fit, version in graded
+    )
+    return f" Nearest: {listed}."
+
+
+# ── history and lineage ──────────────────────────────────────────────────────
+
+
+def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]:
+    """What happened to an adapter, newest first: versions and alias moves, who and why."""
+    assert adapter.id is not None
+    versions = versions_page(session, adapter, before=1 << 30, limit=limit)
+    moves = session.exec(
+        select(AliasMove).where(AliasMove.adapter_id == adapter.id).order_by(col(AliasMove.id).desc()).limit(limit)
+    ).all()
+    numbers = {v.id: v.number for v in session.exec(select(Version).where(Version.adapter_id == adapter.id))}
+    bases = base_names(session, {v.base_id for v in versions} | {m.base_id for m in moves})
+    names = _actor_names(session, {v.created_by for v in versions} | {m.actor for m in moves})
+    entries = [
+        LogEntry(
+            at=version.created_at,
+            actor=names.get(version.created_by, version.created_by),
+            event="version",
+            detail=f"v{version.number} on {bases[version.base_id][1]} ({version.evidence})"
+            + (f": {version.message}" if version.message else ""),
+            facts={"version": version.number, "digest": version.digest, "job": version.job_id},
+        )
+        for version in versions
+    ]
+    entries += [
+        LogEntry(
+            at=moved.at,
+            actor=names.get(moved.actor, moved.actor),
+            event="alias",
+            detail=f"{moved.name} on {bases[moved.base_id][1]}: "
+            + (f"v{numbers[moved.from_version_id]}" if moved.from_version_id else "unset")
+            + f" → v{numbers[moved.to_version_id]}"
+            + (f" ({moved.reason})" if moved.reason else ""),
+            facts={"verdict": moved.verdict, "campaign": moved.campaign_id, "generation": moved.generation},
+        )
+        for moved in moves
+    ]
+    return sorted(entries, key=lambda entry: entry.at, reverse=True)[:limit]
+
+
+def _actor_names(session: Session, ids: set[str]) -> dict[str, str]:
+    rows = session.exec(select(Token.id, Token.name).where(col(Token.id).in_(ids)))
+    return dict(rows.all())
+
+
+def lineage(session: Session, caller: Caller, version: Version) -> LineageInfo:
+    """Everything a version was made from, as far as the caller may read it: versions, datasets, recipes."""
+    nodes: dict[str, LineageNode] = {}
+    edges: list[tuple[str, str, str]] = []
+    waiting = [version.digest]
+    while waiting:
+        digest = waiting.pop()
+        if digest in nodes:
+            continue
+        node, row = _node(session, caller, digest)
+        nodes[digest] = node
+        if row is None:
+            continue
+        for parent in session.exec(select(VersionParent).where(VersionParent.version_id == row.id)):
+            edges.append((digest, parent.parent, parent.relation))
+            waiting.append(parent.parent)
+    return LineageInfo(root=version.digest, nodes=list(nodes.values()), edges=edges)
+
+
+def _node(session: Session, caller: Caller, digest: str) -> tuple[LineageNode, Version | None]:
+    found = session.exec(
+        select(Version, Adapter, Base).join(Adapter).join(Base, col(Base.id) == Version.base_id)
+        .where(Version.digest == digest).order_by(col(Version.id))
+    ).all()
+    for version, adapter, base in found:
+        if caller.can("read", adapter.namespace):
+            recipe = json.loads(manifest_body(session, digest))["lineage"]["recipe"]
+            ref = f"{adapter.namespace}/{adapter.name}@v{version.number}"
+            return LineageNode(digest=digest, ref=ref, kind="adapter", base=base.digest, recipe=recipe), version
+    data = session.exec(
+        select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == digest)
+    ).all()
+    for row, dataset in data:
+        if caller.can("read", dataset.namespace):
+            ref = f"{dataset.namespace}/{dataset.name}@v{row.number}"
+            return LineageNode(digest=digest, ref=ref, kind=dataset.kind, base=None, recipe=None), None
+    return LineageNode(digest=digest, ref=None, kind="unknown", base=None, recipe=None), None
+

@@ -1,0 +1,72 @@
+"""From what people type to rows: adapters, versions, datasets, with the nearest names in a refusal.
+
+What the caller may not read is refused in the same words as what is not there.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from sqlmodel import Session
+
+from registry.core.errors import AdapterNotFound, DatasetNotFound, VersionNotFound
+from registry.core.names import Reference, SeriesName
+from registry.db import queries
+from registry.db.models import Adapter, DatasetVersion, Version
+
+from .tokens import Caller
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"``, or nothing."""
+    found = get_close_matches(wanted, list(names), n=1)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapter:
+    """The series, `AdapterNotFound` when it is not there or not the caller's to read."""
+    row = queries.adapter_by_name(session, series.namespace, series.name)
+    if row is None or not caller.can("read", series.namespace):
+        known = queries.adapter_names(session, caller.readable())
+        raise AdapterNotFound(name=str(series), nearest=nearest(str(series), known))
+    return row
+
+
+def find_version(session: Session, adapter: Adapter, reference: Reference) -> Version:
+    """The version that ``@vN`` or a digest names, else the newest; `VersionNotFound`.
+
+    An alias needs a base too: `registry.services.resolve`.
+    """
+    assert adapter.id is not None
+    if reference.version is not None:
+        row = queries.version_by_number(session, adapter.id, reference.version)
+    elif reference.digest is not None:
+        row = queries.version_by_digest(session, adapter.id, str(reference.digest))
+    else:
+        row = queries.latest_version(session, adapter.id)
+    if row is None:
+        raise VersionNotFound(
+            ref=str(reference), name=str(reference.series), nearest=f" Its newest is v{adapter.next_version - 1}."
+        )
+    return row
+
+
+def parse_version(series: SeriesName, text: str) -> Reference:
+    """``vN`` or a digest, as a route's path spells it."""
+    return Reference.parse(f"{series}@{text}")
+
+
+def find_dataset(session: Session, caller: Caller, kind: str, text: str) -> DatasetVersion:
+    """The version of a dataset or suite that a reference names, the newest by default; `DatasetNotFound`."""
+    reference = Reference.parse(text, kind)
+    series = reference.series
+    row = queries.dataset_version(
+        session,
+        kind,
+        series.namespace,
+        series.name,
+        reference.version,
+        str(reference.digest) if reference.digest else None,
+    )
+    if row is None or not caller.can("read", series.namespace):
+        raise DatasetNotFound(kind=kind, ref=text, nearest="")
+    return row
