@@ -1,0 +1,217 @@
+"""Rows of JSONL to tokens: prompts that are read, completions that are learnt and scored.
+
+    {"prompt": "2+2=", "completion": " 4"}
+    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    {"prompt": "2+2=", "choices": [" 3", " 4"], "answer": 1}            only in suites
+
+Prompt and completion are tokenised apart and concatenated, in training as in evaluation, so that no token
+spans their border and generation meets exactly what was trained; a completion that continues a word's
+space begins with that space. The prompt gets the special tokens that the tokenizer puts in front, the
+completion the end-of-sequence token behind. Messages go through the tokenizer's chat template; only the
+last turn, the assistant's, is the completion, and the template's own end of turn is part of it.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from registry.core.errors import BadDataset
+
+from .model import Tokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parsed line, and where it stands."""
+
+    value: dict[str, Any]
+    path: str
+    line: int
+
+    def refuse(self, reason: str) -> BadDataset:
+        """The refusal of this row."""
+        return BadDataset(path=self.path, line=self.line, reason=reason)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in tokens."""
+
+    row: Row
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    """One completion, or every choice."""
+    texts: tuple[str, ...]
+    """Their texts, without any end token: what is measured in UTF-8 bytes."""
+    answer: int | None = None
+    """The index of the right choice; None when there was nothing to choose from."""
+    end: tuple[int, ...] = ()
+    """What follows a completion in training: the end of sequence, or the template's end of turn."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt, right completion and end, as trained on."""
+        return self.prompt + self.completions[self.answer or 0] + self.end
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of every ``.jsonl`` file of a dataset or suite, by file name and line."""
+    paths = sorted(folder.rglob("*.jsonl"))
+    if not paths:
+        raise BadDataset(path=folder.name, line=0, reason="there is no .jsonl file")
+    rows = [row for path in paths for row in parse_rows(path.read_bytes(), path.name)]
+    if not rows:
+        raise BadDataset(path=paths[0].name, line=0, reason="there are no rows")
+    return rows
+
+
+def parse_rows(data: bytes, path: str) -> list[Row]:
+    """One row per line that is not blank; `BadDataset` names the line that is no row."""
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadDataset(path=path, line=number, reason=f"not JSON: {error}") from error
+        row = Row(value, path, number)
+        if problem := _problem(value):
+            raise row.refuse(problem)
+        rows.append(row)
+    return rows
+
+
+def _problem(value: Any) -> str | None:
+    """Why ``value`` is not a row."""
+    match value:
+        case {"messages": list(messages)}:
+            turns = all(
+                isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+                for turn in messages
+            )
+            if not turns or len(messages) < 2:
+                return "'messages' must be two or more objects with the texts 'role' and 'content'"
+            if messages[-1]["role"] != "assistant":
+                return f"the last message is by '{messages[-1]['role']}'; it must be the assistant's"
+            return None if messages[-1]["content"] else "the completion is empty"
+        case {"prompt": str(), "completion": str(completion)}:
+            return None if completion else "the completion is empty"
+        case {"prompt": str(), "choices": list(choices), "answer": answer}:
+            if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+                return "'choices' must be two or more texts, none of them empty"
+            if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+                return f"'answer' is {json.dumps(answer)}; allowed are 0 to {len(choices) - 1}"
+            return None
+        case dict():
+            return "expected the texts 'prompt' and 'completion', or 'messages', or 'prompt', 'choices' and 'answer'"
+        case _:
+            return "not a JSON object"
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────
+
+
+def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
+    """The row in tokens; its prompt is cut on the left to ``max_length``, a completion that does not fit is refused."""
+    if "messages" in row.value:
+        prompt, texts, end = _chat(tokenizer, row)
+        answer = None
+    else:
+        prompt = _leading(tokenizer, row.value["prompt"])
+        texts = tuple(row.value.get("choices") or [row.value["completion"]])
+        answer = row.value.get("answer") if "choices" in row.value else None
+        end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    completions = tuple(_encode(tokenizer, text) for text in texts)
+    longest = max(map(len, completions)) + len(end)
+    if min(map(len, completions)) == 0:
+        raise row.refuse("a completion gives no tokens")
+    if longest >= max_length:
+        raise row.refuse(f"the completion has {longest} tokens; at most {max_length - 1} fit, beside one of the prompt")
+    prompt = prompt or _beginning(tokenizer, row)
+    return Example(row, prompt[longest - max_length :], completions, texts, answer, end)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _leading(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The prompt with the special tokens in front, without one that the tokenizer may put behind."""
+    ids = tuple(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
+
+
+def _beginning(tokenizer: Tokenizer, row: Row) -> tuple[int, ...]:
+    """An empty prompt: something must stand before the first token that is predicted."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return (token,)
+    raise row.refuse("the prompt gives no tokens, and the tokenizer has no token to begin with")
+
+
+def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
+    """Prompt tokens, the assistant's last text, and the tokens of the template's end of turn."""
+    if not tokenizer.chat_template:
+        raise row.refuse("the base's tokenizer has no chat template, which 'messages' need")
+    messages = row.value["messages"]
+    text = messages[-1]["content"]
+    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(before + text):
+        text = text.strip()
+        if not text or not whole.startswith(before + text):
+            raise row.refuse("the chat template does not put the last message behind the generation prompt unchanged")
+    return _encode(tokenizer, before), (text,), _encode(tokenizer, whole[len(before) + len(text) :].rstrip("\n"))
+
+
+# ── batches ──────────────────────────────────────────────────────────────────
+
+
+def batches(examples: Sequence[Example], batch_tokens: int, seed: int) -> Iterator[list[Example]]:
+    """Batches without end: every epoch in an order of its own, drawn from the seed and the epoch's number.
+
+    Rows are taken until the next one would exceed ``batch_tokens``, padding included (at least one).
+    """
+    batch: list[Example] = []
+    longest = epoch = 0
+    while True:
+        order = list(examples)
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for example in order:
+            longest = max(longest, len(example.ids))
+            if batch and longest * (len(batch) + 1) > batch_tokens:
+                yield batch
+                batch, longest = [], len(example.ids)
+            batch.append(example)
+        epoch += 1
+
+
+def collate(batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (B×T, padded on the right), the positions that predict a completion's token (B×T), those tokens (N).
+
+    Padding on the right needs no attention mask: a causal model never looks to the right.
+    """
+    ids_BT = padded([example.ids for example in batch])
+    asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        asked_BT[row, len(example.prompt) - 1 : len(example.ids) - 1] = True
+    targets_N = ids_BT.roll(-1, dims=1)[asked_BT]
+    return ids_BT.to(device), asked_BT.to(device), targets_N.to(device)
+
+
+def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """Rows of ids as one matrix, padded with id 0, which nothing looks at."""
+    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for ids_T, row in zip(ids_BT, rows, strict=True):
+        ids_T[len(ids_T) - len(row) if left else 0 :][: len(row)] = torch.tensor(row)
+    return ids_BT

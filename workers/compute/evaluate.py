@@ -1,0 +1,202 @@
+"""Evaluation: many adapters and the bare base on one suite, with one load of the base and a record per item.
+
+A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for other than the default, a
+``suite.json`` beside them:
+
+    {"metrics": ["likelihood", "exact-match"], "max_new_tokens": 32}
+
+By default rows with choices are scored by accuracy and likelihood, others by likelihood. Every batch is made
+once, of rows of like length, and every adapter answers the same batch: K adapters in one pass are K passes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from registry.core.digest import Digest
+from registry.core.errors import BadConfig
+from registry.core.manifest import canonical_json
+from registry.core.recipes import Metric
+from registry.core.records import Record, item_id, split_of
+
+from . import metrics as metric
+from .data import Example, Row, padded, read_rows, tokenize
+from .finetune import Report, silent
+from .lora import Adapter, Hook, attached, layers_of
+from .model import Model, Tokenizer
+
+BARE = "bare"
+HARNESS = 1
+"""Raised whenever the same model would get another score: old records then no longer pair with new ones."""
+_BATCH_TOKENS = 1024
+_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Rows, the metrics asked for (None: by the form of the row), and how far a generation may go."""
+
+    rows: Sequence[Row]
+    metrics: tuple[Metric, ...] | None = None
+    max_new_tokens: int = 64
+
+    @classmethod
+    def read(cls, folder: Path) -> "Suite":
+        """The suite of a folder; `BadConfig` says what its suite.json may hold."""
+        path = folder / "suite.json"
+        spec = json.loads(path.read_bytes()) if path.is_file() else {}
+        names, length = spec.get("metrics"), spec.get("max_new_tokens", 64)
+        known = get_args(Metric)
+        if names is not None and (not names or not set(names) <= set(known)):
+            raise BadConfig(path=path.name, reason=f"metrics are {names}; allowed are {', '.join(known)}")
+        if not isinstance(length, int) or length < 1:
+            raise BadConfig(path=path.name, reason=f"max_new_tokens is {length}; it must be a whole number above 0")
+        return cls(read_rows(folder), None if names is None else tuple(names), length)
+
+    def only(self, split: str) -> "Suite":
+        """The suite's rows of one split."""
+        rows = [row for row in self.rows if split_of(item_id(row.value)) == split]
+        return Suite(rows, self.metrics, self.max_new_tokens)
+
+    def metrics_of(self, example: Example) -> tuple[Metric, ...]:
+        """What this row is scored by."""
+        if example.answer is None:
+            return tuple(name for name in self.metrics or ("likelihood",) if name != "accuracy")
+        return tuple(name for name in self.metrics or ("accuracy", "likelihood") if name != "exact-match")
+
+    def main_metric(self) -> Metric:
+        """The metric that chooses among candidates: the first one asked for, else the first row's first."""
+        return self.metrics[0] if self.metrics else "accuracy" if "choices" in self.rows[0].value else "likelihood"
+
+    def harness(self, precision: str) -> Digest:
+        """Digest of all that decides a score beside the model and the rows."""
+        spec = {"harness": HARNESS, "metrics": self.metrics, "max_new_tokens": self.max_new_tokens}
+        return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": _MAX_LENGTH}))
+
+
+@dataclass(frozen=True)
+class Query:
+    """One row for the model: ids, and per position from ``first`` on the tokens whose log-probability is asked."""
+
+    item: int
+    choices: tuple[int, ...]
+    """The choices that the columns of ``asked`` belong to."""
+    ids: tuple[int, ...]
+    first: int
+    asked: tuple[tuple[int, ...], ...]
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    adapters: Mapping[str, Adapter],
+    *,
+    bare: bool = True,
+    report: Report = silent,
+) -> dict[str, list[Record]]:
+    """Records by adapter name (`BARE` for the base alone), in the order of the suite's rows."""
+    limit = min(_MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH)
+    examples = [tokenize(tokenizer, row, limit) for row in suite.rows]
+    hooks: dict[str, Sequence[Hook]] = {BARE: []} if bare else {}
+    hooks |= {name: layers_of(model, adapter) for name, adapter in adapters.items()}
+    queries = list(_batches([query for i, example in enumerate(examples) for query in _queries(i, example)]))
+    prompts = [i for i, example in enumerate(examples) if "exact-match" in suite.metrics_of(example)]
+    outputs: dict[str, dict[int, tuple[str, bool]]] = {name: {} for name in hooks}
+    scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in hooks}
+    steps = (len(queries) + len(prompts)) * len(hooks)
+    step = 0
+    with torch.inference_mode():
+        for batch in queries:
+            for name, layers in hooks.items():
+                with attached(layers):
+                    for query, values in zip(batch, _log_probabilities(model, batch), strict=True):
+                        for choice, value in zip(query.choices, values, strict=True):
+                            scores[name][query.item][choice] = value
+                report({"step": (step := step + 1), "steps": steps, "adapter": name})
+        for i in prompts:
+            for name, layers in hooks.items():
+                with attached(layers):
+                    outputs[name][i] = _generate(model, tokenizer, examples[i].prompt, suite.max_new_tokens)
+                report({"step": (step := step + 1), "steps": steps, "adapter": name})
+    return {
+        name: [_record(suite, e, scores[name][i], outputs[name].get(i)) for i, e in enumerate(examples)]
+        for name in hooks
+    }
+
+
+def _queries(item: int, example: Example) -> Iterator[Query]:
+    """One row per completion; choices of a single token share one row and one position."""
+    first = len(example.prompt)
+    if all(len(completion) == 1 for completion in example.completions):
+        asked = tuple(completion[0] for completion in example.completions)
+        yield Query(item, tuple(range(len(asked))), example.prompt, first, (asked,))
+        return
+    for choice, completion in enumerate(example.completions):
+        ids = example.prompt + completion[:-1]
+        yield Query(item, (choice,), ids, first, tuple((token,) for token in completion))
+
+
+def _batches(queries: Sequence[Query]) -> Iterator[list[Query]]:
+    """Queries of like length together, at most `_BATCH_TOKENS` tokens with padding (at least one query)."""
+    batch: list[Query] = []
+    for query in sorted(queries, key=lambda query: (len(query.ids), query.item)):
+        if batch and len(query.ids) * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(query)
+    if batch:
+        yield batch
+
+
+def _log_probabilities(model: Model, batch: Sequence[Query]) -> list[list[float]]:
+    """Per query and choice: the sum of ln p over the completion's tokens."""
+    ids_BT = padded([query.ids for query in batch])
+    asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+    for row, query in enumerate(batch):
+        asked_BT[row, query.first - 1 : len(query.ids)] = True
+    kept_BT = asked_BT.to(model.device)
+    logits_NV: Tensor = model(input_ids=ids_BT.to(model.device), logits_to_keep=kept_BT, use_cache=False).logits
+    logits_NV = logits_NV.reshape(int(asked_BT.sum()), -1).float()
+    log_z_N = logits_NV.logsumexp(dim=1)
+    found, at = [], 0
+    for query in batch:
+        span = slice(at, at := at + len(query.asked))
+        asked_NC = torch.tensor(query.asked, device=model.device)
+        found.append((logits_NV[span].gather(1, asked_NC) - log_z_N[span, None]).sum(0).tolist())
+    return found
+
+
+def _generate(model: Model, tokenizer: Tokenizer, prompt: Sequence[int], max_new_tokens: int) -> tuple[str, bool]:
+    """The greedy continuation, and whether it came to an end of its own."""
+    ids = torch.tensor([prompt], device=model.device)
+    end = tokenizer.eos_token_id
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, bos_token_id=None
+    )
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[0, len(prompt) :].tolist()
+    return tokenizer.decode(made, skip_special_tokens=True), end in made
+
+
+def _record(suite: Suite, example: Example, scores: Sequence[float], output: tuple[str, bool] | None) -> Record:
+    right = example.answer or 0
+    values: dict[Metric, float] = {}
+    for name in suite.metrics_of(example):
+        match name:
+            case "likelihood":
+                values[name] = metric.likelihood(scores[right], example.texts[right])
+            case "accuracy":
+                values[name] = metric.accuracy(scores, example.texts, right)
+            case "exact-match":
+                values[name] = metric.exact_match(output[0] if output else "", example.texts[right])
+    if not values:
+        raise example.row.refuse(f"none of the suite's metrics {', '.join(suite.metrics or ())} applies to it")
+    item = item_id(example.row.value)
+    text, ended = output or (None, None)
+    return Record(item=item, split=split_of(item), metrics=values, parsed=ended, output=text)

@@ -1,0 +1,56 @@
+"""Base models from local folders: loaded once, frozen, in the precision that this machine is good at."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from registry.core.errors import NotABase, NotRunnable
+from registry.core.recipes import Precision
+
+Model = Any
+"""A transformers causal language model; it ships no types."""
+Tokenizer = Any
+
+
+def device_here() -> torch.device:
+    """The first GPU, or the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_for(precision: Precision) -> torch.dtype:
+    """The type of the base's weights: ``auto`` takes bfloat16 where the device computes in it, else float32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load(folder: Path, precision: Precision = "auto") -> tuple[Model, Tokenizer]:
+    """The frozen model of ``folder`` in evaluation mode, and its tokenizer; no code of the folder is run."""
+    if not (folder / "config.json").is_file():
+        raise NotABase(path=str(folder), reason="there is no config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype_for(precision), local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise NotRunnable(what=f"The base model in '{folder.name}'", reason=str(error).splitlines()[0]) from error
+    model.requires_grad_(False)
+    return model.eval().to(device_here()), tokenizer
+
+
+def module_name(model: Model, name: str) -> str | None:
+    """The model's own name of what an adapter calls ``name``: as it is, or with or without the base prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, f"{prefix}{name}", name.removeprefix(prefix)):
+        with suppress(AttributeError):
+            model.get_submodule(candidate)
+            return candidate
+    return None

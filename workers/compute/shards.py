@@ -1,0 +1,72 @@
+"""Base folders as raw tensors: where each one lies, and reading it by position in bounded memory."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from registry.core.errors import BadHeader, NotABase, NotRunnable
+from registry.core.safetensors import header_bytes, parse_header
+
+from .weights import DTYPES
+
+BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its bytes are ``size`` bytes from ``start``."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def blocks(self, file: int) -> Iterator[tuple[slice, Tensor]]:
+        """The tensor by blocks of rows (dimension 0) of at most `BLOCK_BYTES` each, or of one row."""
+        if not self.size:
+            return
+        rows = self.shape[0] if self.shape else 1
+        row = self.size // rows
+        many = max(1, BLOCK_BYTES // row)
+        for first in range(0, rows, many):
+            last = min(first + many, rows)
+            data = bytearray(os.pread(file, (last - first) * row, self.start + first * row))
+            if len(data) != (last - first) * row:
+                raise BadHeader(path=self.path.name, reason=f"tensor '{self.name}' ends after the end of the file")
+            yield slice(first, last), torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of one file, in the order of their bytes, and its metadata."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(16)
+        header = parse_header(start + file.read(header_bytes(start, size, path.name) - 16), size, path.name)
+    for tensor in header:
+        if tensor.dtype not in DTYPES:
+            raise NotRunnable(what="The base", reason=f"tensor '{tensor.name}' is stored as {tensor.dtype}")
+    found = {t.name: Stored(path, t.name, t.dtype, t.shape, t.start, t.size) for t in header}
+    return found, dict(header.metadata)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The base's safetensors files: those of its index, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise NotABase(path=str(folder), reason="there is no .safetensors file")
+    return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a base folder by name."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_header(path)[0].items()}

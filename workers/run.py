@@ -1,0 +1,242 @@
+"""Run one recipe on local folders, without a registry, a queue or a network.
+
+    python -m workers.run recipe.json --in base=DIR --in dataset.0=DIR --out DIR [--checkpoint DIR]
+
+Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``--out``:
+
+    result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
+    adapter/                finetune, rebase: a PEFT folder
+    base/                   merge: a model that transformers loads
+    records-<i>.jsonl       evaluate: per item, for adapter i; the bare base's in records-bare.jsonl
+    error.json              the refusal, instead of result.json; exit status 1
+
+Progress goes to ``--progress-fd`` as lines of JSON, else to stderr for people. A termination signal stops
+after the step at hand, leaves a checkpoint, and exits with 130; the same command then goes on from it.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+
+from registry.core.errors import BadRequest, LoractlError
+from registry.core.recipes import (
+    Compare,
+    Evaluate,
+    FineTune,
+    Merge,
+    Precision,
+    Rebase,
+    Recipe,
+    inputs_of,
+    parse_recipe,
+    recipe_digest,
+)
+from registry.core.records import summary, to_jsonl
+
+from .compute.data import Row, read_rows
+from .compute.evaluate import Suite, evaluate
+from .compute.finetune import Trained, finetune
+from .compute.lora import Adapter
+from .compute.merge import merge
+from .compute.model import dtype_for, load
+from .compute.rebase.carry import carry
+from .compute.rebase.retrain import gain, recovered, retrain
+from .compute.rebase.signals import compare
+from .compute.rebase.warm_start import warm_start
+from .compute.weights import atomic_write, read_adapter, write_adapter
+
+Report = Callable[[dict[str, Any]], None]
+Inputs = Mapping[str, Path]
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``result.json`` holds."""
+
+    kind: str
+    facts: dict[str, Any]
+
+    def dump(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {"kind": self.kind, **self.facts}
+
+
+def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None = None) -> Result:
+    """Run ``recipe``; outputs and ``result.json`` lie in ``out`` when this returns.
+
+    A KeyboardInterrupt out of ``report`` stops the work at a step's end, with a checkpoint where there is one.
+    """
+    missing = sorted(inputs_of(recipe).keys() - inputs.keys())
+    if missing:
+        raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    match recipe:
+        case FineTune():
+            facts = _finetune(recipe, inputs, out, report, checkpoint)
+        case Evaluate():
+            facts = _evaluate(recipe, inputs, out, report)
+        case Merge():
+            facts = _merge(inputs, out, report)
+        case Rebase():
+            facts = _rebase(recipe, inputs, out, report, checkpoint)
+        case Compare():
+            facts = asdict(compare(inputs["old"], inputs["base"], report))
+    facts |= {
+        "seconds": round(time.monotonic() - began, 3),
+        "recipe": str(recipe_digest(recipe)),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    result = Result(recipe.kind, facts)
+    atomic_write(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
+    return result
+
+
+# ── one function per kind ────────────────────────────────────────────────────
+
+
+def _finetune(recipe: FineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
+    start = read_adapter(inputs["start"]) if recipe.start else None
+    if start is not None and (ranks := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
+        raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(ranks)}")
+    model, tokenizer = load(inputs["base"], recipe.precision)
+    trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, report=report, checkpoint_dir=checkpoint)
+    _write(trained.adapter, out, recipe.base, recipe)
+    return _training_facts(trained, recipe.precision)
+
+
+def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    suite = Suite.read(inputs["suite"])
+    adapters = {str(i): read_adapter(inputs[f"adapter.{i}"]) for i in range(len(recipe.adapters))}
+    model, tokenizer = load(inputs["base"], recipe.precision)
+    records = evaluate(model, tokenizer, suite, adapters, bare=recipe.bare, report=report)
+    for name, found in records.items():
+        atomic_write(out / f"records-{name}.jsonl", to_jsonl(found))
+    precision = _precision(recipe.precision)
+    return {
+        "precision": precision,
+        "harness": str(suite.harness(precision)),
+        "metrics": {name: summary(found) for name, found in records.items()},
+    }
+
+
+def _merge(inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    merged = merge(inputs["base"], read_adapter(inputs["adapter"]), out / "base", report)
+    return {"changed": merged.changed, "untied": merged.untied, "tensors": merged.tensors}
+
+
+def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
+    adapter = read_adapter(inputs["adapter"])
+    carried = carry(adapter, inputs["old"], inputs["base"])
+    training = recipe.training
+    if training is None:
+        _write(carried, out, recipe.base, recipe)
+        return {"tier": recipe.tier, "steps": 0}
+    suite = Suite.read(inputs["suite"]) if recipe.suite else None
+    rows = _rows(inputs)
+    before = None
+    if suite is not None and recipe.tier == "retrain":
+        before = gain(*load(inputs["old"], training.precision), suite, adapter)
+    model, tokenizer = load(inputs["base"], training.precision)
+    if recipe.tier == "warm-start":
+        chosen = warm_start(model, tokenizer, training, rows, carried, suite, report, checkpoint)
+    else:
+        after = None if suite is None else gain(model, tokenizer, suite, carried)
+        chosen = retrain(model, tokenizer, training, rows, carried, recovered(before, after), report, checkpoint)
+    _write(chosen.trained.adapter, out, recipe.base, recipe)
+    facts = {"tier": recipe.tier, "start": chosen.start, "candidates": chosen.candidates, "steps": chosen.steps}
+    return _training_facts(chosen.trained, training.precision) | facts
+
+
+def _rows(inputs: Inputs) -> list[Row]:
+    """The rows of all datasets, in the order of their roles."""
+    roles = sorted((role for role in inputs if role.startswith("dataset.")), key=lambda role: int(role[8:]))
+    return [row for role in roles for row in read_rows(inputs[role])]
+
+
+def _write(adapter: Adapter, out: Path, base: str, recipe: FineTune | Rebase) -> None:
+    write_adapter(adapter, out / "adapter", base=base, recipe=str(recipe_digest(recipe)))
+
+
+def _training_facts(trained: Trained, precision: Precision) -> dict[str, Any]:
+    losses = list(enumerate(trained.losses, start=1))
+    thin = -(-len(losses) // CURVE_POINTS)
+    return {
+        "steps": len(losses),
+        "tokens": trained.tokens,
+        "loss": [list(point) for point in losses if point[0] % thin == 0],
+        "precision": _precision(precision),
+    }
+
+
+def _precision(asked: Precision) -> str:
+    return "bf16" if dtype_for(asked) == torch.bfloat16 else "fp32"
+
+
+# ── the command ──────────────────────────────────────────────────────────────
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run once, and say how it ended: 0, 1 refused, 130 stopped by a signal."""
+    parser = argparse.ArgumentParser(prog="python -m workers.run", description="Run one recipe on local folders.")
+    parser.add_argument("recipe", type=Path, help="a recipe as JSON")
+    parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="ROLE=DIR", type=_input)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to leave checkpoints and go on from")
+    parser.add_argument("--progress-fd", type=int, metavar="N", help="write progress as JSON lines to this descriptor")
+    args = parser.parse_args(argv)
+
+    stopped: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+
+    def report(progress: dict[str, Any]) -> None:
+        if args.progress_fd is not None:
+            os.write(args.progress_fd, json.dumps(progress).encode() + b"\n")
+        else:
+            words = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in progress.items())  # fmt: skip
+            sys.stderr.write("  ".join(words) + "\n")
+        if stopped:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run(parse_recipe(args.recipe.read_bytes()), dict(args.inputs), args.out, report, args.checkpoint)
+    except KeyboardInterrupt:
+        return 130
+    except LoractlError as error:
+        args.out.mkdir(parents=True, exist_ok=True)
+        atomic_write(args.out / "error.json", json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
+        sys.stderr.write(f"{error.message}\n{error.hint}".strip() + "\n")
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _input(text: str) -> tuple[str, Path]:
+    role, equals, folder = text.partition("=")
+    if not equals or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is not ROLE=DIR with a folder that is there")
+    return role, Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
