@@ -500,7 +500,6 @@ def _is_zero(tensor: TensorInfo, path: str, read: Read) -> bool:
     only where the exponent is all ones (NaN or Inf); mantissa + all ones carries out only where it is not zero (NaN).
     """
     bits, exponent, mantissa = _LAYOUTS[tensor.dtype]
-    lowest = mantissa + 1
     zero, nans, infs, first = True, 0, 0, -1
     for start in range(tensor.start, tensor.end, SCAN_BYTES):
         length = min(SCAN_BYTES, tensor.end - start)
@@ -509,12 +508,12 @@ def _is_zero(tensor: TensorInfo, path: str, read: Read) -> bool:
             raise BadHeader(path=path, reason=f"truncated: {len(data)} of {length} bytes at {start}")
         lanes = length * 8 // bits
         value = int.from_bytes(data, "little")
-        every = _ones(bits, lanes)
-        special = ((value & every * exponent) + every * lowest) & (every << (bits - 1))
-        zero = zero and not value & every * (exponent | mantissa)
+        exponents, mantissas, lowest, signs = _masks(bits, exponent, mantissa, lanes)
+        special = ((value & exponents) + lowest) & signs
+        zero = zero and not value & (exponents | mantissas)
         if special:
-            full = ((value & every * mantissa) + every * mantissa) & every * lowest
-            nan = (full << (bits - lowest.bit_length())) & special
+            full = ((value & mantissas) + mantissas) & lowest
+            nan = (full << (bits - (mantissa + 1).bit_length())) & special
             nans += nan.bit_count()
             infs += special.bit_count() - nan.bit_count()
             if first < 0:
@@ -524,10 +523,11 @@ def _is_zero(tensor: TensorInfo, path: str, read: Read) -> bool:
     return zero
 
 
-@lru_cache(maxsize=32)
-def _ones(bits: int, count: int) -> int:
-    """A one in each of ``count`` lanes."""
-    return int.from_bytes((1).to_bytes(bits // 8, "little") * count, "little")
+@lru_cache(maxsize=16)
+def _masks(bits: int, exponent: int, mantissa: int, lanes: int) -> tuple[int, int, int, int]:
+    """In each of ``lanes`` lanes: the exponent, the mantissa, the exponent's lowest bit, the sign."""
+    one = int.from_bytes((1).to_bytes(bits // 8, "little") * lanes, "little")
+    return one * exponent, one * mantissa, one * (mantissa + 1), one << (bits - 1)
 
 
 # ── writing ──────────────────────────────────────────────────────────────────

@@ -30,7 +30,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector|lora_magnitude_vector\.weight)"
 )
-_ROWS = re.compile(r"(?P<module>.+)\.(?:token_adapter\.)?trainable_tokens_delta")
+_ROWS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_init")
 _NOT_RUNNABLE = {  # keys of adapter_config.json that, when set, change what is computed in ways we do not do
