@@ -74,3 +74,13 @@ def _verdict(name: str, engine: Engine, adapter: AdapterSpec) -> EngineVerdict:
     if engine.targets is not None and (others := sorted(set(adapter.targets) - engine.targets)):
         reasons.append(f"it does not adapt {', '.join(others)}")
     return EngineVerdict(not reasons, tuple(reasons))
+
+
+def bit(engine: str) -> int:
+    """The bit of ``engine`` in a version's set of engines; the order of `ENGINES` is for good."""
+    return 1 << list(ENGINES).index(engine)
+
+
+def bits(verdicts: Mapping[str, EngineVerdict]) -> int:
+    """The engines that can load it, as a set of bits."""
+    return sum(bit(engine) for engine, verdict in verdicts.items() if verdict.loads)

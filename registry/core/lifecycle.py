@@ -12,11 +12,16 @@ from .errors import MoveNotAllowed
 
 
 class PushState(StrEnum):
-    """open → uploading → verifying → committed | rejected; expired and aborted end the first three."""
+    """open → uploading → verifying → verified → committed; rejected, expired and aborted are the other ends.
+
+    A push of its own passes through verified within one transaction; it waits there for its job's end, or
+    for its author's word after an alias moved in between.
+    """
 
     OPEN = "open"
     UPLOADING = "uploading"
     VERIFYING = "verifying"
+    VERIFIED = "verified"
     COMMITTED = "committed"
     REJECTED = "rejected"
     EXPIRED = "expired"
@@ -63,15 +68,17 @@ def _from(*states: str) -> frozenset[str]:
     return frozenset(str(state) for state in states)
 
 
+_UNFINISHED = _from(PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
 PUSH = Machine(
     "push",
     {
         "upload": (_from(PushState.OPEN, PushState.UPLOADING), PushState.UPLOADING),
         "verify": (_from(PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING), PushState.VERIFYING),
-        "commit": (_from(PushState.VERIFYING), PushState.COMMITTED),
+        "pass": (_from(PushState.VERIFYING), PushState.VERIFIED),
         "reject": (_from(PushState.VERIFYING), PushState.REJECTED),
-        "expire": (_from(PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING), PushState.EXPIRED),
-        "abort": (_from(PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING), PushState.ABORTED),
+        "commit": (_from(PushState.VERIFIED), PushState.COMMITTED),
+        "expire": (_UNFINISHED, PushState.EXPIRED),
+        "abort": (_UNFINISHED, PushState.ABORTED),
     },
 )
 JOB = Machine(

@@ -1,0 +1,95 @@
+"""Blobs: where they lie in the store, who may read them, and the one way into their final place.
+
+A caller may read a blob when a committed manifest that names it belongs to a version in a namespace the
+caller reads, or to a base model (bases are open to whoever reads anything). So a push says ``present``
+only of bytes its author could have pulled: nobody learns or takes what exists elsewhere.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import false, or_
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import Session, SQLModel, col, select
+from sqlmodel.sql.expression import SelectOfScalar
+
+from registry.core.digest import Digest
+from registry.core.manifest import Manifest
+from registry.db.engine import Database
+from registry.db.models import Adapter, Base, Blob, Dataset, DatasetVersion, ManifestBlob, StoredManifest, Version
+from registry.storage.base import BlobStore
+
+from .tokens import Caller
+
+
+def staging_key(push_id: str, digest: str) -> str:
+    """Where clients write the blob ``digest`` of a push."""
+    return f"staging/{push_id}/{Digest.parse(digest).hex}"
+
+
+def blob_key(digest: str) -> str:
+    """Where the blob lies for good."""
+    return f"blobs/{Digest.parse(digest).hex}"
+
+
+def readable_manifests(caller: Caller) -> SelectOfScalar[str]:
+    """The query for digests of manifests that ``caller`` may read."""
+    adapters = select(Version.digest).join(Adapter)
+    datasets = select(DatasetVersion.digest).join(Dataset)
+    bases = select(Base.manifest).where(col(Base.manifest).is_not(None))
+    namespaces = caller.readable()
+    if namespaces is not None:
+        adapters = adapters.where(col(Adapter.namespace).in_(namespaces))
+        datasets = datasets.where(col(Dataset.namespace).in_(namespaces))
+        if not namespaces:
+            bases = bases.where(false())
+    query = select(StoredManifest.digest)
+    digest = col(StoredManifest.digest)
+    return query.where(or_(digest.in_(adapters), digest.in_(datasets), digest.in_(bases)))
+
+
+def held(session: Session, caller: Caller, digests: Iterable[str]) -> set[str]:
+    """Those of ``digests`` that are here, were read completely, and may be read by ``caller``."""
+    query = (
+        select(ManifestBlob.blob)
+        .join(Blob, col(Blob.digest) == ManifestBlob.blob)
+        .where(col(ManifestBlob.blob).in_(list(digests)), Blob.verified == "full")
+        .where(col(ManifestBlob.manifest).in_(readable_manifests(caller)))
+    )
+    return set(session.exec(query.distinct()))
+
+
+def place(
+    database: Database, store: BlobStore, source: str, *, digest: str, size: int, verified: str, now: datetime
+) -> None:
+    """Copy staged bytes to their final key under the lock of the blob's row.
+
+    Doing it again changes nothing, so a crash anywhere is healed by the next try: bytes without a row are
+    copied over, a row without bytes is not possible. What was only checked by parts is replaced by what
+    was read.
+    """
+    with database.write() as session:
+        add_once(session, Blob, {"digest": digest, "size": size, "verified": "parts", "created_at": now})
+        row = session.exec(select(Blob).where(Blob.digest == digest).with_for_update()).one()
+        if row.verified == "full" and store.head(blob_key(digest)) is not None:
+            return
+        store.copy(source, blob_key(digest))
+        row.verified = verified
+        session.add(row)
+
+
+def keep_manifest(session: Session, manifest: Manifest) -> None:
+    """Store the manifest's canonical bytes and which blobs it names, once."""
+    digest = str(manifest.digest)
+    body = manifest.canonical()
+    add_once(session, StoredManifest, {"digest": digest, "kind": manifest.kind, "body": body, "size": manifest.size})
+    blobs = sorted({entry.digest for entry in manifest.files})
+    add_once(session, ManifestBlob, *({"manifest": digest, "blob": blob} for blob in blobs))
+
+
+def add_once(session: Session, table: type[SQLModel], *rows: Mapping[str, Any]) -> None:
+    """Insert ``rows`` where no row with the same unique key exists."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    session.exec(insert(table).on_conflict_do_nothing(), params=rows)
+

@@ -1,0 +1,119 @@
+"""Fits: how adapters of each target set stand to each base, computed once per (base, base, target set).
+
+A pair (base, target set) appears with the first version that has it, a base with its registration; either
+completes the rows, so that queries only join.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlmodel import Session, col, delete, select
+
+from registry.core.base_model import BaseModel
+from registry.core.fit import Derivation as Descent
+from registry.core.fit import TargetSet as Targets
+from registry.core.fit import classify
+from registry.core.manifest import canonical_json
+from registry.db.models import Base, BaseTable, Derivation, TargetFit, TargetSet, Version
+
+from .blobs import add_once
+
+_REASONS = 12
+"""Reasons kept of one fit."""
+
+
+def ensure_fits(session: Session, *, new: Base) -> int:
+    """Compute what is missing about fit to ``new``, of every (old base, target set) that has versions; how many."""
+    known = select(TargetFit.old_id, TargetFit.target_set_id).where(TargetFit.new_id == new.id)
+    done = {(old, target) for old, target in session.exec(known)}
+    pairs = session.exec(
+        select(Version.base_id, Version.target_set_id)
+        .where(col(Version.target_set_id).is_not(None), Version.base_id != new.id)
+        .distinct()
+    )
+    missing = [(old, target) for old, target in pairs if target is not None and (old, target) not in done]
+    assert new.id is not None
+    return _compute(session, ((old, new.id, target) for old, target in missing))
+
+
+def ensure_pair(session: Session, *, old: Base, target_set_id: int) -> int:
+    """Compute how adapters that patch this target set of ``old`` stand to every other base; how many were missing."""
+    others = select(Base.id).where(Base.id != old.id)
+    known = select(TargetFit.new_id).where(TargetFit.old_id == old.id, TargetFit.target_set_id == target_set_id)
+    done = set(session.exec(known).all())
+    missing = {new for new in session.exec(others) if new is not None} - done
+    assert old.id is not None
+    return _compute(session, ((old.id, new, target_set_id) for new in sorted(missing)))
+
+
+def recompute(session: Session, *, old: Base, new: Base) -> int:
+    """Compute again how adapters on ``old`` stand to ``new``, after a measurement; how many."""
+    rows = session.exec(select(TargetFit).where(TargetFit.old_id == old.id, TargetFit.new_id == new.id)).all()
+    assert old.id is not None and new.id is not None
+    triples = [(old.id, new.id, row.target_set_id) for row in rows]
+    session.exec(delete(TargetFit).where(col(TargetFit.old_id) == old.id, col(TargetFit.new_id) == new.id))
+    session.expire_all()
+    return _compute(session, triples)
+
+
+def keep_target_set(session: Session, targets: Targets) -> TargetSet:
+    """The row of a target set, made with the first adapter that has it."""
+    digest = str(targets.digest)
+    add_once(session, TargetSet, {"digest": digest, "body": canonical_json(list(targets.tensors))})
+    return session.exec(select(TargetSet).where(TargetSet.digest == digest)).one()
+
+
+def model_of(session: Session, base_id: int) -> BaseModel:
+    """The base model of a row, from its table."""
+    row = session.get(BaseTable, base_id)
+    assert row is not None
+    return BaseModel.from_compressed(row.body)
+
+
+def _compute(session: Session, triples: Iterable[tuple[int, int, int]]) -> int:
+    models: dict[int, BaseModel] = {}
+    sets: dict[int, Targets] = {}
+    made: list[dict[str, Any]] = []
+    for old_id, new_id, target_id in triples:
+        for base_id in (old_id, new_id):
+            if base_id not in models:
+                models[base_id] = model_of(session, base_id)
+        if target_id not in sets:
+            sets[target_id] = _targets(session, target_id)
+        descent, drift = _descent(session, old_id, new_id)
+        fit = classify(sets[target_id], models[old_id], models[new_id], descent, drift)
+        made.append(
+            {
+                "old_id": old_id,
+                "new_id": new_id,
+                "target_set_id": target_id,
+                "fit": str(fit.class_),
+                "reasons": [{"subject": reason.subject, "text": reason.text} for reason in fit.reasons[:_REASONS]],
+                "vocabulary_changed": fit.vocabulary_changed,
+                "drift": fit.drift,
+            }
+        )
+    if made:
+        add_once(session, TargetFit, *made)
+    return len(made)
+
+
+def _targets(session: Session, target_id: int) -> Targets:
+    row = session.get(TargetSet, target_id)
+    assert row is not None
+    return Targets(tuple(json.loads(row.body)))
+
+
+def _descent(session: Session, old_id: int, new_id: int) -> tuple[Descent | None, dict[str, float] | None]:
+    """How ``new`` came from ``old`` as far as it was measured, and the drift per tensor."""
+    rows = session.exec(
+        select(Derivation)
+        .where(Derivation.child_id == new_id, Derivation.parent_id == old_id)
+        .order_by(col(Derivation.id))
+    ).all()
+    drift = next((row.detail["drift"] for row in reversed(rows) if row.detail.get("drift")), None)
+    for row in rows:
+        if row.evidence == "measured" and row.kind in ("cast", "quantised"):
+            return Descent("cast" if row.kind == "cast" else "quantised", True, row.detail.get("error")), drift
+    return None, drift

@@ -1,0 +1,500 @@
+"""Pushes: from a manifest to bytes in staging, up to the moment somebody asks for the commit.
+
+    open → uploading → verifying → verified → committed         (rejected, expired, aborted: the other ends)
+
+Clients write only below ``staging/{push}/``, by signed requests; `verification` reads what arrived and
+`commits` makes the version, in one transaction. Opening the same push again, by the same caller and while
+it lives, is resuming it; so after ``alias-moved`` one looks and repeats the push: the repetition takes the
+aliases as they are now for what its author saw, and no byte is sent or read again.
+
+Verbs that talk to the store for long take the `Database` and hold no transaction meanwhile.
+"""
+
+import base64
+import binascii
+import secrets
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from sqlmodel import Session, col, select, update
+
+from registry.core.base_model import BaseModel
+from registry.core.digest import Digest
+from registry.core.errors import (
+    BadManifest,
+    BadRequest,
+    BlobNotFound,
+    BlobsMissing,
+    FileTooLarge,
+    LoractlError,
+    PickleRefused,
+    PushExpired,
+    PushNotFound,
+    PushRejected,
+    ScopeMissing,
+    UploadNotFound,
+)
+from registry.core.lifecycle import PUSH, PushState
+from registry.core.manifest import MAX_MANIFEST_BYTES, Kind, Manifest
+from registry.core.names import SeriesName, check_name
+from registry.db.engine import Database
+from registry.db.models import Base, Job, Push, PushBlob
+from registry.schemas import BlobState, PartsInfo, PartsRequest, PushInfo, PushRequest, SignedRequest, Wishes
+from registry.settings import Settings
+from registry.storage.base import BlobStore, part_sizes
+from registry.storage.base import SignedRequest as Signed
+
+from . import blobs, commits
+from .tokens import Caller
+
+BASES = "base"
+"""The namespace whose scopes decide about base models."""
+UNFINISHED = (PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
+MAX_PARTS = 10_000
+MAX_SMALL_FILE = 1 << 30
+"""Bytes of a file that is no safetensors and no JSONL: it is read whole by nobody, but pulled by everybody."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+
+
+# ── opening ──────────────────────────────────────────────────────────────────
+
+
+def open_push(
+    session: Session,
+    caller: Caller,
+    settings: Settings,
+    *,
+    kind: Kind,
+    series: SeriesName,
+    request: PushRequest,
+    now: datetime,
+    job: Job | None = None,
+) -> Push:
+    """The push that ``request`` asks for: a new one, the same one again, or the committed one when it exists.
+
+    ``series`` is the adapter, dataset or suite; for bases `base_series` of the wished line. A worker pushes
+    only for a job that it claimed (``job``), whose planning checked the rights of who asked for it.
+    """
+    manifest, wishes = Manifest.parse(request.manifest), request.wishes
+    if manifest.kind != kind:
+        raise BadManifest(reason=f"its kind is '{manifest.kind}'; here goes '{kind}'")
+    if len(manifest.canonical()) > MAX_MANIFEST_BYTES:
+        raise BadManifest(reason=f"over {MAX_MANIFEST_BYTES} bytes")
+    if job is None:
+        _allow(caller, kind, series)
+    check_files(manifest, settings)
+    _check_wishes(kind, wishes)
+    if found := committed(session, kind, series, str(manifest.digest)):
+        commits.wish_again(session, found, manifest, wishes, caller.token_id, now)
+        return found
+    table = _table(request, manifest) if kind == "base" else None
+    if kind == "adapter":
+        commits.look_early(session, series, manifest, wishes)
+    seen = commits.seen(session, series, manifest, wishes) if kind == "adapter" else {}
+    stored = wishes.model_dump(mode="json") | {"seen": seen, "actor": caller.name}
+    if push := _living(session, caller, kind, series, manifest, job, now):
+        if push.state != PushState.VERIFYING:
+            push.wishes = stored if push.state != PushState.VERIFIED else _late(push.wishes, stored)
+            session.add(push)
+        return push
+    push = Push(
+        id=f"p{secrets.token_hex(12)}",
+        kind=kind,
+        namespace=series.namespace,
+        name=series.name,
+        manifest_digest=str(manifest.digest),
+        manifest=manifest.canonical(),
+        wishes=stored,
+        state=PushState.OPEN,
+        facts={"table": table} if table else None,
+        created_by=caller.token_id,
+        job_id=job.id if job else None,
+        created_at=now,
+        changed_at=now,
+        expires_at=now + timedelta(seconds=settings.push_ttl_s),
+    )
+    session.add(push)
+    session.flush()
+    sizes = {entry.digest: entry.size for entry in manifest.files}
+    here = blobs.held(session, caller, sizes)
+    for digest, size in sorted(sizes.items()):
+        multipart = size > settings.multipart_from
+        session.add(
+            PushBlob(
+                push_id=push.id,
+                digest=digest,
+                size=size,
+                state="present" if digest in here else "needed",
+                part_size=_part_size(size, settings.part_size) if multipart else None,
+            )
+        )
+    session.flush()
+    return push
+
+
+def base_series(wishes: Wishes) -> SeriesName:
+    """Bases are pushed to their line, or to none."""
+    return SeriesName(BASES, wishes.line or "")
+
+
+def committed(session: Session, kind: str, series: SeriesName, digest: str) -> Push | None:
+    """The push that made exactly this version, if there is one: one query."""
+    query = select(Push).where(
+        Push.manifest_digest == digest,
+        Push.kind == kind,
+        Push.namespace == series.namespace,
+        Push.state == PushState.COMMITTED,
+    )
+    if kind == "base":
+        query = query.join(Base, col(Base.manifest) == Push.manifest_digest)
+    else:
+        query = query.where(Push.name == series.name)
+    return session.exec(query.order_by(col(Push.created_at).desc()).limit(1)).first()
+
+
+def check_files(manifest: Manifest, settings: Settings) -> None:
+    """What the list of files alone shows to be wrong: pickles, sizes, one blob with two sizes."""
+    sizes: dict[str, int] = {}
+    for entry in manifest.files:
+        if entry.path.lower().endswith(_PICKLES):
+            raise PickleRefused(path=entry.path)
+        streamed = entry.path.lower().endswith((".safetensors", ".jsonl")) or manifest.kind == "files"
+        limit = settings.max_file_bytes if streamed else min(MAX_SMALL_FILE, settings.max_file_bytes)
+        if entry.size > limit:
+            raise FileTooLarge(path=entry.path, size=entry.size, limit=limit)
+        if sizes.setdefault(entry.digest, entry.size) != entry.size:
+            raise BadManifest(reason=f"blob {entry.digest} is listed with two sizes")
+
+
+def _allow(caller: Caller, kind: Kind, series: SeriesName) -> None:
+    if kind == "files":
+        raise ScopeMissing(scope="publish", namespace=series.namespace, granted="'files' belong to jobs")
+    if kind != "base":
+        SeriesName.parse(str(series), kind)
+    caller.require("publish", series.namespace)
+
+
+def _check_wishes(kind: Kind, wishes: Wishes) -> None:
+    for alias in wishes.aliases:
+        check_name(alias, "alias")
+    if wishes.line is not None:
+        check_name(wishes.line, "line")
+    if wishes.revision is not None and wishes.line is None:
+        raise BadRequest(problems="wishes.revision: a revision needs its line")
+    if (wishes.parent is None) != (wishes.parent_kind is None):
+        raise BadRequest(problems="wishes.parent: a derivation needs both parent and parent_kind")
+    if len(wishes.names) > 20 or any(not name or len(name) > 200 for name in wishes.names):
+        raise BadRequest(problems="wishes.names: at most 20 names of 1 to 200 characters")
+    elsewhere = {
+        "base": wishes.aliases or wishes.trust_base or wishes.allow_zero,
+        "adapter": wishes.line or wishes.names or wishes.parent,
+    }.get(kind, wishes.aliases or wishes.line or wishes.names or wishes.parent)
+    if elsewhere:
+        raise BadRequest(problems=f"wishes: some of them do not belong to a push of kind '{kind}'")
+
+
+def read_table(text: str) -> BaseModel:
+    """The base model in a base64 compressed table; `BadManifest` says what is wrong with it."""
+    try:
+        return BaseModel.from_compressed(base64.b64decode(text, validate=True))
+    except binascii.Error as error:
+        raise BadManifest(reason=f"the base table is not base64: {error}") from error
+
+
+def _table(request: PushRequest, manifest: Manifest) -> str:
+    if request.table is None:
+        raise BadManifest(reason="a base is pushed with its tensor table")
+    actual = read_table(request.table).digest
+    if str(actual) != manifest.base:
+        raise BadManifest(reason=f"the table has the base digest {actual}, the manifest says {manifest.base}")
+    return request.table
+
+
+def _living(
+    session: Session, caller: Caller, kind: str, series: SeriesName, manifest: Manifest, job: Job | None, now: datetime
+) -> Push | None:
+    mine = [col(Push.job_id) == job.id] if job else [Push.created_by == caller.token_id, col(Push.job_id).is_(None)]
+    query = select(Push).where(
+        Push.manifest_digest == str(manifest.digest),
+        Push.kind == kind,
+        Push.namespace == series.namespace,
+        Push.name == series.name,
+        col(Push.state).in_(UNFINISHED),
+        Push.expires_at > now,
+        *mine,
+    )
+    return session.exec(query.order_by(col(Push.created_at).desc()).limit(1)).first()
+
+
+def _late(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
+    """After verification only what verification did not rest on may change."""
+    return new | {key: old[key] for key in ("trust_base", "allow_zero", "actor")}
+
+
+def _part_size(size: int, wanted: int) -> int:
+    least = -(-size // MAX_PARTS)
+    return max(wanted, -(-least // (1 << 20)) << 20)
+
+
+# ── looking ──────────────────────────────────────────────────────────────────
+
+
+def get(session: Session, caller: Caller, push_id: str) -> Push:
+    """The push, for who opened it, the worker whose job it belongs to, and admins; `PushNotFound` for others."""
+    push = session.get(Push, push_id)
+    if push is not None:
+        if push.created_by == caller.token_id or caller.can("admin", push.namespace):
+            return push
+        job = session.get(Job, push.job_id) if push.job_id else None
+        if job is not None and job.token_id == caller.token_id:
+            return push
+    raise PushNotFound(id=push_id[:64])
+
+
+def describe(session: Session, store: BlobStore, settings: Settings, push: Push, now: datetime) -> PushInfo:
+    """The push as its client sees it: the state of every blob, and fresh URLs for what is still needed."""
+    state = str(push.state)
+    info = PushInfo(
+        id=push.id,
+        kind=push.kind,
+        state=PushState.EXPIRED if state in UNFINISHED and push.expires_at <= now else state,
+        version_digest=push.manifest_digest,
+        expires_at=push.expires_at,
+        findings=push.findings or [],
+        outcome=push.outcome,
+    )
+    if info.state not in (PushState.OPEN, PushState.UPLOADING):
+        return info
+    rows = session.exec(select(PushBlob).where(PushBlob.push_id == push.id).order_by(col(PushBlob.digest))).all()
+    whole = _arrived(store, push.id, rows)
+    for row in rows:
+        blob = BlobState(digest=row.digest, size=row.size, state="needed", part_size=row.part_size)
+        if row.state == "present":
+            blob.state = "present"
+        elif row.digest in whole:
+            blob.state = "arrived"
+        elif row.part_size is None:
+            key, sha256 = blobs.staging_key(push.id, row.digest), Digest.parse(row.digest)
+            blob.put = signed(store.presign_put(key, size=row.size, sha256=sha256, expires_s=int(settings.url_ttl_s)))
+        info.blobs.append(blob)
+    return info
+
+
+def signed(request: Signed) -> SignedRequest:
+    """A store's signed request as it travels."""
+    return SignedRequest(
+        method=request.method,
+        url=request.url,
+        headers=request.headers,
+        expires_at=datetime.fromtimestamp(request.expires_at, UTC),
+    )
+
+
+def _arrived(store: BlobStore, push_id: str, rows: Sequence[PushBlob]) -> set[str]:
+    """Digests whose bytes are all in staging, as one object or as all parts of an upload."""
+    staged = {stat.key: stat.size for stat in store.walk(f"staging/{push_id}/")}
+    whole = set()
+    for row in rows:
+        key = blobs.staging_key(push_id, row.digest)
+        if staged.get(key) == row.size or (row.upload_id and _all_parts(store, key, row)):
+            whole.add(row.digest)
+    return whole
+
+
+def _all_parts(store: BlobStore, key: str, row: PushBlob) -> bool:
+    assert row.upload_id is not None and row.part_size is not None
+    try:
+        arrived = {part.number: part.size for part in store.list_parts(key, row.upload_id)}
+    except UploadNotFound:
+        stat = store.head(key)  # completed since the listing
+        return stat is not None and stat.size == row.size
+    return [arrived.get(number) for number, _ in enumerate(arrived, 1)] == part_sizes(row.size, row.part_size)
+
+
+# ── uploading ────────────────────────────────────────────────────────────────
+
+
+def parts(
+    database: Database,
+    store: BlobStore,
+    settings: Settings,
+    caller: Caller,
+    push_id: str,
+    request: PartsRequest,
+    now: datetime,
+) -> PartsInfo:
+    """Signed URLs for the wanted parts of one blob that have not arrived, and which parts have."""
+    with database.read() as session:
+        push = get(session, caller, push_id)
+        PUSH.after("upload", _alive(push, now).state, push.id)
+        row = session.get(PushBlob, (push_id, request.digest))
+    if row is None or row.part_size is None or row.state == "present":
+        raise BlobNotFound(digest=f"{request.digest} in parts of push {push_id}")
+    key = blobs.staging_key(push_id, request.digest)
+    upload_id = row.upload_id or _begin(database, store, key, row, now)
+    try:
+        arrived = {part.number: part for part in store.list_parts(key, upload_id)}
+    except UploadNotFound:
+        if store.head(key) is None:
+            raise
+        arrived = {}  # completed already: nothing is wanted any more
+        return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=_every(row), put={})
+    sizes = part_sizes(row.size, row.part_size)
+    put = {}
+    for part in request.parts:
+        if part.number > len(sizes):
+            raise BadRequest(problems=f"parts: number {part.number}; blob {row.digest} has {len(sizes)} parts")
+        sha256 = Digest.parse(part.sha256)
+        there = arrived.get(part.number)
+        if there is None or there.size != sizes[part.number - 1] or there.sha256 not in (None, sha256):
+            size = sizes[part.number - 1]
+            expires_s = int(settings.url_ttl_s)
+            put[part.number] = signed(
+                store.presign_part(key, upload_id, part.number, size=size, sha256=sha256, expires_s=expires_s)
+            )
+    told = {number: str(part.sha256) if part.sha256 else None for number, part in sorted(arrived.items())}
+    return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=told, put=put)
+
+
+def _every(row: PushBlob) -> dict[int, str | None]:
+    assert row.part_size is not None
+    return dict.fromkeys(range(1, len(part_sizes(row.size, row.part_size)) + 1))
+
+
+def _begin(database: Database, store: BlobStore, key: str, row: PushBlob, now: datetime) -> str:
+    """Start the multipart upload; when two do at once, one upload wins and the other is aborted."""
+    assert row.part_size is not None
+    mine = store.start_multipart(key, size=row.size, part_size=row.part_size)
+    with database.write() as session:
+        session.exec(
+            update(PushBlob)
+            .where(
+                col(PushBlob.push_id) == row.push_id,
+                col(PushBlob.digest) == row.digest,
+                col(PushBlob.upload_id).is_(None),
+            )
+            .values(upload_id=mine)
+        )
+        session.exec(
+            update(Push)
+            .where(col(Push.id) == row.push_id, col(Push.state) == PushState.OPEN)
+            .values(state=PushState.UPLOADING, changed_at=now)
+        )
+        won = session.exec(
+            select(PushBlob.upload_id).where(PushBlob.push_id == row.push_id, PushBlob.digest == row.digest)
+        ).one()
+    if won != mine:
+        store.abort_multipart(key, mine)
+    assert won is not None
+    return won
+
+
+def _alive(push: Push, now: datetime) -> Push:
+    ended = push.state in (PushState.EXPIRED, PushState.ABORTED)
+    if ended or (push.state in UNFINISHED and push.expires_at <= now):
+        state = push.state if ended else PushState.EXPIRED
+        since = push.changed_at if ended else push.expires_at
+        raise PushExpired(id=push.id, state=str(state), since=f"{since:%Y-%m-%d %H:%M} UTC")
+    return push
+
+
+# ── the ends ─────────────────────────────────────────────────────────────────
+
+
+def ask_commit(database: Database, store: BlobStore, caller: Caller, push_id: str, now: datetime) -> Push:
+    """Ask for the commit, or how it stands: the push as ``verifying``, ``verified`` (of a job) or ``committed``.
+
+    Raises:
+        BlobsMissing: what has not arrived.
+        AliasMoved: a wished alias moved since the push was opened; repeat the push to take it as it is now.
+        LoractlError: the one finding of a rejection; `PushRejected` with all of them where there are more.
+    """
+    with database.read() as session:
+        push = _alive(get(session, caller, push_id), now)
+        if push.state in (PushState.OPEN, PushState.UPLOADING):
+            rows = session.exec(select(PushBlob).where(PushBlob.push_id == push_id, PushBlob.state != "present")).all()
+    if push.state in (PushState.OPEN, PushState.UPLOADING):
+        whole = _arrived(store, push_id, rows)
+        missing = [row.digest for row in rows if row.digest not in whole]
+        if missing:
+            named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+            raise BlobsMissing(id=push_id, count=len(missing), digests=named)
+    with database.write() as session:
+        push = _alive(locked(session, push_id), now)
+        if push.state == PushState.REJECTED:
+            raise refusal(push)
+        if push.state in (PushState.OPEN, PushState.UPLOADING):
+            move(push, "verify", now)
+            push.lease_until = None
+        elif push.state == PushState.VERIFIED and push.job_id is None:
+            commits.commit(session, push, now)
+        session.add(push)
+    return push
+
+
+def refusal(push: Push) -> LoractlError:
+    """What a rejected push is answered with."""
+    findings = push.findings or []
+    if len(findings) == 1:
+        return LoractlError.from_problem(findings[0])
+    told = "; ".join(str(finding.get("detail")) for finding in findings)
+    return PushRejected(id=push.id, findings=told, problems=findings)
+
+
+def abort(session: Session, caller: Caller, push_id: str, now: datetime) -> Push:
+    """End the push; the garbage collector removes what was staged."""
+    get(session, caller, push_id)
+    push = locked(session, push_id)
+    move(push, "abort", now)
+    push.facts = None
+    session.add(push)
+    return push
+
+
+def expire(session: Session, now: datetime, limit: int = 100) -> list[str]:
+    """End pushes whose time is over, some at once; their ids. One that a verifier owns now is left to it."""
+    query = select(Push).where(
+        col(Push.state).in_(UNFINISHED),
+        Push.expires_at <= now,
+        col(Push.lease_until).is_(None) | (col(Push.lease_until) <= now),
+    )
+    ended = session.exec(query.limit(limit).with_for_update(skip_locked=True)).all()
+    for push in ended:
+        move(push, "expire", now)
+        push.facts = None
+        session.add(push)
+    return [push.id for push in ended]
+
+
+def locked(session: Session, push_id: str) -> Push:
+    """The push as it is now, held until the end of the transaction."""
+    query = select(Push).where(Push.id == push_id).with_for_update().execution_options(populate_existing=True)
+    push = session.exec(query).first()
+    if push is None:
+        raise PushNotFound(id=push_id[:64])
+    return push
+
+
+def move(push: Push, name: str, now: datetime) -> None:
+    """Change the state as `lifecycle.PUSH` allows."""
+    push.state = PUSH.after(name, push.state, push.id)
+    push.changed_at = now
+
+
+def clear_staging(store: BlobStore, push_id: str, uploads: Iterable[tuple[str, str]]) -> int:
+    """Remove what a push staged; ``uploads`` are (digest, upload id). How many objects went."""
+    for digest, upload_id in uploads:
+        store.abort_multipart(blobs.staging_key(push_id, digest), upload_id)
+    removed = 0
+    for stat in list(store.walk(f"staging/{push_id}/")):
+        store.delete(stat.key)
+        removed += 1
+    return removed
+
+
+def uploads_of(session: Session, push_id: str) -> list[tuple[str, str]]:
+    """Multipart uploads that a push may have left open: (digest, upload id)."""
+    rows = session.exec(select(PushBlob).where(PushBlob.push_id == push_id, col(PushBlob.upload_id).is_not(None)))
+    return [(row.digest, row.upload_id) for row in rows if row.upload_id]
+
+
