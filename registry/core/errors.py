@@ -452,6 +452,12 @@ class AliasMoved(Conflict):
     help = "Look first, then repeat: loractl alias list {name}"
 
 
+class RevisionTaken(Conflict):
+    code = "revision-taken"
+    says = "The next revision of line '{line}' is r{next}; r{wanted} was asked for."
+    help = "Look first, then repeat: loractl base list"
+
+
 class LeaseLost(Conflict):
     code = "lease-lost"
     says = "Job {id}, attempt {attempt}: the lease was lost; the job is now {state}."
