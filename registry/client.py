@@ -23,10 +23,10 @@ from pydantic import BaseModel, TypeAdapter
 from . import schemas as wire
 from .core.errors import BadName, LoractlError, RegistryUnreachable, UnknownProblem
 from .core.lifecycle import JobState
+from .core.manifest import Kind
 from .core.names import SeriesName
 from .core.policy import Policy
 
-Kind = Literal["adapter", "base", "dataset", "suite"]
 Answered = TypeVar("Answered", bound=BaseModel)
 Item = TypeVar("Item", bound=BaseModel)
 

@@ -1,0 +1,83 @@
+"""Which registry, and with which token: LORACTL_URL and LORACTL_TOKEN, else what ``loractl login`` kept.
+
+The file is ``loractl/config.json`` in the XDG configuration folder, mode 0600, replaced atomically.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.core.errors import NotLoggedIn, PathUnusable
+
+if TYPE_CHECKING:
+    from registry.client import RegistryClient
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A registry's URL, a token, and where both were found."""
+
+    url: str
+    token: str | None = field(repr=False)
+    source: str
+
+
+def path(env: Mapping[str, str] = os.environ) -> Path:
+    """Where the login is kept."""
+    folder = env.get("XDG_CONFIG_HOME") or str(Path(env.get("HOME") or Path.home()) / ".config")
+    return Path(folder) / "loractl" / "config.json"
+
+
+def load(env: Mapping[str, str] = os.environ) -> Login:
+    """The login; the environment goes first. `NotLoggedIn` when there is none."""
+    kept = _kept(path(env))
+    url = env.get("LORACTL_URL") or kept.get("url")
+    if not url:
+        raise NotLoggedIn
+    # A kept token belongs to the kept registry: it is not sent to another one.
+    token = env.get("LORACTL_TOKEN") or (kept.get("token") if url == kept.get("url") else None)
+    return Login(url, token, "LORACTL_URL" if env.get("LORACTL_URL") else str(path(env)))
+
+
+def save(login: Login, env: Mapping[str, str] = os.environ) -> Path:
+    """Keep the login for the next command; where."""
+    target = path(env)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_secret(target, json.dumps({"url": login.url, "token": login.token}, indent=1) + "\n")
+    except OSError as error:
+        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+    return target
+
+
+def write_secret(target: Path, text: str) -> None:
+    """Replace a file by one that only its owner can read."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(target)
+
+
+def connect(env: Mapping[str, str] = os.environ) -> "RegistryClient":
+    """A client of the registry that one is logged in to."""
+    from registry.client import RegistryClient
+
+    login = load(env)
+    return RegistryClient(login.url, login.token)
+
+
+def _kept(file: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise PathUnusable(path=str(file), reason=f"{error}; log in again: loractl login URL --token TOKEN") from error
+    return kept if isinstance(kept, dict) else {}

@@ -1,0 +1,717 @@
+"""Bytes between folders and the blob store: parallel, resumable, verified, in bounded memory.
+
+    push   hash → open (want/have) → send only what is needed → commit, and wait while it is verified
+    pull   signed GETs → ranges into <out>/.partial/<digest>… → verify → fsync → rename
+
+A push that was killed goes on where it stopped: the same folder gives the same manifest, the registry
+gives back the caller's open push of it, and parts that arrived are not sent again. A pull that was killed
+goes on from the ranges that its journal lists. A file has its final name only after its SHA-256 was seen
+to be right. Signed URLs that are refused are asked for once more; the token never travels with them.
+"""
+
+import base64
+import fcntl
+import hashlib
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import httpx
+
+from . import files
+from .client import PAUSE_S, TRIES, RegistryClient, user_agent
+from .core.base_model import BaseModel
+from .core.digest import Digest
+from .core.errors import (
+    BadPath,
+    ChecksumRefused,
+    DigestMismatch,
+    LoractlError,
+    PathUnusable,
+    PushExpired,
+    PushRejected,
+    SignatureRefused,
+    StorageDown,
+)
+from .core.manifest import Kind, Lineage, check_path
+from .files import HashCache, Scan
+from .schemas import BlobState, Download, PartsRequest, PartWanted, PushInfo, PushRequest, SignedRequest, Wishes
+
+Progress = Callable[[str, int, int], None]
+"""(what is going on, bytes done, bytes in all); called from many threads, one at a time."""
+Refresh = Callable[[], Sequence[Download]]
+
+THREADS = 8
+CHUNK = 1 << 20
+RANGE = 16 << 20
+"""A pull's unit: what is fetched by one request, and lost at most per thread when the pull is killed."""
+PARTIAL = ".partial"
+_PASSING = {408, 429, 500, 502, 503, 504}
+Result = TypeVar("Result")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+# ── push ─────────────────────────────────────────────────────────────────────
+
+
+def push_adapter(
+    client: RegistryClient,
+    folder: Path,
+    name: str,
+    base: str,
+    wishes: Wishes | None = None,
+    *,
+    lineage: Lineage | None = None,
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+    threads: int = THREADS,
+) -> PushInfo:
+    """Push the adapter in ``folder`` as the next version of ``name``, bound to the base digest ``base``.
+
+    An unchanged adapter is one request and no bytes.
+    """
+    scan = scanned("adapter", folder, base=Digest.parse(base), lineage=lineage, progress=progress, cache=cache)
+    return push(client, "adapter", name, scan, wishes, progress=progress, threads=threads)
+
+
+def push_base(
+    client: RegistryClient,
+    folder: Path,
+    wishes: Wishes | None = None,
+    *,
+    base: BaseModel | None = None,
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+    threads: int = THREADS,
+) -> PushInfo:
+    """Push the base model in ``folder`` with its weights; ``base`` is its table when it is known already."""
+    base = base or digested(folder, progress=progress, cache=cache)
+    scan = scanned("base", folder, base=base.digest, progress=progress, cache=cache)
+    return push(client, "base", None, scan, wishes, table=table_of(base), progress=progress, threads=threads)
+
+
+def push_dataset(
+    client: RegistryClient,
+    kind: Literal["dataset", "suite"],
+    file: Path,
+    name: str,
+    *,
+    spec: dict[str, Any] | None = None,
+    message: str = "",
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+) -> PushInfo:
+    """Push a JSONL file as the next version of a dataset or suite; ``spec`` is what belongs to its identity."""
+    scan = scanned(kind, file, config=spec, progress=progress, cache=cache)
+    return push(client, kind, name, scan, Wishes(message=message), progress=progress)
+
+
+def push(
+    client: RegistryClient,
+    kind: Kind,
+    name: str | None,
+    scan: Scan,
+    wishes: Wishes | None = None,
+    *,
+    table: str | None = None,
+    progress: Progress = silent,
+    threads: int = THREADS,
+) -> PushInfo:
+    """Open a push of what was scanned, send what is needed, and commit."""
+    info = client.open_push(kind, name, request_of(scan, wishes, table))
+    return finish_push(client, info, scan, progress=progress, threads=threads)
+
+
+def finish_push(
+    client: RegistryClient,
+    info: PushInfo,
+    scan: Scan,
+    *,
+    progress: Progress = silent,
+    threads: int = THREADS,
+) -> PushInfo:
+    """Send what the opened push ``info`` needs and see it verified; a job's push is committed with the job."""
+    if info.state == "committed":
+        return info
+    paths = {entry.digest: scan.files[entry.path] for entry in scan.manifest.files}
+    upload(client, info, paths, progress=progress, threads=threads)
+    return settle(client, info.id, progress=progress)
+
+
+def request_of(scan: Scan, wishes: Wishes | None = None, table: str | None = None) -> PushRequest:
+    """The body that opens a push of what was scanned."""
+    manifest = scan.manifest.model_dump(mode="json", by_alias=True)
+    return PushRequest(manifest=manifest, wishes=wishes or Wishes(), table=table)
+
+
+def table_of(base: BaseModel) -> str:
+    """The tensor table as it travels: base64 of its compressed form."""
+    return base64.b64encode(base.to_compressed()).decode("ascii")
+
+
+def digested(folder: Path, *, progress: Progress = silent, cache: HashCache | None = None) -> BaseModel:
+    """`files.digest_base`, telling how much of how much is hashed."""
+    total = sum(path.stat().st_size for path in files.base_shards(folder))
+    return files.digest_base(folder, progress=_Meter(progress, "hashing base", total).add, cache=cache)
+
+
+def scanned(
+    kind: Kind,
+    folder: Path,
+    *,
+    base: Digest | None = None,
+    config: dict[str, Any] | None = None,
+    lineage: Lineage | None = None,
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+) -> Scan:
+    """`files.scan_folder`, telling how much of how much is hashed."""
+    there = [folder] if folder.is_file() else [path for path in folder.glob("*") if path.is_file()]
+    meter = _Meter(progress, f"hashing {kind} files", sum(path.stat().st_size for path in there))
+    return files.scan_folder(
+        kind, folder, base=base, config=config, lineage=lineage, progress=meter.add, cache=cache
+    )
+
+
+def upload(
+    client: RegistryClient,
+    info: PushInfo,
+    paths: Mapping[str, Path],
+    *,
+    progress: Progress = silent,
+    threads: int = THREADS,
+    transport: httpx.BaseTransport | None = None,
+) -> None:
+    """Send every blob of ``info`` that is still needed, single ones whole and large ones in parts.
+
+    Parts are hashed before they are sent (the URL is signed for their SHA-256) and read again while they
+    are sent, from the page cache, so that memory does not grow with the size of parts.
+    """
+    needed = [blob for blob in info.blobs if blob.state == "needed"]
+    meter = _Meter(progress, "sending", sum(blob.size for blob in needed))
+    with _Store(threads, transport) as store, _Crew(threads) as crew:
+        sender = _Sender(client, info.id, store, crew, meter)
+        for blob in needed:
+            path = paths[blob.digest]
+            if blob.part_size is None:
+                crew.do(sender.whole, blob, path)
+            else:
+                sender.parts(blob, blob.part_size, path, threads)
+
+
+def settle(
+    client: RegistryClient,
+    push_id: str,
+    *,
+    progress: Progress = silent,
+    sleep: Callable[[float], None] = time.sleep,
+) -> PushInfo:
+    """Ask for the commit until the push is committed (a job's: verified); raises what it was rejected for."""
+    pause, waited = 0.05, 0
+    while True:
+        info = client.commit(push_id)
+        if info.state in ("committed", "verified"):
+            return info
+        if info.state == "rejected":
+            raise rejection(info)
+        if info.state in ("expired", "aborted"):
+            raise PushExpired(id=info.id, state=info.state, since=info.expires_at.isoformat())
+        waited += 1
+        progress("verifying", waited, 0)
+        sleep(pause)
+        pause = min(2.0, pause * 1.5)
+
+
+def rejection(info: PushInfo) -> LoractlError:
+    """The one finding as itself; several as one refusal that lists them."""
+    if len(info.findings) == 1:
+        return LoractlError.from_problem(info.findings[0])
+    details = "; ".join(str(finding.get("detail", finding)) for finding in info.findings)
+    return PushRejected(id=info.id, findings=details or "no reason was given")
+
+
+class _Sender:
+    """The work of one push, as functions for a crew."""
+
+    def __init__(
+        self, client: RegistryClient, push_id: str, store: "_Store", crew: "_Crew", meter: "_Meter"
+    ) -> None:
+        self.client, self.push_id, self.store, self.crew, self.meter = client, push_id, store, crew, meter
+
+    def whole(self, blob: BlobState, path: Path) -> None:
+        """Send a blob in one request."""
+        self._put(path, 0, blob.size, lambda: self._whole_url(blob), blob.put)
+
+    def parts(self, blob: BlobState, part_size: int, path: Path, threads: int) -> None:
+        """Hand the parts that have not arrived to the crew, a few at a time so that requests are few."""
+        arrived = self.client.parts(self.push_id, PartsRequest(digest=blob.digest)).arrived
+        count = math.ceil(blob.size / part_size)
+        self.meter.add(sum(_length(blob.size, part_size, number) for number in arrived))
+        missing = [number for number in range(1, count + 1) if number not in arrived]
+        step = max(1, min(8, len(missing) // (2 * threads)))
+        for start in range(0, len(missing), step):
+            self.crew.do(self._some_parts, blob, part_size, path, missing[start : start + step])
+
+    def _some_parts(self, blob: BlobState, part_size: int, path: Path, numbers: list[int]) -> None:
+        wanted = []
+        for number in numbers:
+            chunks = self._chunks(path, (number - 1) * part_size, _length(blob.size, part_size, number))
+            hashed = hashlib.sha256()
+            for chunk in chunks:
+                hashed.update(chunk)
+            wanted.append(PartWanted(number=number, sha256=f"sha256:{hashed.hexdigest()}"))
+        signed = self._part_urls(blob, wanted)
+        for part in wanted:
+            length = _length(blob.size, part_size, part.number)
+            if part.number in signed:
+                offset = (part.number - 1) * part_size
+                fresh = partial(self._part_url, blob, part)
+                self._put(path, offset, length, fresh, signed[part.number])
+            else:
+                self.meter.add(length)
+
+    def _part_urls(self, blob: BlobState, wanted: list[PartWanted]) -> dict[int, SignedRequest]:
+        return self.client.parts(self.push_id, PartsRequest(digest=blob.digest, parts=wanted)).put
+
+    def _part_url(self, blob: BlobState, part: PartWanted) -> SignedRequest | None:
+        return self._part_urls(blob, [part]).get(part.number)
+
+    def _whole_url(self, blob: BlobState) -> SignedRequest | None:
+        fresh = {found.digest: found for found in self.client.push(self.push_id).blobs}
+        return fresh[blob.digest].put if blob.digest in fresh else None
+
+    def _put(
+        self,
+        path: Path,
+        offset: int,
+        length: int,
+        fresh: Callable[[], SignedRequest | None],
+        signed: SignedRequest | None,
+    ) -> None:
+        """Send one range of a file; a refused URL is asked for once more (None: it has arrived meanwhile)."""
+        signed = signed or fresh()
+        for attempt in (1, 2):
+            if signed is None:
+                break
+            try:
+                self.store.put(signed, lambda: self._chunks(path, offset, length), str(path))
+                break
+            except SignatureRefused:
+                if attempt == 2:
+                    raise
+                signed = fresh()
+        self.meter.add(length)
+
+    def _chunks(self, path: Path, offset: int, length: int) -> Iterator[bytes]:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while length:
+                self.crew.check()
+                chunk = file.read(min(CHUNK, length))
+                if not chunk:
+                    raise PathUnusable(path=str(path), reason="it became shorter while it was read")
+                length -= len(chunk)
+                yield chunk
+
+
+def _length(size: int, part_size: int, number: int) -> int:
+    return min(part_size, size - (number - 1) * part_size)
+
+
+# ── pull ─────────────────────────────────────────────────────────────────────
+
+
+def pull(
+    client: RegistryClient,
+    manifest: str,
+    out: Path,
+    *,
+    progress: Progress = silent,
+    threads: int = THREADS,
+) -> list[Path]:
+    """All files of the version with digest ``manifest`` into the folder ``out``, verified; what was written."""
+
+    def downloads() -> Sequence[Download]:
+        return client.downloads([manifest]).files[manifest]
+
+    return fetch(downloads(), out, refresh=downloads, progress=progress, threads=threads)
+
+
+def fetch(
+    wanted: Sequence[Download],
+    out: Path,
+    *,
+    refresh: Refresh,
+    progress: Progress = silent,
+    threads: int = THREADS,
+    transport: httpx.BaseTransport | None = None,
+) -> list[Path]:
+    """Every file of ``wanted`` under ``out``; identical files stay, others are replaced once verified.
+
+    ``refresh`` gives the same files with fresh URLs. Ranges arrive in parallel while they are hashed in
+    order behind them.
+    """
+    urls = _Urls(wanted, refresh)
+    with _local_disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+        targets = {file.path: _inside(out, file.path) for file in wanted}
+        lacking = [file for file in wanted if not _holds(targets[file.path], file)]
+    meter = _Meter(progress, "receiving", sum(file.size for file in lacking))
+    partials: list[_Partial] = []
+    window: deque[tuple[_Partial, int, Future[None] | None]] = deque()
+
+    def retire() -> None:
+        arriving, number, task = window.popleft()
+        if task is not None:
+            task.result()
+        arriving.take(number)
+
+    with _Store(threads, transport) as store, _Crew(threads) as crew:
+        try:
+            for file in lacking:
+                arriving = _Partial(out, targets[file.path], file)
+                partials.append(arriving)
+                for number in range(arriving.count):
+                    present = number in arriving.arrived
+                    if present:
+                        meter.add(arriving.length(number))
+                    task = None if present else crew.do(_receive, store, urls, arriving, number, crew, meter)
+                    window.append((arriving, number, task))
+                    while len(window) > 4 * threads:
+                        retire()
+            while window:
+                retire()
+        except BaseException:
+            crew.stop()
+            raise
+        finally:
+            crew.drain()
+            for arriving in partials:
+                arriving.close()
+    with suppress(OSError):  # not empty: another pull's
+        (out / PARTIAL).rmdir()
+    return [targets[file.path] for file in lacking]
+
+
+def _receive(store: "_Store", urls: "_Urls", file: "_Partial", number: int, crew: "_Crew", meter: "_Meter") -> None:
+    """One range into its place; taken up again where a connection broke."""
+    start, length = number * RANGE, file.length(number)
+    done, refreshed = 0, False
+    for attempt in range(TRIES):
+        signed = urls.of(file.file.path)
+        try:
+            with _local_disk(file.path):
+                for chunk in store.get(signed, start + done, length - done, whole=file.count == 1 and not done):
+                    crew.check()
+                    file.write(chunk, start + done)
+                    done += len(chunk)
+                    meter.add(len(chunk))
+            if done == length:
+                with _local_disk(file.path):
+                    file.mark(number)
+                return
+        except SignatureRefused:
+            if refreshed:
+                raise
+            refreshed = True
+            urls.renew(signed)
+        except StorageDown:
+            if attempt == TRIES - 1:
+                raise
+        crew.sleep(PAUSE_S * 2**attempt)
+    raise StorageDown(reason=f"'{file.file.path}' ended after {done} of {length} bytes, {TRIES} times")
+
+
+class _Partial:
+    """A file on its way: ``<out>/.partial/<name>`` and, beside it, the journal of the ranges that are whole."""
+
+    def __init__(self, out: Path, target: Path, file: Download) -> None:
+        self.file, self.target = file, target
+        self.count = max(1, math.ceil(file.size / RANGE))
+        self.arrived: set[int] = set()
+        self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+        name = f"{Digest.parse(file.digest).hex}-{hashlib.sha256(file.path.encode()).hexdigest()[:8]}"
+        self.path = out / PARTIAL / name
+        self._journal = out / PARTIAL / f"{name}.done"
+        with _local_disk(target):
+            self.path.parent.mkdir(exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._reserve()
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+            self._marks = self._journal.open("a")
+
+    def _reserve(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PathUnusable(path=str(self.target), reason="another pull is writing it") from error
+        with suppress(FileNotFoundError):
+            marks = self._journal.read_text().split("\n")[:-1]  # behind the last newline: a mark that was cut off
+            self.arrived = {int(mark) for mark in marks if mark.isdigit()}
+        if os.fstat(self._descriptor).st_size != self.file.size:
+            self.arrived = set()
+            self._journal.unlink(missing_ok=True)
+            os.ftruncate(self._descriptor, 0)
+            if self.file.size:
+                os.posix_fallocate(self._descriptor, 0, self.file.size)
+
+    def length(self, number: int) -> int:
+        """Bytes of range ``number``."""
+        return min(RANGE, self.file.size - number * RANGE)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Put bytes in their place."""
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._descriptor, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def mark(self, number: int) -> None:
+        """Note that a range is whole."""
+        with self._lock:
+            self._marks.write(f"{number}\n")
+            self._marks.flush()
+
+    def take(self, number: int) -> None:
+        """Hash the next range; behind the last one verify, sync and rename."""
+        offset, end = number * RANGE, number * RANGE + self.length(number)
+        while offset < end:
+            chunk = os.pread(self._descriptor, min(CHUNK, end - offset), offset)
+            self._hash.update(chunk)
+            offset += len(chunk)
+        if number == self.count - 1:
+            with _local_disk(self.target):
+                self._finish()
+
+    def _finish(self) -> None:
+        actual = f"sha256:{self._hash.hexdigest()}"
+        if actual != self.file.digest:
+            self.close()
+            self.path.unlink()
+            self._journal.unlink()
+            raise DigestMismatch(
+                path=self.file.path, actual=actual, expected=self.file.digest, size=self.file.size
+            )
+        os.fsync(self._descriptor)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.path.replace(self.target)
+        self._journal.unlink()
+        self.close()
+        files.sync_folder(self.target.parent)
+
+    def close(self) -> None:
+        """Let go of the files; closing again is fine."""
+        if not self._marks.closed:
+            self._marks.close()
+            os.close(self._descriptor)
+
+
+class _Urls:
+    """The signed GET of each path; renewed together when one is refused."""
+
+    def __init__(self, wanted: Sequence[Download], refresh: Refresh) -> None:
+        self._refresh = refresh
+        self._lock = threading.Lock()
+        self._signed = {file.path: file.get for file in wanted}
+
+    def of(self, path: str) -> SignedRequest:
+        with self._lock:
+            return self._signed[path]
+
+    def renew(self, refused: SignedRequest) -> None:
+        """Ask for fresh URLs, unless somebody did since ``refused`` was given out."""
+        with self._lock:
+            if any(signed is refused for signed in self._signed.values()):
+                self._signed = {file.path: file.get for file in self._refresh()}
+
+
+def _inside(out: Path, path: str) -> Path:
+    """Where ``path`` lies under ``out``; `BadPath` when that would be elsewhere, through links too."""
+    target = out / check_path(path)
+    if path.split("/", maxsplit=1)[0] == PARTIAL:
+        raise BadPath(path=path, rule=f"'{PARTIAL}' is where files lie while they arrive")
+    if not target.parent.resolve().is_relative_to(out.resolve()):
+        raise BadPath(path=path, rule=f"it would lie outside of {out}")
+    if target.is_dir():
+        raise PathUnusable(path=str(target), reason="a folder is in the way")
+    return target
+
+
+def _holds(target: Path, file: Download) -> bool:
+    return target.is_file() and target.stat().st_size == file.size and str(files.sha256_file(target)) == file.digest
+
+
+# ── the store, threads, the disk ─────────────────────────────────────────────
+
+
+class _Store:
+    """Signed requests to the blob store, without our token; tried again while that may help."""
+
+    def __init__(self, threads: int, transport: httpx.BaseTransport | None = None) -> None:
+        self._http = httpx.Client(
+            headers={"user-agent": user_agent(), "accept-encoding": "identity"},
+            limits=httpx.Limits(max_connections=threads + 1, max_keepalive_connections=threads + 1),
+            timeout=httpx.Timeout(60, connect=10),
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def put(self, signed: SignedRequest, body: Callable[[], Iterator[bytes]], what: str) -> None:
+        """Make the signed PUT with a fresh ``body`` each time."""
+        for attempt in range(TRIES):
+            try:
+                reply = self._http.request(signed.method, signed.url, headers=signed.headers, content=body())
+                if not reply.is_error:
+                    return
+                refusal = _store_refusal(reply, what)
+                passing = reply.status_code in _PASSING
+            except httpx.TransportError as error:
+                refusal, passing = StorageDown(reason=str(error) or type(error).__name__), True
+            if not passing or attempt == TRIES - 1:
+                raise refusal
+            time.sleep(PAUSE_S * 2**attempt)
+
+    def get(self, signed: SignedRequest, offset: int, length: int, *, whole: bool) -> Iterator[bytes]:
+        """Bytes of a range; `StorageDown` when the connection breaks."""
+        if not length:
+            return
+        ranged = {} if whole else {"range": f"bytes={offset}-{offset + length - 1}"}
+        try:
+            with self._http.stream(signed.method, signed.url, headers=signed.headers | ranged) as reply:
+                if reply.is_error:
+                    reply.read()
+                    raise _store_refusal(reply, signed.url.partition("?")[0])
+                if not whole and reply.status_code != 206:
+                    raise StorageDown(reason="it does not serve ranges (HTTP 200 where 206 was expected)")
+                for chunk in reply.iter_raw():
+                    yield chunk[:length]
+                    length -= len(chunk)
+                    if length <= 0:
+                        break
+        except httpx.TransportError as error:
+            raise StorageDown(reason=str(error) or type(error).__name__) from error
+
+
+def _store_refusal(reply: httpx.Response, what: str) -> LoractlError:
+    """What the local store (problem+json) or S3 (XML with a code) means."""
+    if "problem+json" in reply.headers.get("content-type", ""):
+        return LoractlError.from_problem(reply.json())
+    code = reply.text.partition("<Code>")[2].partition("</Code>")[0] or reply.reason_phrase
+    if reply.status_code in (401, 403):
+        return SignatureRefused(reason=f"the store answered {code}")
+    if reply.status_code == 400 and ("Digest" in code or "Checksum" in code or "SHA256" in code):
+        return ChecksumRefused(key=what, actual="another one", expected="the signed one")
+    return StorageDown(reason=f"HTTP {reply.status_code} {code}")
+
+
+class _Stopped(Exception):  # noqa: N818  # says what happened
+    """The crew was stopped between two chunks; never leaves this module."""
+
+
+class _Crew:
+    """Threads with a short queue. The first failure, or Ctrl-C, stops them all between two chunks."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
+        self._room = 2 * threads
+        self._pending: set[Future[Any]] = set()
+        self._stopped = threading.Event()
+
+    def do(self, work: Callable[..., Result], *args: Any) -> "Future[Result]":
+        """Queue work, waiting while the queue is full; raises what earlier work raised."""
+        while len(self._pending) >= self._room:
+            done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+        future = self._pool.submit(work, *args)
+        self._pending.add(future)
+        return future
+
+    def check(self) -> None:
+        """Called by the threads between two chunks."""
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not after the crew was stopped."""
+        if self._stopped.wait(seconds):
+            raise _Stopped
+
+    def stop(self) -> None:
+        """Let every thread end soon."""
+        self._stopped.set()
+
+    def drain(self) -> None:
+        """Wait until no thread works any more."""
+        self._pool.shutdown(wait=True, cancel_futures=self._stopped.is_set())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                for future in self._pending:
+                    future.result()
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            if error is not None:
+                self.stop()
+            self.drain()
+
+
+class _Meter:
+    """Bytes so far, told one at a time from many threads."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress, self._what, self._total = progress, what, total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            self._progress(self._what, self._done, self._total)
+
+
+class _local_disk:  # noqa: N801  # a context manager that reads like a word
+    """Errors of this machine's disk as refusals."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            files.refuse_os_error(error, self._path)
