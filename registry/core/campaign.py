@@ -354,7 +354,7 @@ def _ended_by_others(facts: Facts) -> Step | None:
     if reason:
         return Step(State.ABORTED, (Abort(reason),))
     if facts.serving_now is not None and facts.serving_now != facts.serving:
-        reason = f"'{facts.alias}' on the old base moved to {facts.serving_now[:19]}, which is compared with from now on"
+        reason = f"'{facts.alias}' on the old base moved to {facts.serving_now[:19]}, which counts from now on"
         return Step(State.PLANNED, (Replan(facts.serving_now, reason),))
     return None
 

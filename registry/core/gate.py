@@ -129,21 +129,25 @@ def score_statistic(gains: float, losses: float, n: float, difference: float) ->
     return top / math.sqrt(variance)
 
 
-def paired_interval(gains: float, losses: float, n: float, alpha: float) -> tuple[float, float]:
+def score_interval(gains: int, losses: int, n: int, alpha: float) -> tuple[float, float]:
+    """Tango's limits, each at ``alpha``: the differences that the score test does not reject."""
+    z = NormalDist().inv_cdf(1 - alpha)
+    estimate = (gains - losses) / n
+    lower = _root(lambda d: score_statistic(gains, losses, n, d) - z, -1.0, estimate)
+    return lower, _root(lambda d: score_statistic(gains, losses, n, d) + z, estimate, 1.0)
+
+
+def paired_interval(gains: int, losses: int, n: int, alpha: float) -> tuple[float, float]:
     """One-sided bounds at ``alpha`` for the difference of two paired proportions.
 
     ``gains`` of ``n`` items went from wrong to right, ``losses`` from right to wrong. The score limits,
     pulled back to zero where the exact sign test (McNemar) cannot tell the direction: with few discordant
     pairs the score test is too sure of it.
     """
-    z = NormalDist().inv_cdf(1 - alpha)
-    estimate = (gains - losses) / n
-    lower = _root(lambda d: score_statistic(gains, losses, n, d) - z, -1.0, estimate)
-    upper = _root(lambda d: score_statistic(gains, losses, n, d) + z, estimate, 1.0)
-    discordant = math.floor(gains + losses)
-    if lower > 0 and binomial_tail(math.floor(gains), discordant, 0.5) > alpha:
+    lower, upper = score_interval(gains, losses, n, alpha)
+    if lower > 0 and binomial_tail(gains, gains + losses, 0.5) > alpha:
         lower = 0.0
-    if upper < 0 and binomial_tail(math.floor(losses), discordant, 0.5) > alpha:
+    if upper < 0 and binomial_tail(losses, gains + losses, 0.5) > alpha:
         upper = 0.0
     return lower, upper
 
