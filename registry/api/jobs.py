@@ -1,0 +1,206 @@
+"""Routes of jobs: asked for by people, claimed and finished by workers, watched by anybody who may read."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from registry.core.lifecycle import JobState
+from registry.schemas import (
+    ClaimInfo,
+    ClaimRequest,
+    DownloadInfo,
+    FailRequest,
+    FinishRequest,
+    HeartbeatInfo,
+    HeartbeatRequest,
+    JobInfo,
+    JobPushRequest,
+    JobRequest,
+    Page,
+    PushInfo,
+)
+from registry.services import downloads, jobs, pushes
+
+from .deps import Parts, User, Worker
+from .pages import Limit, behind, cursor
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+_POLL_S = 0.25
+_FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+@router.post("", status_code=201)
+def submit_job(request: JobRequest, parts: Parts, caller: User, response: Response) -> JobInfo:
+    """Ask for work; 200 and the job that is there already when it is equal."""
+    with parts.database.write() as session:
+        job, reused = jobs.submit(session, caller, request, parts.clock())
+        info = jobs.info(job, reused=reused)
+    if reused:
+        response.status_code = 200
+    else:
+        parts.broker.wake(info.queue)
+    return info
+
+
+@router.get("")
+def list_jobs(
+    parts: Parts,
+    caller: User,
+    state: JobState | None = None,
+    campaign: str | None = None,
+    limit: Limit = 50,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[JobInfo]:
+    """Jobs, newest first."""
+    key = behind(after, ("", "")) if after else None
+    with parts.database.read() as session:
+        rows = jobs.page(session, caller, state=state, campaign=campaign, after=key, limit=limit)
+        more = cursor(rows[-1].created_at.isoformat(), rows[-1].id) if len(rows) == limit else None
+        return Page(items=[jobs.info(row) for row in rows], cursor=more)
+
+
+@router.post("/claim")
+def claim_job(request: ClaimRequest, parts: Parts, caller: Worker) -> ClaimInfo:
+    """The next job of a queue, leased to this worker; none when there is nothing to do."""
+    with parts.database.write() as session:
+        job = jobs.claim(session, caller, request, parts.settings.lease_s, parts.clock())
+        if job is None:
+            return ClaimInfo(job=None)
+        return ClaimInfo(job=jobs.info(job), lease_s=parts.settings.lease_s, inputs=jobs.inputs(session, job))
+
+
+@router.get("/{identity}")
+def show_job(identity: str, parts: Parts, caller: User) -> JobInfo:
+    """One job."""
+    with parts.database.read() as session:
+        return jobs.info(jobs.get(session, caller, identity))
+
+
+@router.get("/{identity}/events")
+async def watch_job(
+    identity: str,
+    request: Request,
+    parts: Parts,
+    caller: User,
+    last_event_id: Annotated[str | None, Header()] = None,
+    follow: bool = True,
+) -> Response:
+    """Events of a job as they come (server-sent events), from behind ``Last-Event-ID``; ends with the job."""
+    start = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+
+    def look(after: int) -> tuple[list[tuple[int, str]], bool]:
+        with parts.database.read() as session:
+            ended = jobs.get(session, caller, identity).state in _FINAL
+            found = jobs.events(session, identity, after=after)
+            lines = [
+                (
+                    row.id or 0,
+                    json.dumps({"attempt": row.attempt, "kind": row.kind, "data": row.data, "at": row.at.isoformat()}),
+                )
+                for row in found
+            ]
+            return lines, ended and not lines
+
+    await asyncio.to_thread(look, start)  # refuse before the stream begins
+
+    async def stream() -> AsyncIterator[str]:
+        seen = start
+        while not await request.is_disconnected():
+            lines, ended = await asyncio.to_thread(look, seen)
+            for seen, line in lines:
+                yield f"id: {seen}\nevent: job\ndata: {line}\n\n"
+            if ended or not (follow or lines):
+                yield "event: end\ndata: {}\n\n"
+                return
+            if not lines:
+                yield ": waiting\n\n"
+                await asyncio.sleep(_POLL_S)
+
+    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+@router.post("/{identity}/cancel")
+def cancel_job(identity: str, parts: Parts, caller: User) -> JobInfo:
+    """Cancel: at once when queued, by a word to its worker when running."""
+    with parts.database.write() as session:
+        return jobs.info(jobs.cancel(session, caller, identity, parts.clock()))
+
+
+@router.post("/{identity}/retry")
+def retry_job(identity: str, parts: Parts, caller: User) -> JobInfo:
+    """Queue a failed or cancelled job again."""
+    with parts.database.write() as session:
+        info = jobs.info(jobs.retry(session, caller, identity, parts.clock()))
+    parts.broker.wake(info.queue)
+    return info
+
+
+@router.post("/{identity}/heartbeat")
+def heartbeat(identity: str, request: HeartbeatRequest, parts: Parts, caller: Worker) -> HeartbeatInfo:
+    """A sign of life with progress; tells whether to stop."""
+    with parts.database.write() as session:
+        job = jobs.heartbeat(
+            session,
+            caller,
+            identity,
+            attempt=request.attempt,
+            progress=request.progress,
+            reported=request.events,
+            lease_s=parts.settings.lease_s,
+            now=parts.clock(),
+        )
+        assert job.lease_until is not None
+        return HeartbeatInfo(cancel=job.cancel_requested, lease_until=job.lease_until)
+
+
+@router.get("/{identity}/inputs")
+def download_inputs(identity: str, attempt: int, parts: Parts, caller: Worker) -> DownloadInfo:
+    """Signed URLs of the job's inputs, for the worker that holds it."""
+    with parts.database.read() as session:
+        manifests = set(jobs.inputs(session, jobs.held(session, caller, identity, attempt)).values())
+        files = {
+            digest: downloads.files_of(session, parts.store, digest, parts.settings.url_ttl_s) for digest in manifests
+        }
+        return DownloadInfo(files=files)
+
+
+@router.post("/{identity}/pushes")
+def push_output(identity: str, request: JobPushRequest, parts: Parts, caller: Worker) -> PushInfo:
+    """Open a push of the job's output; it is committed by the job's end."""
+    with parts.database.write() as session:
+        job = jobs.held(session, caller, identity, request.attempt)
+        manifest_kind = request.push.manifest.get("kind")
+        series = jobs.output_series(job, str(manifest_kind))
+        push = pushes.open_push(
+            session,
+            caller,
+            parts.settings,
+            kind="base" if manifest_kind == "base" else "adapter",
+            series=series,
+            request=request.push,
+            now=parts.clock(),
+            job=job,
+        )
+    with parts.database.read() as session:
+        return pushes.describe(session, parts.store, parts.settings, push, parts.clock())
+
+
+@router.post("/{identity}/finish")
+def finish_job(identity: str, request: FinishRequest, parts: Parts, caller: Worker) -> JobInfo:
+    """End the job with what it made, in one transaction."""
+    with parts.database.write() as session:
+        return jobs.info(jobs.finish(session, parts.store, caller, identity, request, parts.clock()))
+
+
+@router.post("/{identity}/fail")
+def fail_job(identity: str, request: FailRequest, parts: Parts, caller: Worker) -> JobInfo:
+    """The attempt ended without a result."""
+    with parts.database.write() as session:
+        info = jobs.info(jobs.fail(session, caller, identity, **request.model_dump(), now=parts.clock()))
+    if info.state == JobState.QUEUED:
+        parts.broker.wake(info.queue)
+    return info

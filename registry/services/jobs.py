@@ -1,0 +1,548 @@
+"""Jobs: units of work whose row is the truth.
+
+    queued → running → succeeded | failed | cancelled; back to queued on a lost lease
+
+A job is planned in people's words and stored in digests. A worker claims it by compare-and-set with a
+lease, numbered by attempt; every later word of that worker names the attempt, and one that lost its lease
+is refused. What a job made is committed in the transaction that ends it, so nothing is made twice.
+"""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import case
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, col, select
+
+from registry.core.digest import Digest
+from registry.core.errors import (
+    BadRequest,
+    JobNotFound,
+    LeaseLost,
+    MoveNotAllowed,
+    NotRunnable,
+    NotYourJob,
+    WeightsAbsent,
+)
+from registry.core.lifecycle import JOB, JobState
+from registry.core.manifest import canonical_json
+from registry.core.names import Reference, SeriesName, check_name
+from registry.core.recipes import Compare as CompareRecipe
+from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, inputs_of, parse_recipe, recipe_digest
+from registry.core.records import parse_records
+from registry.db import queries
+from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Job, JobEvent, StoredManifest, Version
+from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest
+from registry.storage.base import BlobStore
+
+from . import bases, blobs, commits, evaluations, fits
+from .adapters import resolve
+from .policies import effective
+from .pushes import BASES
+from .references import find_adapter, find_dataset, find_version
+from .tokens import Caller
+
+AnyRecipe = FineTune | Evaluate | Merge | Rebase | CompareRecipe
+MAX_EVENTS_KEPT = 10_000
+_ACTIVE = (JobState.QUEUED, JobState.RUNNING)
+
+
+# ── asking for work ──────────────────────────────────────────────────────────
+
+
+def submit(
+    session: Session,
+    caller: Caller,
+    request: JobRequest,
+    now: datetime,
+    *,
+    campaign_id: str | None = None,
+    salt: str = "",
+) -> tuple[Job, bool]:
+    """The job that does what ``request`` asks, and whether it was there before.
+
+    Equal work (recipe and output) is one job while it is queued or running; a succeeded one is reused unless
+    ``fresh``, or unless ``salt`` (a schedule's firing) makes it another. `WeightsAbsent` before anything runs.
+    """
+    recipe = _planned(session, caller, request.recipe)
+    namespace = request.namespace or _namespace(session, request, recipe)
+    check_name(namespace, "namespace")
+    caller.require("run", namespace)
+    _check_output(caller, request, recipe)
+    _check_runnable(session, recipe)
+    output = request.output.model_dump(mode="json")
+    where = {"adapter": output["adapter"], "line": output["line"]}
+    digest = recipe_digest(recipe)
+    key = str(Digest.sha256(canonical_json([str(digest), where, salt])))
+    found = _equal(session, key, fresh=request.fresh)
+    if found is not None:
+        return found, True
+    job = Job(
+        id=f"j{secrets.token_hex(8)}",
+        kind=recipe.kind,
+        queue=check_name(request.queue, "queue"),
+        state=JobState.QUEUED,
+        namespace=namespace,
+        recipe=recipe.model_dump(mode="json"),
+        recipe_digest=str(digest),
+        key=key,
+        output=output,
+        base=recipe.base,
+        campaign_id=campaign_id,
+        created_by=caller.token_id,
+        created_at=now,
+    )
+    try:
+        with session.begin_nested():
+            session.add(job)
+    except IntegrityError:  # two asked at once
+        again = _equal(session, key, fresh=request.fresh)
+        assert again is not None
+        return again, True
+    _note(session, job, "queued", {"by": caller.name}, now)
+    return job, False
+
+
+def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
+    states = _ACTIVE if fresh else (*_ACTIVE, JobState.SUCCEEDED)
+    query = select(Job).where(Job.key == key, col(Job.state).in_(states)).order_by(col(Job.created_at).desc())
+    return session.exec(query).first()
+
+
+def _planned(session: Session, caller: Caller, words: dict[str, Any]) -> AnyRecipe:
+    """A recipe in which every reference has become a digest, and what can be derived is filled in."""
+    plan = dict(words)
+    kind = plan.get("kind")
+    adapter = plan.get("adapter")
+    if kind in ("merge", "rebase") and isinstance(adapter, str) and not plan.get("old" if kind == "rebase" else "base"):
+        version = _meant(session, caller, adapter, None)
+        plan["adapter"] = version.digest
+        plan["old" if kind == "rebase" else "base"] = session.get_one(Base, version.base_id).digest
+    listed = plan.get("adapters")
+    if kind == "evaluate" and not plan.get("base") and isinstance(listed, list) and listed:
+        plan["base"] = session.get_one(Base, _meant(session, caller, str(listed[0]), None).base_id).digest
+    for field in ("base", "old"):
+        if isinstance(plan.get(field), str):
+            plan[field] = bases.find(session, plan[field]).digest
+    on = queries.base_by_digest(session, str(plan.get("old") if kind == "rebase" else plan.get("base")))
+    for field in ("adapter", "start"):
+        if isinstance(plan.get(field), str):
+            plan[field] = _meant(session, caller, plan[field], on).digest
+    if isinstance(listed, list):
+        plan["adapters"] = [_meant(session, caller, str(text), on).digest for text in listed]
+    if isinstance(plan.get("datasets"), list):
+        plan["datasets"] = [_data(session, caller, "dataset", str(text)) for text in plan["datasets"]]
+    if isinstance(plan.get("suite"), str):
+        plan["suite"] = _data(session, caller, "suite", plan["suite"])
+    if kind == "rebase" and plan.get("tier") in ("warm-start", "retrain"):
+        plan["training"] = _training(session, caller, plan)
+    return parse_recipe(plan)
+
+
+def _meant(session: Session, caller: Caller, text: str, base: Base | None) -> Version:
+    if text.startswith("sha256:"):
+        found = session.exec(select(Version, Adapter).join(Adapter).where(Version.digest == text)).all()
+        for version, adapter in found:
+            if caller.can("read", adapter.namespace):
+                return version
+        raise BadRequest(problems=f"no adapter version {text[:80]}")
+    reference = Reference.parse(text)
+    if reference.alias is not None:
+        return resolve(session, caller, reference, base).version
+    return find_version(session, find_adapter(session, caller, reference.series), reference)
+
+
+def _data(session: Session, caller: Caller, kind: str, text: str) -> str:
+    if not text.startswith("sha256:"):
+        return find_dataset(session, caller, kind, text).digest
+    query = select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == text, Dataset.kind == kind)
+    for row, dataset in session.exec(query):
+        if caller.can("read", dataset.namespace):
+            return row.digest
+    raise BadRequest(problems=f"no {kind} {text[:80]}")
+
+
+def training_of(session: Session, version: Version, base: str) -> FineTune | None:
+    """The recipe that ``version`` was trained by, else its policy's, for another base; None where there is none."""
+    lineage = parse_lineage(session, version)
+    recipe = lineage.get("recipe") or {}
+    if recipe.get("kind") == "rebase":
+        recipe = recipe.get("training") or {}
+    if recipe.get("kind") != "finetune":
+        adapter = session.get_one(Adapter, version.adapter_id)
+        written = effective(session, adapter.namespace, adapter.name).recipe
+        if written is None:
+            return None
+        recipe = TypeAdapter(dict[str, Any]).validate_json(written)
+    return FineTune.model_validate({**recipe, "base": base, "start": None, "pull": 0.0})
+
+
+def parse_lineage(session: Session, version: Version) -> dict[str, Any]:
+    """The lineage part of a version's manifest."""
+    body = session.get_one(StoredManifest, version.digest).body
+    found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(body)["lineage"]
+    return found
+
+
+def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:
+    given = plan.get("training")
+    if isinstance(given, dict):
+        return _planned(session, caller, {"kind": "finetune", "base": plan.get("base"), **given}).model_dump(
+            mode="json"
+        )
+    version = _meant(session, caller, str(plan["adapter"]), None)
+    recorded = training_of(session, version, str(plan.get("base")))
+    if recorded is None:
+        raise NotRunnable(what=f"tier '{plan['tier']}'", reason="neither the version nor its policy has a recipe")
+    if plan["tier"] == "warm-start":
+        adapter = session.get_one(Adapter, version.adapter_id)
+        steps = min(effective(session, adapter.namespace, adapter.name).warm_steps, recorded.steps)
+        recorded = recorded.model_copy(update={"steps": steps, "warmup_steps": min(recorded.warmup_steps, steps)})
+    return recorded.model_dump(mode="json")
+
+
+def _namespace(session: Session, request: JobRequest, recipe: AnyRecipe) -> str:
+    if request.output.adapter:
+        return SeriesName.parse(request.output.adapter).namespace
+    for digest in inputs_of(recipe).values():
+        owners = queries.namespaces_of_version(session, digest)
+        if owners:
+            return owners[0]
+        data = session.exec(select(Dataset.namespace).join(DatasetVersion).where(DatasetVersion.digest == digest))
+        if owner := data.first():
+            return owner
+    return BASES
+
+
+def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> None:
+    output = request.output
+    if isinstance(recipe, FineTune | Rebase):
+        if output.adapter is None:
+            raise BadRequest(problems="output.adapter: name the adapter that the result becomes a version of")
+        caller.require("publish", SeriesName.parse(output.adapter).namespace)
+    elif output.adapter is not None:
+        raise BadRequest(problems=f"output.adapter: a job of kind '{recipe.kind}' makes no adapter")
+    if isinstance(recipe, Merge):
+        if output.line is None:
+            raise BadRequest(problems="output.line: name the line that the merged base becomes a revision of")
+        check_name(output.line, "line")
+        caller.require("publish", BASES)
+    for alias in output.aliases:
+        check_name(alias, "alias")
+
+
+def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
+    for role, digest in inputs_of(recipe).items():
+        if role in ("base", "old"):
+            base = queries.base_by_digest(session, digest)
+            needs_weights = not (isinstance(recipe, Rebase) and (role == "old" or recipe.tier == "carry"))
+            if needs_weights and (base is None or base.weights != "full"):
+                raise WeightsAbsent(base=digest[:15], work=f"a job of kind '{recipe.kind}'")
+        elif role.startswith(("adapter", "start")):
+            version = session.exec(select(Version).where(Version.digest == digest)).first()
+            if version is not None and not version.runnable:
+                raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")
+
+
+# ── looking ──────────────────────────────────────────────────────────────────
+
+
+def get(session: Session, caller: Caller, identity: str) -> Job:
+    """A job that the caller may see; `JobNotFound`."""
+    job = session.get(Job, identity)
+    if job is None or not (caller.can("read", job.namespace) or job.token_id == caller.token_id):
+        raise JobNotFound(id=identity)
+    return job
+
+
+def page(
+    session: Session,
+    caller: Caller,
+    *,
+    state: str | None,
+    campaign: str | None,
+    after: tuple[str, str] | None,
+    limit: int,
+) -> Sequence[Job]:
+    """Jobs that the caller may see, newest first, behind (time, id)."""
+    query = select(Job)
+    namespaces = caller.readable()
+    if namespaces is not None:
+        query = query.where(col(Job.namespace).in_(namespaces))
+    if state is not None:
+        query = query.where(Job.state == state)
+    if campaign is not None:
+        query = query.where(Job.campaign_id == campaign)
+    if after is not None:
+        when = datetime.fromisoformat(after[0])
+        query = query.where((col(Job.created_at) < when) | ((col(Job.created_at) == when) & (col(Job.id) < after[1])))
+    return session.exec(query.order_by(col(Job.created_at).desc(), col(Job.id).desc()).limit(limit)).all()
+
+
+def events(session: Session, job_id: str, *, after: int, limit: int = 500) -> Sequence[JobEvent]:
+    """Events of a job behind an id, in order."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, col(JobEvent.id) > after)
+    return session.exec(query.order_by(col(JobEvent.id)).limit(limit)).all()
+
+
+def info(job: Job, *, reused: bool = False) -> JobInfo:
+    """A job in the words of the wire."""
+    return JobInfo.model_validate({**job.model_dump(), "campaign": job.campaign_id, "reused": reused}, strict=False)
+
+
+# ── a worker's side ──────────────────────────────────────────────────────────
+
+
+def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: float, now: datetime) -> Job | None:
+    """The next job of a queue for this worker, leased; None when there is none.
+
+    Jobs on bases that the worker has cached come first within a priority. Two that claim at once get two jobs.
+    """
+    if request.queue not in caller.queues():
+        raise NotYourJob(id=f"queue {request.queue}")
+    query = select(Job).where(Job.queue == request.queue, Job.state == JobState.QUEUED)
+    cached = case((col(Job.base).in_(request.bases), 0), else_=1)
+    query = query.order_by(col(Job.priority).desc(), cached, col(Job.created_at), col(Job.id)).limit(1)
+    job = session.exec(query.with_for_update(skip_locked=True)).first()
+    if job is None:
+        return None
+    job.state = JOB.after("claim", job.state, job.id)
+    job.attempt += 1
+    job.lease_until = now + timedelta(seconds=lease_s)
+    job.token_id, job.worker = caller.token_id, request.worker
+    job.started_at, job.progress, job.error = now, None, None
+    session.add(job)
+    _note(session, job, "claimed", {"worker": request.worker}, now)
+    return job
+
+
+def inputs(session: Session, job: Job) -> dict[str, str]:
+    """role -> manifest digest of what the job's worker must fetch."""
+    found = {}
+    for role, digest in inputs_of(parse_recipe(job.recipe)).items():
+        if role in ("base", "old"):
+            base = queries.base_by_digest(session, digest)
+            if base is not None and base.manifest is not None:
+                found[role] = base.manifest
+        else:
+            found[role] = digest
+    return found
+
+
+def output_series(job: Job, kind: str) -> SeriesName:
+    """The series that a job's push goes to: the adapter or the line that was asked for; `BadRequest` for others."""
+    if kind == "adapter" and job.output.get("adapter"):
+        return SeriesName.parse(job.output["adapter"])
+    if kind == "base" and job.output.get("line"):
+        return SeriesName(BASES, job.output["line"])
+    raise BadRequest(problems=f"job {job.id} has no output of kind '{kind[:20]}'")
+
+
+def held(session: Session, caller: Caller, identity: str, attempt: int) -> Job:
+    """The caller's running job, locked; `NotYourJob` for somebody else's, `LeaseLost` for an attempt that is over."""
+    job = session.exec(select(Job).where(Job.id == identity).with_for_update()).first()
+    if job is None or job.token_id != caller.token_id:
+        raise NotYourJob(id=identity)
+    if job.state != JobState.RUNNING or job.attempt != attempt:
+        raise LeaseLost(id=identity, attempt=attempt, state=job.state)
+    return job
+
+
+def heartbeat(
+    session: Session,
+    caller: Caller,
+    identity: str,
+    *,
+    attempt: int,
+    progress: dict[str, Any] | None,
+    reported: Sequence[dict[str, Any]],
+    lease_s: float,
+    now: datetime,
+) -> Job:
+    """Extend the lease and keep what the attempt reports."""
+    job = held(session, caller, identity, attempt)
+    job.lease_until = now + timedelta(seconds=lease_s)
+    if progress is not None:
+        job.progress = progress
+    for event in reported:
+        _note(session, job, str(event.get("kind", "progress"))[:12], event, now)
+    session.add(job)
+    return job
+
+
+def finish(
+    session: Session, store: BlobStore, caller: Caller, identity: str, request: FinishRequest, now: datetime
+) -> Job:
+    """End the job with what it made, in this one transaction; the same words again change nothing."""
+    done = session.get(Job, identity)
+    if (
+        done is not None
+        and done.token_id == caller.token_id
+        and done.state == JobState.SUCCEEDED
+        and done.attempt == request.attempt
+    ):
+        return done
+    job = held(session, caller, identity, request.attempt)
+    recipe = parse_recipe(job.recipe)
+    made = [commits.commit_verified(session, push, job, now) for push in request.pushes]
+    if isinstance(recipe, Evaluate):
+        _keep_evaluations(session, store, job, recipe, request.evaluations, now)
+    if isinstance(recipe, CompareRecipe):
+        _keep_comparison(session, job, recipe, request.result, now)
+    job.state = JOB.after("succeed", job.state, identity)
+    job.lease_until, job.finished_at = None, now
+    job.result = {**request.result, "made": made}
+    session.add(job)
+    _note(session, job, "succeeded", {"made": made}, now)
+    return job
+
+
+def _keep_evaluations(
+    session: Session, store: BlobStore, job: Job, recipe: Evaluate, found: Iterable[dict[str, Any]], now: datetime
+) -> None:
+    base = queries.base_by_digest(session, recipe.base)
+    suite = session.exec(select(DatasetVersion).where(DatasetVersion.digest == recipe.suite)).first()
+    assert base is not None and suite is not None
+    scored: set[str | None] = set()
+    for item in found:
+        adapter = item.get("adapter")
+        if adapter is not None and adapter not in recipe.adapters:
+            raise BadRequest(problems=f"evaluation of {adapter}, which the job was not asked to score")
+        scored.add(adapter)
+        body = str(item["records"]).encode()
+        records = parse_records(body)
+        digest = Digest.sha256(body)
+        blobs.put(session, store, digest, body, now)
+        versions = session.exec(select(Version).where(Version.digest == adapter)).all() if adapter else [None]
+        for version in versions:
+            evaluations.record(
+                session,
+                store,
+                base=base,
+                version=version,
+                suite=suite,
+                harness=str(item["harness"]),
+                records=records,
+                blob=digest,
+                job_id=job.id,
+                seconds=float(item.get("seconds", 0.0)),
+                now=now,
+            )
+    wanted = {*recipe.adapters, *((None,) if recipe.bare else ())}
+    if scored != wanted:
+        raise BadRequest(problems=f"the job has to score {len(wanted)} things and reports {len(scored)}")
+
+
+def _keep_comparison(session: Session, job: Job, recipe: CompareRecipe, result: dict[str, Any], now: datetime) -> None:
+    old, new = queries.base_by_digest(session, recipe.old), queries.base_by_digest(session, recipe.base)
+    assert old is not None and new is not None
+    cast = result.get("cast")
+    bases.record_derivation(
+        session,
+        child=new,
+        parent=old,
+        kind="cast" if cast else "continued",
+        evidence="measured",
+        detail={"dtype": cast, "drift": result.get("drift"), "median": result.get("median"), "job": job.id},
+        now=now,
+    )
+    fits.recompute(session, old=old, new=new)
+
+
+def fail(
+    session: Session,
+    caller: Caller,
+    identity: str,
+    *,
+    attempt: int,
+    problem: dict[str, Any],
+    retryable: bool,
+    cancelled: bool,
+    now: datetime,
+) -> Job:
+    """The attempt ended without a result: queued again while attempts are left, else failed; or cancelled."""
+    job = held(session, caller, identity, attempt)
+    _ended(session, job, problem, now, retryable=retryable, cancelled=cancelled or job.cancel_requested)
+    return job
+
+
+def _ended(
+    session: Session, job: Job, problem: dict[str, Any], now: datetime, *, retryable: bool, cancelled: bool = False
+) -> None:
+    again = retryable and job.attempt < job.max_attempts
+    move = "cancel" if cancelled else "requeue" if again else "fail"
+    job.state = JOB.after(move, job.state, job.id)
+    job.lease_until, job.error = None, problem
+    job.finished_at = None if move == "requeue" else now
+    session.add(job)
+    _note(session, job, {"requeue": "requeued", "cancel": "cancelled", "fail": "failed"}[move], problem, now)
+
+
+# ── a person's side ──────────────────────────────────────────────────────────
+
+
+def cancel(session: Session, caller: Caller, identity: str, now: datetime) -> Job:
+    """Cancel at once when queued; ask the worker to stop when running. Cancelling again is fine."""
+    job = _locked(session, caller, identity)
+    if job.state == JobState.CANCELLED or (job.state == JobState.RUNNING and job.cancel_requested):
+        return job
+    if job.state == JobState.RUNNING:
+        job.cancel_requested = True
+        session.add(job)
+        _note(session, job, "cancelling", {"by": caller.name}, now)
+        return job
+    job.state = JOB.after("cancel", job.state, identity)
+    job.finished_at = now
+    session.add(job)
+    _note(session, job, "cancelled", {"by": caller.name}, now)
+    return job
+
+
+def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job:
+    """Queue a failed or cancelled job again, with fresh attempts."""
+    job = _locked(session, caller, identity)
+    if job.state == JobState.QUEUED:
+        return job
+    active = session.exec(select(Job).where(Job.key == job.key, col(Job.state).in_(_ACTIVE), Job.id != job.id)).first()
+    if active is not None:
+        raise MoveNotAllowed(
+            noun="job", id=identity, state=f"replaced by {active.id}", move="retry", allowed="failed, cancelled"
+        )
+    job.state = JOB.after("retry", job.state, identity)
+    job.max_attempts = job.attempt + 3
+    job.cancel_requested, job.finished_at = False, None
+    session.add(job)
+    _note(session, job, "queued", {"by": caller.name}, now)
+    return job
+
+
+def _locked(session: Session, caller: Caller, identity: str) -> Job:
+    get(session, caller, identity)
+    job = session.exec(select(Job).where(Job.id == identity).with_for_update()).one()
+    caller.require("run", job.namespace)
+    return job
+
+
+# ── the reconciler's side ────────────────────────────────────────────────────
+
+
+def requeue_expired(session: Session, now: datetime, limit: int = 100) -> list[Job]:
+    """Take back leases that ran out; the attempt they belonged to is refused from now on."""
+    query = select(Job).where(Job.state == JobState.RUNNING, col(Job.lease_until) < now).limit(limit)
+    expired = session.exec(query.with_for_update(skip_locked=True)).all()
+    for job in expired:
+        lost = LeaseLost(id=job.id, attempt=job.attempt, state="without a sign of life")
+        _ended(session, job, lost.problem(), now, retryable=True, cancelled=job.cancel_requested)
+    return list(expired)
+
+
+def waiting_queues(session: Session) -> Sequence[str]:
+    """Queues that have work."""
+    return session.exec(select(Job.queue).where(Job.state == JobState.QUEUED).distinct()).all()
+
+
+def _note(session: Session, job: Job, kind: str, data: dict[str, Any], now: datetime) -> None:
+    session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=kind, data=data, at=now))
