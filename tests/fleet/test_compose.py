@@ -28,6 +28,7 @@ import redis
 import yaml
 
 from registry.broker import Broker
+from registry.services import tokens
 from registry.settings import Settings, WorkerSettings
 from tests.servers import free_ports, running
 
@@ -140,6 +141,18 @@ def test_every_volume_config_and_anchor_is_used() -> None:
     assert {config["source"] for service in SERVICES.values() for config in service.get("configs", [])} == set(
         FILE["configs"]
     )
+
+
+def test_the_guide_makes_every_secret_and_the_tokens_have_their_form(tmp_path: Path) -> None:
+    guide = (HOUSE / "docs" / "deploy.md").read_text()
+    [script] = [block for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) if "cat > .env" in block]
+    subprocess.run(["bash", "-eu", "-c", script], cwd=tmp_path, check=True)
+    made = dict(line.split("=", 1) for line in (tmp_path / ".env").read_text().splitlines())
+    assert sorted(made) == REQUIRED
+    assert len(set(made.values())) == len(made)
+    for name in ("LORACTL_BOOTSTRAP_TOKEN", "LORACTL_BOOTSTRAP_WORKER_TOKEN"):
+        assert tokens.split(made[name])
+    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
 
 
 # ── what the code reads ──────────────────────────────────────────────────────
