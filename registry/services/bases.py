@@ -84,6 +84,17 @@ def ensure(session: Session, model: BaseModel, actor: str, now: datetime) -> Bas
     return base
 
 
+def keep_full(session: Session, base: Base, model: BaseModel) -> None:
+    """Mark a base as read completely; its table and tokenizer are what the files hold."""
+    tokenizer = model.tokenizer
+    base.weights = "full"
+    base.vocabulary_digest = str(tokenizer.vocabulary) if tokenizer.vocabulary else None
+    base.template_digest = str(tokenizer.chat_template) if tokenizer.chat_template else None
+    table = session.get_one(BaseTable, base.id)
+    table.body = model.to_compressed()
+    session.add_all([base, table])
+
+
 def parameters(model: BaseModel) -> int:
     """How many numbers the tensors hold."""
     total = 0

@@ -307,9 +307,12 @@ def _commit_base(
     session: Session, push: Push, manifest: Manifest, wishes: Wishes, facts: dict[str, Any], now: datetime
 ) -> dict[str, Any]:
     actor = _author(session, push)
-    base = bases.ensure(session, pushes.read_table(facts["table"]), actor, now)
+    model = pushes.read_table(facts["table"])
+    base = bases.ensure(session, model, actor, now)
     if base.weights != "full":
         base.weights, base.manifest = facts["verified"], push.manifest_digest
+        if base.weights == "full":
+            bases.keep_full(session, base, model)
         session.add(base)
         session.flush()
     revision = bases.apply_wishes(session, base, wishes, actor, now)

@@ -1,0 +1,62 @@
+"""Rows of datasets and suites: one JSON object a line.
+
+    {"prompt": "2+2=", "completion": " 4"}
+    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    {"prompt": "2+2=", "choices": [" 3", " 4"], "answer": 1}            only in suites
+"""
+
+import json
+from typing import Any
+
+from .errors import BadDataset
+
+MAX_LINE_BYTES = 16 << 20
+
+
+def parse_row(line: bytes, path: str, number: int) -> dict[str, Any]:
+    """The row in one line; `BadDataset` says what is wrong with it."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadDataset(path=path, line=number, reason=f"{len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
+    try:
+        value = json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadDataset(path=path, line=number, reason=f"not JSON: {error}") from error
+    if problem := row_problem(value):
+        raise BadDataset(path=path, line=number, reason=problem)
+    row: dict[str, Any] = value
+    return row
+
+
+def row_problem(value: Any) -> str | None:
+    """Why ``value`` is not a row; None when it is one."""
+    match value:
+        case {"messages": list(messages)}:
+            return _messages_problem(messages)
+        case {"prompt": str(), "completion": str(completion)}:
+            return None if completion else "the completion is empty"
+        case {"prompt": str(), "choices": list(choices), "answer": answer}:
+            if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+                return "'choices' must be two or more texts, none of them empty"
+            if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+                return f"'answer' is {json.dumps(answer)}; allowed are 0 to {len(choices) - 1}"
+            return None
+        case dict():
+            return "expected the texts 'prompt' and 'completion', or 'messages', or 'prompt', 'choices' and 'answer'"
+        case _:
+            return "not a JSON object"
+
+
+def _messages_problem(messages: list[Any]) -> str | None:
+    turns = all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    )
+    if not turns or len(messages) < 2:
+        return "'messages' must be two or more objects with the texts 'role' and 'content'"
+    if messages[-1]["role"] != "assistant":
+        return f"the last message is by '{messages[-1]['role']}'; it must be the assistant's"
+    return None if messages[-1]["content"] else "the completion is empty"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

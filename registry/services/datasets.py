@@ -1,0 +1,93 @@
+"""Datasets and suites: series of content-addressed JSONL; a suite's rows fall into splits by their hash."""
+
+from collections.abc import Iterable, Iterator
+
+from sqlmodel import Session, col, select
+
+from registry.core.errors import BadDataset
+from registry.core.records import item_id, split_of
+from registry.core.rows import MAX_LINE_BYTES, parse_row
+from registry.db import queries
+from registry.db.models import Dataset, DatasetVersion
+from registry.schemas import DatasetInfo, Page
+
+from .references import find_dataset
+from .tokens import Caller
+
+
+def count_rows(
+    chunks: Iterable[bytes], path: str, *, suite: bool, seen: dict[str, str] | None = None
+) -> tuple[int, int]:
+    """Rows, and rows in the gate split, of one JSONL file that arrives in chunks.
+
+    ``seen`` collects a suite's items over its files: an item that occurs twice would be scored twice.
+    `BadDataset` names the line.
+    """
+    rows = gate = 0
+    items = seen if seen is not None else {}
+    for number, line in enumerate(_lines(chunks, path), start=1):
+        if not line.strip():
+            continue
+        row = parse_row(line, path, number)
+        if not suite and "choices" in row:
+            raise BadDataset(path=path, line=number, reason="rows with 'choices' belong in a suite")
+        rows += 1
+        if suite:
+            item = item_id(row)
+            if item in items:
+                raise BadDataset(path=path, line=number, reason=f"it is the same item as {items[item]}")
+            items[item] = f"{path}, line {number}"
+            gate += split_of(item) == "gate"
+    return rows, gate
+
+
+def _lines(chunks: Iterable[bytes], path: str) -> Iterator[bytes]:
+    left, number = b"", 0
+    for chunk in chunks:
+        *whole, left = (left + chunk).split(b"\n")
+        number += len(whole)
+        yield from whole
+        if len(left) > MAX_LINE_BYTES:
+            reason = f"over {MAX_LINE_BYTES} bytes in one line"
+            raise BadDataset(path=path, line=number + 1, reason=reason)
+    if left:
+        yield left
+
+
+def listed(session: Session, caller: Caller, kind: str, after: int, limit: int) -> Page[DatasetInfo]:
+    """The newest version of each series that the caller may read; ``after`` is the last id seen."""
+    query = select(Dataset).where(Dataset.kind == kind, col(Dataset.id) > after)
+    namespaces = caller.readable()
+    if namespaces is not None:
+        query = query.where(col(Dataset.namespace).in_(namespaces))
+    rows = session.exec(query.order_by(col(Dataset.id)).limit(limit + 1)).all()
+    cursor = str(rows[limit - 1].id) if len(rows) > limit else None
+    items = []
+    for row in rows[:limit]:
+        version = queries.dataset_version(session, kind, row.namespace, row.name)
+        if version is not None:
+            items.append(_info(row, version))
+    return Page[DatasetInfo](items=items, cursor=cursor)
+
+
+def show(session: Session, caller: Caller, kind: str, ref: str) -> DatasetInfo:
+    """One version of a series: ``namespace/name`` (its newest), with ``@vN`` or a digest."""
+    version = find_dataset(session, caller, kind, ref)
+    row = session.get(Dataset, version.dataset_id)
+    assert row is not None
+    return _info(row, version)
+
+
+def _info(row: Dataset, version: DatasetVersion) -> DatasetInfo:
+    return DatasetInfo(
+        name=f"{row.namespace}/{row.name}",
+        kind="suite" if row.kind == "suite" else "dataset",
+        version=version.number,
+        digest=version.digest,
+        rows=version.rows,
+        gate_rows=version.gate_rows,
+        spec=version.spec,
+        size=version.size,
+        created_by=version.created_by,
+        created_at=version.created_at,
+    )

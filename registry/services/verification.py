@@ -1,0 +1,534 @@
+"""Verification: reading what a push brought, completely and in bounded memory, before anybody can see it.
+
+A verifier claims a push with a lease (compare-and-set), completes its uploads, streams every file once
+(SHA-256 of the whole, and what its kind demands on the way), copies staged blobs to their place, and ends
+in one transaction: committed, or rejected with findings. Every step may be done again, so a verifier that
+dies anywhere is followed by another; two at once waste work and nothing else.
+
+Bases up to `READ_FIRST` bytes are read before their commit. For larger ones the storage's own checksums per
+part and the headers are enough to commit (``parts``); they are read afterwards (`read_next_base`), and no
+job uses them before that (``full``).
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Any
+
+import structlog
+from blake3 import blake3
+from sqlalchemy import ColumnElement
+from sqlmodel import Session, and_, col, or_, select, update
+
+from registry.core.adapter import CONFIG_FILE, AdapterSpec
+from registry.core.base_model import TOKENIZER_FILES, BaseModel, Tensor, canonical_tensors, tokenizer_digests
+from registry.core.digest import Digest
+from registry.core.errors import (
+    AdapterDoesNotFit,
+    BadConfig,
+    BadDataset,
+    BadManifest,
+    BlobsMissing,
+    DigestMismatch,
+    DuplicateTensor,
+    LfsPointer,
+    LoractlError,
+    NotABase,
+    NotAnAdapter,
+    PickleRefused,
+    Unavailable,
+    UploadNotFound,
+)
+from registry.core.fit import Binding, require_fit, target_set
+from registry.core.lifecycle import PushState
+from registry.core.manifest import FileEntry, Manifest
+from registry.core.names import SeriesName
+from registry.core.safetensors import Header
+from registry.db.engine import Database
+from registry.db.models import Base, Blob, Push, PushBlob
+from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_adapter_tensors, header_from, parse_json
+from registry.schemas import Wishes
+from registry.storage.base import BlobReader, BlobStore
+
+from . import bases, blobs, commits, datasets, fits, pushes
+
+Clock = Callable[[], datetime]
+LEASE = timedelta(seconds=60)
+READ_FIRST = 8 << 30
+"""Bytes of a base that is read completely before its commit."""
+log = structlog.get_logger()
+
+
+class LeaseGone(Exception):  # noqa: N818  # our exceptions say what happened
+    """Another verifier owns the push now; this one stops."""
+
+
+@dataclass
+class Claim:
+    """A verifier's right to one push, renewed while it reads."""
+
+    database: Database
+    push: Push
+    until: datetime
+    clock: Clock
+    renewed: float = field(default_factory=monotonic)
+
+    def tick(self) -> None:
+        """Called often; renews the lease now and then. `LeaseGone` when it was lost."""
+        if monotonic() - self.renewed < LEASE.total_seconds() / 4:
+            return
+        later = self.clock() + LEASE
+        with self.database.write() as session:
+            held = session.exec(
+                update(Push)
+                .where(col(Push.id) == self.push.id, col(Push.lease_until) == self.until)
+                .values(lease_until=later)
+            )
+            if held.rowcount == 0:
+                raise LeaseGone(self.push.id)
+        self.until, self.renewed = later, monotonic()
+
+
+def verify_next(database: Database, store: BlobStore, clock: Clock, *, read_first: int = READ_FIRST) -> bool:
+    """Verify the push that waits longest and commit or reject it; whether there was one."""
+    claim = _claim(database, clock, and_(col(Push.state) == PushState.VERIFYING, col(Push.expires_at) > clock()))
+    if claim is None:
+        return False
+    push = claim.push
+    try:
+        facts = _read(database, store, claim, read_first)
+        _place(database, store, claim, facts)
+    except LeaseGone:
+        return True
+    except Unavailable:
+        _release(database, claim)
+        raise
+    except LoractlError as error:
+        _reject(database, store, claim, [error])
+        return True
+    with database.write() as session:
+        row = _mine(session, claim)
+        if row is None:
+            return True
+        _pass(session, row, facts, clock())
+        uploads = pushes.uploads_of(session, push.id)
+    pushes.clear_staging(store, push.id, uploads)
+    log.info("push-verified", push=push.id, kind=push.kind, state=str(row.state))
+    return True
+
+
+def _claim(database: Database, clock: Clock, condition: ColumnElement[bool]) -> Claim | None:
+    now = clock()
+    free = or_(col(Push.lease_until).is_(None), col(Push.lease_until) <= now)
+    with database.write() as session:
+        query = select(Push).where(condition, free).order_by(col(Push.changed_at)).limit(1)
+        push = session.exec(query.with_for_update(skip_locked=True)).first()
+        if push is None:
+            return None
+        push.lease_until = now + LEASE
+        session.add(push)
+    return Claim(database, push, now + LEASE, clock)
+
+
+def _mine(session: Session, claim: Claim) -> Push | None:
+    """The push, locked, while it is still this verifier's."""
+    row = pushes.locked(session, claim.push.id)
+    return row if row.state == PushState.VERIFYING and row.lease_until == claim.until else None
+
+
+def _release(database: Database, claim: Claim) -> None:
+    """Let another try soon; when the database itself is down the lease runs out by itself."""
+    with database.write() as session:
+        session.exec(
+            update(Push)
+            .where(col(Push.id) == claim.push.id, col(Push.lease_until) == claim.until)
+            .values(lease_until=None)
+        )
+
+
+def _pass(session: Session, push: Push, facts: dict[str, Any], now: datetime) -> None:
+    """Verified; and committed at once unless a job's end, or a conflict, says otherwise."""
+    push.facts, push.lease_until = facts, None
+    pushes.move(push, "pass", now)
+    session.add(push)
+    session.flush()
+    if push.job_id is not None:
+        return
+    try:
+        with session.begin_nested():
+            commits.commit(session, push, now)
+    except Unavailable:
+        raise
+    except LoractlError as error:
+        session.refresh(push)
+        push.findings = [error.problem()]
+        session.add(push)
+
+
+def _reject(database: Database, store: BlobStore, claim: Claim, errors: list[LoractlError]) -> None:
+    with database.write() as session:
+        row = _mine(session, claim)
+        if row is None:
+            return
+        pushes.move(row, "reject", claim.clock())
+        row.findings = [error.problem() for error in errors]
+        row.facts, row.lease_until = None, None
+        session.add(row)
+        uploads = pushes.uploads_of(session, row.id)
+    pushes.clear_staging(store, claim.push.id, uploads)
+    log.info("push-rejected", push=claim.push.id, kind=claim.push.kind, codes=[error.code for error in errors])
+
+
+# ── reading ──────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Reading:
+    """The files of one push, wherever their bytes lie."""
+
+    store: BlobStore
+    manifest: Manifest
+    keys: dict[str, str]
+    """Digest -> key."""
+    tick: Callable[[], None]
+
+    def entry(self, path: str) -> FileEntry | None:
+        """The file at ``path``."""
+        return next((entry for entry in self.manifest.files if entry.path == path), None)
+
+    def open(self, entry: FileEntry) -> BlobReader:
+        """Its bytes; `DigestMismatch` when there are more or fewer than promised."""
+        reader = self.store.open(self.keys[entry.digest])
+        if reader.size != entry.size:
+            reader.close()
+            size = reader.size
+            raise DigestMismatch(path=entry.path, expected=entry.digest, actual=f"{size} bytes", size=size)
+        return reader
+
+    def small(self, path: str, limit: int) -> bytes | None:
+        """All bytes of a small file, None when there is none."""
+        entry = self.entry(path)
+        if entry is None:
+            return None
+        if entry.size > limit:
+            raise BadConfig(path=path, reason=f"it is over {limit} bytes")
+        with self.open(entry) as reader:
+            return reader.read(0, entry.size)
+
+    def weights(self) -> list[FileEntry]:
+        """The safetensors files."""
+        return [entry for entry in self.manifest.files if entry.path.endswith(".safetensors")]
+
+
+class Stream:
+    """One pass over a file: every byte enters the SHA-256, and may be read in order on the way."""
+
+    def __init__(self, reader: BlobReader, entry: FileEntry, tick: Callable[[], None]) -> None:
+        self._chunks = reader.chunks()
+        self._entry = entry
+        self._tick = tick
+        self._sha256 = hashlib.sha256()
+        self._begin = 0
+        self._held = b""
+
+    def _next(self) -> bool:
+        chunk = next(self._chunks, b"")
+        self._tick()
+        self._begin += len(self._held)
+        self._held = chunk
+        self._sha256.update(chunk)
+        return bool(chunk)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes at ``offset``, which is never before the last one read."""
+        while offset >= self._begin + len(self._held):
+            if not self._next():
+                return b""
+        found = [self._held[offset - self._begin : offset - self._begin + length]]
+        missing = length - len(found[0])
+        while missing and self._next():
+            found.append(self._held[:missing])
+            missing -= len(found[-1])
+        return b"".join(found)
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes that are left."""
+        while self._next():
+            yield self._held
+
+    def finish(self) -> None:
+        """Read to the end; `DigestMismatch` when the bytes are not what the manifest promised."""
+        for _ in self.chunks():
+            pass
+        actual = Digest("sha256", self._sha256.hexdigest())
+        if str(actual) != self._entry.digest:
+            size = self._begin
+            raise DigestMismatch(path=self._entry.path, expected=self._entry.digest, actual=str(actual), size=size)
+
+
+def _read(database: Database, store: BlobStore, claim: Claim, read_first: int) -> dict[str, Any]:
+    """Read everything a push brought; what its commit is made of."""
+    push = claim.push
+    manifest, wishes = Manifest.parse(push.manifest), commits.wishes_of(push)
+    with database.read() as session:
+        rows = session.exec(select(PushBlob).where(PushBlob.push_id == push.id)).all()
+    keys = {row.digest: _whole(store, push.id, row) for row in rows}
+    reading = Reading(store, manifest, keys, claim.tick)
+    match push.kind:
+        case "adapter":
+            return _read_adapter(database, reading, SeriesName(push.namespace, push.name), wishes, push)
+        case "base":
+            table = (push.facts or {})["table"]
+            if manifest.size > read_first:
+                check_headers(reading, pushes.read_table(table))
+                return {"table": table, "verified": "parts"}
+            model = read_base(reading, pushes.read_table(table))
+            return {"table": base64.b64encode(model.to_compressed()).decode(), "verified": "full"}
+        case "files":
+            for entry in manifest.files:
+                _read_plain(reading, entry, sniffed=False)
+            return {"verified": "full"}
+        case _:
+            return _read_dataset(reading, suite=push.kind == "suite")
+
+
+def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
+    """The key where a blob's bytes lie, its upload completed."""
+    if row.state == "present":
+        return blobs.blob_key(row.digest)
+    key = blobs.staging_key(push_id, row.digest)
+    if row.upload_id is not None:
+        try:
+            store.complete_multipart(key, row.upload_id, store.list_parts(key, row.upload_id))
+        except UploadNotFound:
+            if store.head(key) is None:
+                raise
+    elif store.head(key) is None:
+        if row.state != "placed":
+            raise BlobsMissing(id=push_id, count=1, digests=row.digest)
+        return blobs.blob_key(row.digest)
+    return key
+
+
+def _place(database: Database, store: BlobStore, claim: Claim, facts: dict[str, Any]) -> None:
+    """Copy what was staged to its final place."""
+    with database.read() as session:
+        rows = session.exec(
+            select(PushBlob).where(PushBlob.push_id == claim.push.id, PushBlob.state != "present")
+        ).all()
+    for row in rows:
+        claim.tick()
+        source = blobs.staging_key(claim.push.id, row.digest)
+        verified = facts.get("verified", "full")
+        blobs.place(database, store, source, digest=row.digest, size=row.size, verified=verified, now=claim.clock())
+        with database.write() as session:
+            mine = (col(PushBlob.push_id) == row.push_id, col(PushBlob.digest) == row.digest)
+            session.exec(update(PushBlob).where(*mine).values(state="placed"))
+
+
+def sniff(start: bytes, entry: FileEntry) -> None:
+    """Refuse by their first bytes what has no business beside weights, whatever its name."""
+    if start.startswith(b"version https://git-lfs") and entry.size < 1024:
+        raise LfsPointer(path=entry.path, size=entry.size)
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if pickled or start.startswith(b"PK\x03\x04"):
+        raise PickleRefused(path=entry.path)
+
+
+def _read_plain(reading: Reading, entry: FileEntry, *, sniffed: bool = True) -> None:
+    with reading.open(entry) as reader:
+        if sniffed and entry.size:
+            sniff(reader.read(0, min(64, entry.size)), entry)
+        Stream(reader, entry, reading.tick).finish()
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────
+
+
+def _read_adapter(
+    database: Database, reading: Reading, series: SeriesName, wishes: Wishes, push: Push
+) -> dict[str, Any]:
+    manifest = reading.manifest
+    text = reading.small(CONFIG_FILE, MAX_CONFIG_BYTES)
+    if text is None:
+        raise NotAnAdapter(path=str(series), reason=f"it has no {CONFIG_FILE}")
+    config = parse_json(text, CONFIG_FILE)
+    if config != manifest.config:
+        raise BadManifest(reason=f"its config is not what {CONFIG_FILE} holds")
+    weights = reading.weights()
+    if not weights:
+        raise NotAnAdapter(path=str(series), reason="it has no adapter_model.safetensors")
+    for entry in manifest.files:
+        if entry not in weights:
+            _read_plain(reading, entry)
+    with ExitStack() as stack:
+        readers = {entry.path: stack.enter_context(reading.open(entry)) for entry in weights}
+        headers = {entry.path: header_from(readers[entry.path].read, entry.size, entry.path) for entry in weights}
+        spec = AdapterSpec.parse(config, headers)
+        facts = _bind(database, spec, manifest, series, wishes, push)  # before the long read: it refuses most
+        streams = {entry.path: Stream(readers[entry.path], entry, reading.tick) for entry in weights}
+        reads: dict[str, Read] = {path: stream.read for path, stream in streams.items()}
+        check_adapter_tensors(spec, headers, reads, allow_zero=wishes.allow_zero)
+        for stream in streams.values():
+            stream.finish()
+    return facts
+
+
+def _bind(
+    database: Database, spec: AdapterSpec, manifest: Manifest, series: SeriesName, wishes: Wishes, push: Push
+) -> dict[str, Any]:
+    """Fit and evidence; the refusal names what does not fit, and which registered base would."""
+    with database.read() as session:
+        base = commits.base_of(session, manifest)
+        assert base.id is not None
+        model = fits.model_of(session, base.id)
+        try:
+            require_fit(spec, model, {}, path="DIR", name=str(series))
+        except AdapterDoesNotFit:
+            require_fit(spec, model, bases.models(session), path="DIR", name=str(series))
+        bound: Binding = commits.binding(session, spec, base, series, trust_base=wishes.trust_base)
+        actor = str(push.wishes.get("actor", push.created_by))
+        return commits.adapter_facts(spec, base, target_set(spec, model), bound, actor)
+
+
+# ── bases ────────────────────────────────────────────────────────────────────
+
+
+def read_base(reading: Reading, promised: BaseModel) -> BaseModel:
+    """Read all of a base: every file's SHA-256, every tensor's BLAKE3; the model that the files hold.
+
+    `NotABase` when that is not the promised one.
+    """
+    config = _base_config(reading)
+    rows: list[Tensor] = []
+    owner: dict[str, str] = {}
+    for entry in reading.manifest.files:
+        if not entry.path.endswith(".safetensors"):
+            _read_plain(reading, entry)
+            continue
+        with reading.open(entry) as reader:
+            header = header_from(reader.read, entry.size, entry.path)
+            _own(header, owner)
+            stream = Stream(reader, entry, reading.tick)
+            for tensor in header:
+                hasher = blake3()
+                for start in range(tensor.start, tensor.end, 1 << 20):
+                    hasher.update(stream.read(start, min(1 << 20, tensor.end - start)))
+                rows.append(Tensor(tensor.name, tensor.dtype, tensor.shape, Digest("b3", hasher.hexdigest())))
+            stream.finish()
+    if not rows:
+        raise NotABase(path="the push", reason="there is no .safetensors file in it")
+    files = {name: data for name in TOKENIZER_FILES if (data := reading.small(name, MAX_TOKENIZER_BYTES)) is not None}
+    found = BaseModel.of(rows, config, tokenizer_digests(files))
+    if found.digest != promised.digest:
+        reason = f"its files hold base {found.digest}, not the promised {promised.digest}"
+        raise NotABase(path="the push", reason=reason)
+    return found
+
+
+def check_headers(reading: Reading, promised: BaseModel) -> None:
+    """Whether the files hold tensors of the promised names, dtypes and shapes; `NotABase` names one that differs."""
+    config = _base_config(reading)
+    unread = Digest("b3", "0" * 64)
+    rows: list[Tensor] = []
+    owner: dict[str, str] = {}
+    for entry in reading.weights():
+        with reading.open(entry) as reader:
+            header = header_from(reader.read, entry.size, entry.path)
+        _own(header, owner)
+        rows += [Tensor(t.name, t.dtype, t.shape, unread) for t in header]
+    found = {t.name: (t.dtype, t.shape) for t in canonical_tensors(rows, config)}
+    table = {t.name: (t.dtype, t.shape) for t in promised.tensors}
+    head = {promised.family.head} if promised.family else set()
+    for name in sorted((found.keys() | table.keys()) - head):
+        if found.get(name) != table.get(name):
+            reason = f"tensor '{name}' is {found.get(name)}, the table says {table.get(name)}"
+            raise NotABase(path="the push", reason=reason)
+
+
+def _base_config(reading: Reading) -> dict[str, Any] | None:
+    text = reading.small("config.json", MAX_CONFIG_BYTES)
+    return parse_json(text, "config.json") if text is not None else None
+
+
+def _own(header: Header, owner: dict[str, str]) -> None:
+    for tensor in header:
+        first = owner.setdefault(tensor.name, header.path)
+        if first != header.path:
+            raise DuplicateTensor(tensor=tensor.name, first=first, second=header.path)
+
+
+def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
+    """Read one base whose weights were only checked by parts; whether there was one.
+
+    What turns out damaged is taken back: the base is without weights again, and the push says why.
+    """
+    parts = select(Base.manifest).where(Base.weights == "parts")
+    waiting = and_(
+        col(Push.manifest_digest).in_(parts), col(Push.state) == PushState.COMMITTED, col(Push.kind) == "base"
+    )
+    claim = _claim(database, clock, waiting)
+    if claim is None:
+        return False
+    manifest = Manifest.parse(claim.push.manifest)
+    with database.read() as session:
+        base = commits.base_of(session, manifest)
+        assert base.id is not None
+        promised = fits.model_of(session, base.id)
+    keys = {entry.digest: blobs.blob_key(entry.digest) for entry in manifest.files}
+    error: LoractlError | None = None
+    try:
+        model = read_base(Reading(store, manifest, keys, claim.tick), promised)
+    except LeaseGone:
+        return True
+    except Unavailable:
+        _release(database, claim)
+        raise
+    except LoractlError as found:
+        error = found
+    damaged = [entry.digest for entry in manifest.files] if error else []
+    with database.write() as session:
+        row = session.exec(select(Base).where(Base.id == base.id).with_for_update()).one()
+        push = pushes.locked(session, claim.push.id)
+        push.lease_until = None
+        if error is None:
+            bases.keep_full(session, row, model)
+            session.exec(update(Blob).where(col(Blob.digest).in_(list(keys))).values(verified="full"))
+        else:
+            row.weights, row.manifest = "absent", None
+            push.findings = [error.problem()]
+            damaged = list(
+                session.exec(select(Blob.digest).where(col(Blob.digest).in_(damaged), Blob.verified == "parts"))
+            )
+            for digest in damaged:
+                session.delete(session.get_one(Blob, digest))
+        session.add(row)
+        session.add(push)
+    for digest in damaged:
+        store.delete(blobs.blob_key(digest))
+    log.info("base-read", base=base.digest, whole=error is None)
+    return True
+
+
+# ── datasets ─────────────────────────────────────────────────────────────────
+
+
+def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
+    rows = gate = 0
+    seen: dict[str, str] = {}
+    for entry in reading.manifest.files:
+        if not entry.path.endswith(".jsonl"):
+            raise BadDataset(path=entry.path, line=0, reason="a dataset holds .jsonl files only")
+        with reading.open(entry) as reader:
+            sniff(reader.read(0, min(64, entry.size)), entry)
+            stream = Stream(reader, entry, reading.tick)
+            more, gated = datasets.count_rows(stream.chunks(), entry.path, suite=suite, seen=seen)
+            stream.finish()
+        rows, gate = rows + more, gate + gated
+    if not rows:
+        raise BadDataset(path=reading.manifest.files[0].path, line=0, reason="there are no rows")
+    return {"rows": rows, "gate_rows": gate}
