@@ -1,0 +1,171 @@
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from registry.core.errors import BadDataset, NotRunnable, TrainingFailed
+from registry.core.recipes import FineTune
+from tests.workers import factories
+from workers.compute.data import Row
+from workers.compute.finetune import Trained, finetune, learning_rate
+from workers.compute.lora import Adapter, attached, fresh, layers_of
+from workers.compute.weights import write_adapter
+
+TOKENIZER = factories.tokenizer()
+
+
+def train(recipe: FineTune, **options: Any) -> Trained:
+    return finetune(factories.llama(), TOKENIZER, recipe, options.pop("rows", factories.rows()), **options)
+
+
+def written(adapter: Adapter, folder: Path) -> bytes:
+    write_adapter(adapter, folder, base=factories.BASE, recipe="sha256:" + "0" * 64)
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    pairs = ((patch, other.patches[name]) for name, patch in one.patches.items())
+    return sum(float((a.a_RI - b.a_RI).norm() + (a.b_OR - b.b_OR).norm()) for a, b in pairs)
+
+
+def stop_after(steps: int) -> Callable[[dict[str, Any]], None]:
+    def report(progress: dict[str, Any]) -> None:
+        if progress["step"] == steps:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("make", [factories.llama, factories.gpt2], ids=["llama", "gpt2"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(make: Callable[[], Any]) -> None:
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = factories.recipe(steps=60, targets=("all-linear",), batch_tokens=200)
+    losses = finetune(model, TOKENIZER, recipe, factories.rows()).losses
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_equal_recipes_train_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    one, same, other = (
+        written(train(factories.recipe(seed=seed, dropout=0.1)).adapter, tmp_path / str(i))
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"learning_rate_b_ratio": 4.0, "schedule": "cosine"}])
+def test_a_stopped_training_resumes_to_the_bytes_of_an_uninterrupted_one(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = factories.recipe(steps=9, warmup_steps=2, **options)
+    whole = train(recipe)
+    for at in (3, 7):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, report=stop_after(at), checkpoint_dir=tmp_path)
+    steps: list[int] = []
+    resumed = train(recipe, report=lambda progress: steps.append(progress["step"]), checkpoint_dir=tmp_path)
+    assert steps == [8, 9]
+    assert resumed.losses == whole.losses
+    assert resumed.tokens == whole.tokens
+    assert written(resumed.adapter, tmp_path / "resumed") == written(whole.adapter, tmp_path / "whole")
+
+
+def test_a_checkpoint_is_left_every_so_many_steps_and_read_by_its_own_run_only(tmp_path: Path) -> None:
+    train(factories.recipe(steps=5, checkpoint_every=2), checkpoint_dir=tmp_path)
+    steps: list[int] = []
+    train(factories.recipe(steps=5), report=lambda p: steps.append(p["step"]), checkpoint_dir=tmp_path)
+    assert steps == [5]
+    steps.clear()
+    train(factories.recipe(steps=5, seed=9), report=lambda p: steps.append(p["step"]), checkpoint_dir=tmp_path)
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_run_without_a_pull_to_its_start_ends_farther_from_it() -> None:
+    start = factories.random_adapter(factories.llama())
+    free, pulled = (
+        train(factories.recipe(steps=20, pull=pull, max_grad_norm=1e9), start=start).adapter for pull in (0.0, 100.0)
+    )
+    assert distance(pulled, start) < 0.5 * distance(free, start)
+
+
+def test_training_from_a_start_begins_with_the_starts_loss() -> None:
+    long = factories.recipe(steps=60, batch_tokens=10_000)
+    first = train(long)
+    again = train(long.model_copy(update={"steps": 1}), start=first.adapter)
+    assert again.losses[0] < first.losses[10]
+
+
+def test_the_factors_of_a_start_are_not_changed_in_place() -> None:
+    start = factories.random_adapter(factories.llama())
+    before = {name: (patch.a_RI.clone(), patch.b_OR.clone()) for name, patch in start.patches.items()}
+    train(factories.recipe(), start=start)
+    for name, (a_RI, b_OR) in before.items():
+        assert torch.equal(start.patches[name].a_RI, a_RI)
+        assert torch.equal(start.patches[name].b_OR, b_OR)
+
+
+def test_a_higher_rate_for_b_moves_b_farther() -> None:
+    plain, plus = (train(factories.recipe(steps=1, learning_rate_b_ratio=ratio)).adapter for ratio in (1.0, 8.0))
+    name = next(iter(plain.patches))
+    assert plus.patches[name].b_OR.norm() > 4 * plain.patches[name].b_OR.norm()
+
+
+def test_the_loss_of_a_step_is_the_mean_over_completion_tokens() -> None:
+    model, row = factories.llama(), Row({"prompt": "ab", "completion": "cd"}, "x.jsonl", 1)
+    loss = finetune(model, TOKENIZER, factories.recipe(steps=1), [row]).losses[0]
+    ids = TOKENIZER("abcd")["input_ids"] + [TOKENIZER.eos_token_id]
+    log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = -sum(float(log_p[i - 1, ids[i]]) for i in range(3, 6)) / 3
+    assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_bfloat16_weights_train_float32_factors() -> None:
+    model = factories.llama().bfloat16()
+    trained = finetune(model, TOKENIZER, factories.recipe(steps=20, batch_tokens=300), factories.rows())
+    assert {patch.b_OR.dtype for patch in trained.adapter.patches.values()} == {torch.float32}
+    assert trained.losses[-1] < trained.losses[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_rises_over_the_warm_up_and_never_after_it(schedule: str) -> None:
+    recipe = factories.recipe(schedule=schedule, steps=20, warmup_steps=5)
+    rates = [learning_rate(recipe, step) for step in range(20)]
+    assert all(a < b for a, b in pairwise(rates[:5]))
+    assert all(a >= b for a, b in pairwise(rates[5:]))
+    assert max(rates) == recipe.learning_rate
+    assert min(rates) > 0
+
+
+def test_a_loss_that_is_not_a_number_stops_the_training_and_names_the_rows() -> None:
+    model = factories.llama()
+    model.get_submodule("model.norm").weight.fill_(float("nan"))
+    with pytest.raises(TrainingFailed, match=r"step 1: the loss is nan on rows sums.jsonl:\d+"):
+        finetune(model, TOKENIZER, factories.recipe(), factories.rows())
+
+
+def test_rows_with_choices_are_refused_for_training() -> None:
+    with pytest.raises(BadDataset, match=r"'parity.jsonl', line 1: rows with 'choices' are for suites"):
+        train(factories.recipe(), rows=factories.choices())
+
+
+def test_training_from_magnitudes_is_refused() -> None:
+    from dataclasses import replace
+
+    adapter = fresh(factories.llama(), factories.recipe())
+    patches = {name: replace(patch, magnitude_O=torch.ones(len(patch.b_OR))) for name, patch in adapter.patches.items()}
+    with pytest.raises(NotRunnable, match="DoRA"):
+        train(factories.recipe(), start=replace(adapter, patches=patches))
+
+
+def test_the_trained_adapter_answers_as_it_did_in_training() -> None:
+    model = factories.llama()
+    trained = finetune(model, TOKENIZER, factories.recipe(steps=30), factories.rows(4))
+    row = Row({"prompt": "0+0=", "completion": " 0"}, "x.jsonl", 1)
+    bare = finetune(model, TOKENIZER, factories.recipe(steps=1), [row]).losses[0]
+    with attached(layers_of(model, trained.adapter)):
+        adapted = finetune(model, TOKENIZER, factories.recipe(steps=1), [row]).losses[0]
+    assert adapted < bare
