@@ -185,16 +185,16 @@ class RegistryClient:
         """The canonical bytes of a version's manifest."""
         return self._send("GET", _series("adapter", name, "versions", version, "manifest")).content
 
-    def log(self, name: str, *, limit: int | None = None, cursor: str | None = None) -> wire.LogInfo:
+    def log(self, name: str, *, limit: int | None = None) -> wire.LogInfo:
         """What happened to an adapter, newest first."""
-        return self._get(_series("adapter", name, "log"), wire.LogInfo, limit=limit, cursor=cursor)
+        return self._get(_series("adapter", name, "log"), wire.LogInfo, limit=limit)
 
     def lineage(self, name: str, version: str | None = None) -> wire.LineageInfo:
         """Where versions came from and what was made of them; of one version, or of the newest."""
         return self._get(_series("adapter", name, "lineage"), wire.LineageInfo, version=version)
 
     def evaluations(self, name: str, **filters: Any) -> wire.Page[wire.EvaluationInfo]:
-        """Evaluations of an adapter's versions, newest first; filters: version, suite, base, limit, cursor."""
+        """Evaluations of an adapter's versions, oldest first; filters: limit, cursor."""
         return self._get(_series("adapter", name, "evaluations"), wire.Page[wire.EvaluationInfo], **filters)
 
     def aliases(self, name: str) -> list[wire.AliasInfo]:
@@ -244,7 +244,7 @@ class RegistryClient:
         return self._post("/v1/jobs", wire.JobInfo, request)
 
     def jobs(self, **filters: Any) -> wire.Page[wire.JobInfo]:
-        """Jobs, newest first; filters: state, kind, queue, namespace, campaign, limit, cursor."""
+        """Jobs, newest first; filters: state, campaign, limit, cursor."""
         return self._get("/v1/jobs", wire.Page[wire.JobInfo], **filters)
 
     def job(self, job_id: str) -> wire.JobInfo:
@@ -264,21 +264,20 @@ class RegistryClient:
 
         Server-sent events; a stream that breaks is taken up again behind the last event (Last-Event-ID).
         """
-        quiet = 0
-        while True:
+        for quiet in range(1_000_000):
             try:
                 for event in self._stream(job_id, after):
-                    after, quiet = event.id, 0
+                    if event is None:
+                        return
+                    after = event.id
                     yield event
             except httpx.TransportError:
                 pass  # the next request says whether the registry is there at all
-            if self.job(job_id).state in ENDED:
-                yield from self._stream(job_id, after)
-                return
-            self._sleep(min(2.0, PAUSE_S * 2**quiet))
-            quiet += 1
+            self.job(job_id)
+            self._sleep(min(2.0, PAUSE_S * 2**min(quiet, 8)))
 
-    def _stream(self, job_id: str, after: int) -> Iterator[wire.EventInfo]:
+    def _stream(self, job_id: str, after: int) -> Iterator[wire.EventInfo | None]:
+        """Events of one connection; None as the last one when the job has ended."""
         headers = {"accept": "text/event-stream", "last-event-id": str(after), "x-request-id": uuid4().hex}
         with self._http.stream("GET", _path("jobs", job_id, "events"), headers=headers) as reply:
             if reply.is_error:
@@ -286,8 +285,11 @@ class RegistryClient:
                 if reply.status_code in _PASSING:
                     return
                 raise self._refusal(reply)
-            for data in _messages(reply.iter_lines()):
-                yield wire.EventInfo.model_validate_json(data)
+            for message in _messages(reply.iter_lines()):
+                if message["event"] == "end":
+                    yield None
+                    return
+                yield wire.EventInfo.model_validate({**json.loads(message["data"]), "id": int(message["id"])})
 
     # ── a worker's side of jobs ──────────────────────────────────────────────
 
@@ -311,9 +313,9 @@ class RegistryClient:
         """End an attempt without results."""
         return self._post(_path("jobs", job_id, "fail"), wire.JobInfo, request)
 
-    def job_inputs(self, job_id: str) -> wire.DownloadInfo:
-        """Signed GETs of everything a claimed job needs."""
-        return self._get(_path("jobs", job_id, "inputs"), wire.DownloadInfo)
+    def job_inputs(self, job_id: str, attempt: int) -> wire.DownloadInfo:
+        """Signed GETs of everything a claimed job needs, by manifest digest."""
+        return self._get(_path("jobs", job_id, "inputs"), wire.DownloadInfo, attempt=attempt)
 
     # ── upgrades and schedules ───────────────────────────────────────────────
 
@@ -435,15 +437,16 @@ def _parsed(answer: type[Answered], reply: httpx.Response) -> Answered:
     return answer.model_validate_json(reply.content)
 
 
-def _messages(lines: Iterable[str]) -> Iterator[str]:
-    """The data of each server-sent event; comments (keep-alives) and other fields are skipped."""
-    data: list[str] = []
+def _messages(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Each server-sent event as its fields ``id``, ``event`` and ``data``; comments (keep-alives) are skipped."""
+    fields: dict[str, str] = {}
     for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
+        if not line and "data" in fields:
+            yield {"id": "0", "event": "message", **fields}
+            fields = {}
+        elif line and not line.startswith(":"):
+            name, _, value = line.partition(":")
+            fields[name] = value.removeprefix(" ")
 
 
 def _path(*parts: str) -> str:

@@ -230,9 +230,7 @@ def _generation(if_match: str | None) -> int:
 
 
 @router.post("/adapters/{namespace}/{name}/aliases/{alias}/rollback")
-def roll_back(
-    namespace: str, name: str, alias: str, request: RollbackRequest, parts: Parts, caller: User
-) -> AliasInfo:
+def roll_back(namespace: str, name: str, alias: str, request: RollbackRequest, parts: Parts, caller: User) -> AliasInfo:
     """Point the alias to where it pointed before its last move."""
     with parts.database.write() as session:
         adapter = _series(session, caller, namespace, name)
@@ -263,9 +261,7 @@ def list_compatible(
 ) -> Page[CompatibleAdapter]:
     """Adapters that fit this base, with class, reasons, evidence and newest evaluations."""
     (key,) = behind(after, (0,))
-    wanted = Filter(
-        _classes(fit), alias, engine, max_rank, Evidence(evidence) if evidence else None, namespace, task
-    )
+    wanted = Filter(_classes(fit), alias, engine, max_rank, Evidence(evidence) if evidence else None, namespace, task)
     with parts.database.read() as session:
         row = bases.find(session, base)
         found = adapters.compatible(session, caller, row, wanted, after=key, limit=limit)
@@ -290,7 +286,8 @@ def resolve(
         row = bases.find(session, base) if base is not None else None
         found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
         info = adapters.describe(session, [(found.version, found.adapter)])[0]
-        files = downloads.files_of(session, parts.store, found.version.digest, parts.settings.url_ttl_s)
+        digest = found.version.digest
+        files = downloads.files(session, parts.store, parts.settings, [digest])[digest]
     return Resolution(
         version=info,
         fit=found.fit,

@@ -162,10 +162,7 @@ def download_inputs(identity: str, attempt: int, parts: Parts, caller: Worker) -
     """Signed URLs of the job's inputs, for the worker that holds it."""
     with parts.database.read() as session:
         manifests = set(jobs.inputs(session, jobs.held(session, caller, identity, attempt)).values())
-        files = {
-            digest: downloads.files_of(session, parts.store, digest, parts.settings.url_ttl_s) for digest in manifests
-        }
-        return DownloadInfo(files=files)
+        return DownloadInfo(files=downloads.files(session, parts.store, parts.settings, manifests))
 
 
 @router.post("/{identity}/pushes")

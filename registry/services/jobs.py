@@ -238,8 +238,7 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
     for role, digest in inputs_of(recipe).items():
         if role in ("base", "old"):
             base = queries.base_by_digest(session, digest)
-            needs_weights = not (isinstance(recipe, Rebase) and (role == "old" or recipe.tier == "carry"))
-            if needs_weights and (base is None or base.weights != "full"):
+            if base is None or base.weights != "full":
                 raise WeightsAbsent(base=digest[:15], work=f"a job of kind '{recipe.kind}'")
         elif role.startswith(("adapter", "start")):
             version = session.exec(select(Version).where(Version.digest == digest)).first()

@@ -1,0 +1,10 @@
+"""Celery's tasks: five lines; the work is in `workers.jobs`."""
+
+from .app import app, settings
+from .jobs import Worker
+
+
+@app.task(name="loractl.wake")
+def wake(queue: str) -> None:
+    """There may be work on this queue: take it until there is none."""
+    Worker(settings).work(queue)
