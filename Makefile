@@ -13,7 +13,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
-SOURCES := registry workers cli migrations tests $(wildcard benchmarks)
+SOURCES := registry workers cli migrations tests docs $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
