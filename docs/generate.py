@@ -64,11 +64,8 @@ def errors_page() -> str:
     return "\n".join(parts)
 
 
-def pages() -> dict[Path, str]:
-    """Every generated page with its text."""
-    return {DOCS / "cli.md": cli_page(), DOCS / "errors.md": errors_page()}
-
+PAGES = {"cli.md": cli_page, "errors.md": errors_page}
 
 if __name__ == "__main__":
-    for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
