@@ -1,1 +1,1 @@
-"""Tests mirror the rooms; this file makes `from tests.factories import …` mean ours and no installed package of that name."""
+"""Tests mirror the rooms; this file makes `tests.factories` ours, whatever else is installed under that name."""
