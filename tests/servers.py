@@ -260,7 +260,7 @@ def seaweedfs() -> Iterator[S3Server]:
         ]
         command += [f"-{part}.port={ports[part]}" for part in parts]
         command += [f"-{part}.port.grpc={ports[f'{part}.grpc']}" for part in parts]
-        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-s3.autoCreateBucket=false"]
         command += [f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"]
         command += ["-master.telemetry=false", "-master.electionTimeout=1s", "-master.volumeSizeLimitMB=256"]
         command += ["-volume.max=64", "-volume.minFreeSpace=0", "-volume.preStopSeconds=0"]

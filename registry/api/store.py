@@ -45,7 +45,9 @@ def store_router(store: LocalStore) -> APIRouter:
     async def get(key: str, request: Request) -> Response:
         grant = store.granted("GET", key, request.query_params)
         path = await asyncio.to_thread(store.path, key)
-        return BlobResponse(path, media_type="application/octet-stream", filename=grant.filename or None)
+        headers = {"X-Content-Type-Options": "nosniff"}
+        filename = grant.filename or None
+        return BlobResponse(path, headers=headers, media_type="application/octet-stream", filename=filename)
 
     return router
 

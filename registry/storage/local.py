@@ -83,12 +83,12 @@ class LocalStore:
     """A `BlobStore` in the folder ``root``; ``url`` is where `registry.api.store` serves it."""
 
     def __init__(self, root: Path, url: str, secret: bytes, clock: Callable[[], float] = time.time) -> None:
-        self._root = root.absolute()
-        self._url = url.rstrip("/")
+        self.root = root.absolute()
+        self.url = url.rstrip("/")
         self._secret = secret
         self._clock = clock
-        self._partial = self._root / ".partial"
-        self._uploads = self._root / ".uploads"
+        self._partial = self.root / ".partial"
+        self._uploads = self.root / ".uploads"
         with refusals(0):
             for folder in (self._partial, self._uploads):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class LocalStore:
         headers = {}
         if grant.sha256 is not None:
             headers = {CHECKSUM_HEADER: grant.sha256.base64, "content-length": str(grant.size)}
-        url = f"{self._url}/store/{quote(grant.key)}?{urlencode(query)}"
+        url = f"{self.url}/store/{quote(grant.key)}?{urlencode(query)}"
         return SignedRequest(grant.method, url, grant.expires_at, headers)
 
     def _signature(self, grant: Grant) -> bytes:
@@ -217,13 +217,16 @@ class LocalStore:
         upload_id = secrets.token_hex(16)
         folder = self._uploads / upload_id
         with refusals(size):
-            folder.mkdir()
-            with (folder / "data").open("wb") as data:
-                data.truncate(size)
-            (folder / "about.new").write_text(json.dumps({"key": key, "size": size, "part_size": part_size}))
-            (folder / "about.new").replace(folder / "about.json")
-            _sync_folder(folder)
-            _sync_folder(self._uploads)
+            try:
+                folder.mkdir()
+                with (folder / "data").open("wb") as data:
+                    data.truncate(size)
+                (folder / "about.json").write_text(json.dumps({"key": key, "size": size, "part_size": part_size}))
+                _sync_folder(folder)
+                _sync_folder(self._uploads)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return upload_id
 
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
@@ -337,7 +340,7 @@ class LocalStore:
 
     def walk(self, prefix: str) -> Iterator[Stat]:
         """All blobs under ``prefix``."""
-        for folder, _, names in os.walk(self._root / check_key(prefix.rstrip("/"))):
+        for folder, _, names in os.walk(self.root / check_key(prefix.rstrip("/"))):
             for name in names:
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     path = Path(folder, name)
@@ -345,10 +348,10 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         first, _, rest = check_key(key).partition("/")
-        return self._root / first / rest[:2] / rest if first == "blobs" and rest else self._root / key
+        return self.root / first / rest[:2] / rest if first == "blobs" and rest else self.root / key
 
     def _key(self, path: Path) -> str:
-        parts = path.relative_to(self._root).parts
+        parts = path.relative_to(self.root).parts
         return f"blobs/{'/'.join(parts[2:])}" if parts[0] == "blobs" else "/".join(parts)
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
@@ -54,7 +55,7 @@ class S3Store:
         self._bucket = place.bucket
         self._clock = clock
         self._calls = _client(place, place.endpoint)
-        self._signer = _client(place, place.public_endpoint or place.endpoint)
+        self._signer = _client(place, place.public_endpoint) if place.public_endpoint else self._calls
         self._signed: OrderedDict[tuple[str, int, str | None], tuple[float, SignedRequest]] = OrderedDict()
         self._signing = threading.Lock()
 
@@ -284,6 +285,7 @@ class _Taken(Exception):  # noqa: N818  # an answer, not an error
     """If-None-Match: there is something under the key."""
 
 
+_making = threading.Lock()  # a client may be shared between threads, a session may not
 _NOT_THERE = {"404", "NoSuchKey", "NotFound"}
 _OTHER_BYTES = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 _NO_ROOM = {"507", "InsufficientStorage", "InsufficientCapacity", "XMinioStorageFull", "QuotaExceeded"}
@@ -323,10 +325,21 @@ def _client(place: S3Settings, endpoint: str | None) -> "S3Client":
         retries={"mode": "standard", "total_max_attempts": 3},
         max_pool_connections=32,
     )
-    session = boto3.session.Session(
-        aws_access_key_id=place.access_key, aws_secret_access_key=place.secret_key, region_name=place.region
-    )
-    return session.client("s3", endpoint_url=endpoint, config=config)
+    with _making:
+        return _session().client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name=place.region,
+            aws_access_key_id=place.access_key,
+            aws_secret_access_key=place.secret_key,
+            config=config,
+        )
+
+
+@cache
+def _session() -> boto3.session.Session:
+    """One for all stores: it keeps the description of S3, which takes half a second to read."""
+    return boto3.session.Session()
 
 
 def _digest(answer: Mapping[str, Any]) -> Digest | None:

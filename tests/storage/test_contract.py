@@ -133,8 +133,8 @@ def test_a_url_is_good_for_its_own_method_only(store: BlobStore, http: httpx.Cli
     assert content(store, key) == DATA
 
 
-BAD_KEYS = ["", "/", "../x", "staging/../x", "/etc/passwd", "staging//x", "staging/.hidden", "a/./b", "blobs/x/", "a\0b"]
-BAD_KEYS += ["a b", "ä", "a\n", "x" * 129, "a/b/c/d/e/f/g", ".partial/x", "..", "a\\..\\b"]
+BAD_KEYS = ["", "/", "../x", "staging/../x", "/etc/passwd", "staging//x", "staging/.hidden", "a/./b", "blobs/x/"]
+BAD_KEYS += ["a\0b", "a b", "ä", "a\n", "x" * 129, "a/b/c/d/e/f/g", ".partial/x", "..", "a\\..\\b"]
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
@@ -174,7 +174,10 @@ def test_many_threads_may_share_a_store(store: BlobStore, http: httpx.Client, pu
 # ── reading ──────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("offset", "length"), [(0, 4), (3, 5), (0, 10_000), (len(DATA) - 1, 10), (len(DATA), 1), (99, 9)])
+RANGES = [(0, 4), (3, 5), (0, 10_000), (len(DATA) - 1, 10), (len(DATA), 1), (99, 9)]
+
+
+@pytest.mark.parametrize(("offset", "length"), RANGES)
 def test_a_range_is_a_slice(store: BlobStore, http: httpx.Client, push: str, offset: int, length: int) -> None:
     key = key_of(push)
     store.put(key, DATA, SHA256)
