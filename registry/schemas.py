@@ -512,14 +512,14 @@ class ClaimInfo(Answer):
     lease_s: float = 0
     inputs: dict[str, Sha256] = Field(default_factory=dict)
     """role -> manifest digest of what must be fetched, as `recipes.inputs_of` names the roles"""
-    checkpoint: dict[str, Any] | None = None
+    specs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """role -> the spec of a suite, which belongs beside its rows"""
 
 
 class HeartbeatRequest(Request):
     attempt: int
     progress: dict[str, Any] | None = None
     events: Annotated[list[dict[str, Any]], Field(max_length=1000)] = Field(default_factory=list)
-    checkpoint: dict[str, Any] | None = None
 
 
 class HeartbeatInfo(Answer):

@@ -112,6 +112,8 @@ class Worker:
                 )
                 for role, manifest in claimed.inputs.items()
             }
+            for role, spec in claimed.specs.items():
+                folders[role] = _with_spec(folders[role], spec, out / role)
             if "base" in claimed.inputs:
                 self._remember(recipe.base, claimed.inputs["base"])
             (out / "recipe.json").write_bytes(canonical_json(recipe.model_dump(mode="json")))
@@ -327,6 +329,15 @@ def _wishes(lease: _Lease) -> dict[str, Any]:
         "message": output.get("message", ""),
         "task": output.get("task"),
     }
+
+
+def _with_spec(folder: Path, spec: dict[str, Any], out: Path) -> Path:
+    """The rows of ``folder`` and the suite's spec beside them, in ``out``."""
+    out.mkdir()
+    for path in folder.glob("*.jsonl"):
+        (out / path.name).symlink_to(path.resolve())
+    (out / "suite.json").write_bytes(canonical_json(spec))
+    return out
 
 
 def _follow(stream: Any, tell: Any) -> None:

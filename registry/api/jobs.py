@@ -70,7 +70,12 @@ def claim_job(request: ClaimRequest, parts: Parts, caller: Worker) -> ClaimInfo:
         job = jobs.claim(session, caller, request, parts.settings.lease_s, parts.clock())
         if job is None:
             return ClaimInfo(job=None)
-        return ClaimInfo(job=jobs.info(job), lease_s=parts.settings.lease_s, inputs=jobs.inputs(session, job))
+        return ClaimInfo(
+            job=jobs.info(job),
+            lease_s=parts.settings.lease_s,
+            inputs=jobs.inputs(session, job),
+            specs=jobs.specs(session, job),
+        )
 
 
 @router.get("/{identity}")

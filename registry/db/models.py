@@ -482,7 +482,6 @@ class Job(SQLModel, table=True):
     worker: str | None = Field(default=None, max_length=200)
     cancel_requested: bool = Field(default=False)
     progress: dict[str, Any] | None = _json("last progress of the attempt", nullable=True)
-    checkpoint: dict[str, Any] | None = _json("last checkpoint: step, files as path -> blob", nullable=True)
     result: dict[str, Any] | None = _json("what the worker reported, and what was made of it", nullable=True)
     error: dict[str, Any] | None = _json("problem of the last attempt", nullable=True)
     campaign_id: str | None = Field(default=None, max_length=32)

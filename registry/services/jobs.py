@@ -331,6 +331,13 @@ def inputs(session: Session, job: Job) -> dict[str, str]:
     return found
 
 
+def specs(session: Session, job: Job) -> dict[str, dict[str, Any]]:
+    """role -> spec of the suites among the job's inputs."""
+    wanted = {digest: role for role, digest in inputs(session, job).items() if role == "suite"}
+    rows = session.exec(select(DatasetVersion).where(col(DatasetVersion.digest).in_(wanted)))
+    return {wanted[row.digest]: row.spec for row in rows}
+
+
 def output_series(job: Job, kind: str) -> SeriesName:
     """The series that a job's push goes to: the adapter or the line that was asked for; `BadRequest` for others."""
     if kind == "adapter" and job.output.get("adapter"):
