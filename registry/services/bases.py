@@ -21,7 +21,7 @@ from registry.core.errors import BadRequest, BaseNotFound, PathUnusable, Revisio
 from registry.core.names import BaseReference
 from registry.db import queries
 from registry.db.models import Base, BaseTable, Derivation, Line, Revision, StoredManifest
-from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Page, Wishes
+from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Wishes
 from registry.settings import Settings
 
 from . import fits
@@ -260,15 +260,13 @@ def check_location(location: str, settings: Settings) -> str:
 # ── showing ──────────────────────────────────────────────────────────────────
 
 
-def listed(session: Session, caller: Caller, after: int, limit: int) -> Page[BaseInfo]:
-    """Bases, newest first; ``after`` is the last id seen, 0 for the first page."""
+def page(session: Session, caller: Caller, *, line: str | None, before: int, limit: int) -> Sequence[Base]:
+    """Bases, newest first, of one line where it is given; ``before`` is the last id seen."""
     _may_read(caller)
-    query = select(Base).order_by(col(Base.id).desc()).limit(limit + 1)
-    if after:
-        query = query.where(col(Base.id) < after)
-    rows = session.exec(query).all()
-    cursor = str(rows[limit - 1].id) if len(rows) > limit else None
-    return Page[BaseInfo](items=infos(session, rows[:limit]), cursor=cursor)
+    query = select(Base).where(col(Base.id) < before)
+    if line is not None:
+        query = query.where(col(Base.id).in_(select(Revision.base_id).join(Line).where(Line.name == line)))
+    return session.exec(query.order_by(col(Base.id).desc()).limit(limit)).all()
 
 
 def show(session: Session, caller: Caller, ref: str) -> BaseInfo:

@@ -1,6 +1,6 @@
 """Datasets and suites: series of content-addressed JSONL; a suite's rows fall into splits by their hash."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from sqlmodel import Session, col, select
 
@@ -9,7 +9,7 @@ from registry.core.records import item_id, split_of
 from registry.core.rows import MAX_LINE_BYTES, parse_row
 from registry.db import queries
 from registry.db.models import Dataset, DatasetVersion
-from registry.schemas import DatasetInfo, Page
+from registry.schemas import DatasetInfo
 
 from .references import find_dataset
 from .tokens import Caller
@@ -54,20 +54,19 @@ def _lines(chunks: Iterable[bytes], path: str) -> Iterator[bytes]:
         yield left
 
 
-def listed(session: Session, caller: Caller, kind: str, after: int, limit: int) -> Page[DatasetInfo]:
-    """The newest version of each series that the caller may read; ``after`` is the last id seen."""
+def page(session: Session, caller: Caller, kind: str, *, after: int, limit: int) -> Sequence[Dataset]:
+    """Series that the caller may read, in order of their ids; ``after`` is the last one seen."""
     query = select(Dataset).where(Dataset.kind == kind, col(Dataset.id) > after)
     namespaces = caller.readable()
     if namespaces is not None:
         query = query.where(col(Dataset.namespace).in_(namespaces))
-    rows = session.exec(query.order_by(col(Dataset.id)).limit(limit + 1)).all()
-    cursor = str(rows[limit - 1].id) if len(rows) > limit else None
-    items = []
-    for row in rows[:limit]:
-        version = queries.dataset_version(session, kind, row.namespace, row.name)
-        if version is not None:
-            items.append(_info(row, version))
-    return Page[DatasetInfo](items=items, cursor=cursor)
+    return session.exec(query.order_by(col(Dataset.id)).limit(limit)).all()
+
+
+def infos(session: Session, rows: Iterable[Dataset]) -> list[DatasetInfo]:
+    """The newest version of each series, as it travels."""
+    found = [(row, queries.dataset_version(session, row.kind, row.namespace, row.name)) for row in rows]
+    return [_info(row, version) for row, version in found if version is not None]
 
 
 def show(session: Session, caller: Caller, kind: str, ref: str) -> DatasetInfo:

@@ -41,7 +41,7 @@ from registry.db.engine import Database
 from registry.db.models import Base, Job, Push, PushBlob
 from registry.schemas import BlobState, PartsInfo, PartsRequest, PushInfo, PushRequest, SignedRequest, Wishes
 from registry.settings import Settings
-from registry.storage.base import BlobStore, part_sizes
+from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
 from . import blobs, commits
@@ -464,6 +464,37 @@ def expire(session: Session, now: datetime, limit: int = 100) -> list[str]:
         push.facts = None
         session.add(push)
     return [push.id for push in ended]
+
+
+def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta) -> int:
+    """Empty what ended pushes left in staging, and objects of pushes nobody knows after ``grace``; how many went."""
+    staged: dict[str, list[Stat]] = {}
+    for stat in store.walk("staging/"):
+        staged.setdefault(stat.key.split("/")[1], []).append(stat)
+    with database.read() as session:
+        states = dict(session.exec(select(Push.id, Push.state).where(col(Push.id).in_(staged))).all())
+        uploads = session.exec(
+            select(PushBlob)
+            .join(Push)
+            .where(col(PushBlob.upload_id).is_not(None), col(Push.state).not_in(UNFINISHED))
+            .limit(1000)
+        ).all()
+    gone = 0
+    for row in uploads:
+        store.abort_multipart(blobs.staging_key(row.push_id, row.digest), str(row.upload_id))
+        gone += 1
+    if uploads:
+        with database.write() as session:
+            for row in uploads:
+                session.merge(row).upload_id = None
+    for push_id, stats in staged.items():
+        state = states.get(push_id)
+        for stat in stats:
+            old = now.timestamp() - stat.modified_at > grace.total_seconds()
+            if state not in UNFINISHED if state is not None else old:
+                store.delete(stat.key)
+                gone += 1
+    return gone
 
 
 def locked(session: Session, push_id: str) -> Push:

@@ -1,0 +1,68 @@
+"""Routes of base models: registration by table, lists, tables, differences, derivations."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Page
+from registry.services import bases, pushes
+
+from .deps import Parts, User
+from .pages import Limit, behind, cursor
+
+router = APIRouter(prefix="/v1", tags=["bases"])
+
+
+@router.post("/bases", status_code=201)
+def register(request: BaseRegistration, parts: Parts, caller: User) -> BaseInfo:
+    """Make a base known by its tensor table, without weights; again is fine."""
+    model = pushes.read_table(request.table)
+    with parts.database.write() as session:
+        base = bases.register(session, caller, parts.settings, model, request, parts.clock())
+    with parts.database.read() as session:
+        return bases.infos(session, [base])[0]
+
+
+@router.get("/bases")
+def list_bases(
+    parts: Parts,
+    caller: User,
+    line: str | None = None,
+    limit: Limit = 50,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[BaseInfo]:
+    """Bases, newest first; with ``line`` those of one line."""
+    (before,) = behind(after, (1 << 31,))
+    with parts.database.read() as session:
+        rows = bases.page(session, caller, line=line, before=before, limit=limit)
+        more = cursor(rows[-1].id) if len(rows) == limit else None
+        return Page(items=bases.infos(session, rows), cursor=more)
+
+
+@router.get("/bases/{ref}")
+def show(ref: str, parts: Parts, caller: User) -> BaseInfo:
+    """One base: a digest, ``line@rN``, or a line (its newest)."""
+    with parts.database.read() as session:
+        return bases.show(session, caller, ref)
+
+
+@router.get("/bases/{ref}/table")
+def table(ref: str, parts: Parts, caller: User) -> Response:
+    """The tensor table, compressed; immutable by digest."""
+    with parts.database.read() as session:
+        digest, body = bases.table(session, caller, ref)
+    return Response(body, media_type="application/zlib", headers={"ETag": f'"{digest}"'})
+
+
+@router.get("/bases/{a}/diff/{b}")
+def difference(a: str, b: str, parts: Parts, caller: User) -> DiffInfo:
+    """What changes from ``a`` to ``b``, tensor by tensor."""
+    with parts.database.read() as session:
+        return bases.difference(session, caller, a, b)
+
+
+@router.post("/bases/{ref}/derivations", status_code=201)
+def derive(ref: str, request: DerivationRequest, parts: Parts, caller: User) -> DerivationInfo:
+    """Declare how a base came from another."""
+    with parts.database.write() as session:
+        return bases.derive(session, caller, ref, request, parts.clock())

@@ -1,0 +1,21 @@
+"""The garbage collector of pushes: ends those whose time is over, and empties what nobody will commit.
+
+Blobs in their final place are never touched here.
+"""
+
+from datetime import timedelta
+
+from registry.parts import Parts
+from registry.services import pushes
+
+GRACE = timedelta(hours=1)
+"""How long staged bytes outlive the end of their push: URLs may still be good, uploads still run."""
+
+
+def step(parts: Parts) -> bool:
+    """Expire pushes and clear one round of staging; whether anything was done."""
+    now = parts.clock()
+    with parts.database.write() as session:
+        expired = pushes.expire(session, now)
+    cleared = pushes.sweep(parts.database, parts.store, now, GRACE)
+    return bool(expired or cleared)

@@ -1,0 +1,89 @@
+"""All daemons in one process: ``python -m registry.daemons.run``. Any number of such processes may run.
+
+Each daemon is a ``step(parts)`` that does one piece of work and says whether there was any. It is called
+again at once when there was, after its pause when there was not, and after a growing pause when it failed:
+a database or a store that is down is a reason to wait, never to stop.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from registry import logs
+from registry.core.errors import Unavailable
+from registry.parts import Parts
+from registry.settings import Settings
+
+from . import gc, verifier
+
+PATIENCE_S = 30.0
+"""The longest pause between failures."""
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A step, and how long to rest when there was nothing to do."""
+
+    name: str
+    step: Callable[[Parts], bool]
+    pause_s: float
+
+
+DAEMONS = (
+    Daemon("verifier", verifier.step, 0.1),
+    Daemon("gc", gc.step, 60.0),
+)
+
+
+def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event) -> None:
+    """Call the daemon's step until ``stop``."""
+    failures = 0
+    while not stop.is_set():
+        try:
+            did = daemon.step(parts)
+        except Unavailable as error:
+            failures += 1
+            log.warning("daemon-waits", daemon=daemon.name, code=error.code, reason=error.message)
+        except Exception:  # one bad row must not end the process; it is in the log
+            failures += 1
+            log.exception("daemon-failed", daemon=daemon.name)
+        else:
+            failures = 0
+            if did:
+                continue
+        stop.wait(min(PATIENCE_S, 0.5 * 2**failures) if failures else daemon.pause_s)
+
+
+def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMONS) -> None:
+    """Run all ``daemons`` until ``stop``, and let each finish what it is doing."""
+    threads = [threading.Thread(target=keep_going, args=(d, parts, stop), name=d.name) for d in daemons]
+    for thread in threads:
+        thread.start()
+    log.info("daemons-started", daemons=[daemon.name for daemon in daemons])
+    stop.wait()
+    for thread in threads:
+        thread.join()
+    log.info("daemons-stopped")
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    settings = Settings.from_environment(os.environ)
+    logs.configure(settings.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    parts = Parts.of(settings)
+    try:
+        run(parts, stop)
+    finally:
+        parts.close()
+
+
+if __name__ == "__main__":
+    main()
