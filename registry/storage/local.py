@@ -221,7 +221,10 @@ class LocalStore:
                 folder.mkdir()
                 with (folder / "data").open("wb") as data:
                     data.truncate(size)
-                (folder / "about.json").write_text(json.dumps({"key": key, "size": size, "part_size": part_size}))
+                with (folder / "about.json").open("w") as about:
+                    json.dump({"key": key, "size": size, "part_size": part_size}, about)
+                    about.flush()
+                    os.fsync(about.fileno())
                 _sync_folder(folder)
                 _sync_folder(self._uploads)
             except OSError:
@@ -268,7 +271,7 @@ class LocalStore:
             raise UploadNotFound(upload_id=upload_id[:64], key=key)
         try:
             with _locked(folder / "about.json", lock, key, "its parts"):
-                about = json.loads((folder / "about.json").read_text())
+                about = json.loads((folder / "about.json").read_text() or '{"key": ""}')  # empty: died while starting
                 if about["key"] != key or not (folder / "data").exists():  # no data: completed, and died before tidying
                     raise UploadNotFound(upload_id=upload_id, key=key)
                 yield folder, about

@@ -164,6 +164,16 @@ def test_a_death_between_naming_and_tidying_is_a_completed_upload(
         folder.list_parts(KEY, upload_id)
 
 
+def test_a_death_while_starting_is_no_upload(folder: LocalStore, upload_id: str, tmp_path: Path) -> None:
+    about = tmp_path / "store" / ".uploads" / upload_id / "about.json"
+    about.write_text("")
+    with pytest.raises(UploadNotFound):
+        folder.list_parts(KEY, upload_id)
+    about.unlink()
+    with pytest.raises(UploadNotFound):
+        folder.list_parts(KEY, upload_id)
+
+
 # ── signatures ───────────────────────────────────────────────────────────────
 
 
