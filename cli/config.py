@@ -14,6 +14,7 @@ from registry.core.errors import NotLoggedIn, PathUnusable
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
+    from registry.files import HashCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +82,11 @@ def _kept(file: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise PathUnusable(path=str(file), reason=f"{error}; log in again: loractl login URL --token TOKEN") from error
     return kept if isinstance(kept, dict) else {}
+
+
+def hashes(env: Mapping[str, str] = os.environ) -> "HashCache":
+    """Digests of local files that were hashed before."""
+    from registry.files import HashCache
+
+    folder = env.get("XDG_CACHE_HOME") or str(Path(env.get("HOME") or Path.home()) / ".cache")
+    return HashCache(Path(folder) / "loractl" / "hashes")

@@ -116,25 +116,28 @@ class Bar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` bytes of ``what``."""
-        self.draw(what, done, total, "")
+        self._draw(what, done, total, f"{size(done)} of {size(total)}" if total else "")
 
-    def draw(self, what: str, done: int, total: int, note: str) -> None:
-        """The same, with a note behind the bar."""
+    def count(self, what: str, done: int, total: int, note: str) -> None:
+        """``done`` of ``total`` steps, with a note behind the bar."""
+        self._draw(what, done, total, f"{done} of {total}  {note}" if total else note)
+
+    def _draw(self, what: str, done: int, total: int, note: str) -> None:
         if not self._terminal or time.monotonic() - self._began < SHOW_AFTER_S:
             return
         if self._rich is None:
             self._rich = self._start()
         if what not in self._tasks:
-            self._tasks[what] = self._rich.add_task(what, total=total or None)
-        self._rich.update(self._tasks[what], completed=done, total=total or None, note=note, size=_of(done, total))
+            self._tasks[what] = self._rich.add_task(what, total=total or None, note=note)
+        self._rich.update(self._tasks[what], completed=done, total=total or None, note=note)
 
     def _start(self) -> "RichProgress":
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         rich = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"),
-            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(),
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
         rich.start()
@@ -197,10 +200,6 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     low, high = min(means), max(means)
     spread = (high - low) or 1.0
     return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1))] for mean in means)
-
-
-def _of(done: int, total: int) -> str:
-    return f"{size(done)} of {size(total)}" if total else ""
 
 
 # ── drawings for people ──────────────────────────────────────────────────────

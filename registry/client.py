@@ -259,27 +259,32 @@ class RegistryClient:
         """Queue a failed or cancelled job again."""
         return self._post(_path("jobs", job_id, "retry"), wire.JobInfo)
 
-    def events(self, job_id: str, *, after: int = 0) -> Iterator[wire.EventInfo]:
+    def events(self, job_id: str, *, after: int = 0, follow: bool = True) -> Iterator[wire.EventInfo]:
         """Everything that happens to a job from event ``after`` on, as it happens, until it has ended.
+
+        Without ``follow`` only what has happened so far.
 
         Server-sent events; a stream that breaks is taken up again behind the last event (Last-Event-ID).
         """
-        for quiet in range(1_000_000):
+        quiet = 0
+        while True:
             try:
-                for event in self._stream(job_id, after):
+                for event in self._stream(job_id, after, follow):
                     if event is None:
                         return
-                    after = event.id
+                    after, quiet = event.id, 0
                     yield event
             except httpx.TransportError:
                 pass  # the next request says whether the registry is there at all
             self.job(job_id)
-            self._sleep(min(2.0, PAUSE_S * 2**min(quiet, 8)))
+            self._sleep(PAUSE_S * 2**quiet)
+            quiet = min(quiet + 1, 4)
 
-    def _stream(self, job_id: str, after: int) -> Iterator[wire.EventInfo | None]:
+    def _stream(self, job_id: str, after: int, follow: bool) -> Iterator[wire.EventInfo | None]:
         """Events of one connection; None as the last one when the job has ended."""
         headers = {"accept": "text/event-stream", "last-event-id": str(after), "x-request-id": uuid4().hex}
-        with self._http.stream("GET", _path("jobs", job_id, "events"), headers=headers) as reply:
+        params = {"follow": str(follow).lower()}
+        with self._http.stream("GET", _path("jobs", job_id, "events"), headers=headers, params=params) as reply:
             if reply.is_error:
                 reply.read()
                 if reply.status_code in _PASSING:
@@ -306,8 +311,8 @@ class RegistryClient:
         return self._post(_path("jobs", job_id, "pushes"), wire.PushInfo, request, again=True)
 
     def finish(self, job_id: str, request: wire.FinishRequest) -> wire.JobInfo:
-        """End a job with its results, in one transaction."""
-        return self._post(_path("jobs", job_id, "finish"), wire.JobInfo, request)
+        """End a job with its results, in one transaction; the same words again change nothing."""
+        return self._post(_path("jobs", job_id, "finish"), wire.JobInfo, request, again=True)
 
     def fail(self, job_id: str, request: wire.FailRequest) -> wire.JobInfo:
         """End an attempt without results."""

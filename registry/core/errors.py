@@ -584,6 +584,12 @@ class WorkFailed(LocalFailure):
     help = "See its log: loractl jobs logs {id}; try again: loractl jobs retry {id}"
 
 
+class ChildFailed(LocalFailure):
+    code = "child-failed"
+    says = "The {name} process {how}: {tail}"
+    help = "Its log: {log}"
+
+
 class ToolMissing(LocalFailure):
     code = "tool-missing"
     says = "{what} needs the extra '{extra}', which is not installed."

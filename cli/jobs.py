@@ -1,0 +1,512 @@
+"""Commands about work: datasets, suites, training, evaluation, merging, rebasing, and jobs themselves."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.core.errors import BadConfig, BadRequest, LoractlError, PathUnusable, ToolMissing, WorkFailed
+from registry.core.names import Reference, SeriesName
+
+from . import bases, config
+from .output import Bar, Output, ago, command, fields, number, plot, short, size, sparkline, table
+
+if TYPE_CHECKING:
+    from registry.client import RegistryClient
+    from registry.schemas import DatasetInfo, JobInfo, JobRequest
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+TIERS = click.Choice(["carry", "warm-start", "retrain"])
+
+
+@click.group("dataset", short_help="Training data: push, list.")
+def dataset() -> None:
+    """Training data: JSONL files, content-addressed and versioned."""
+
+
+@click.group("suite", short_help="Evaluation suites: push, list.")
+def suite() -> None:
+    """Evaluation suites: JSONL files with what is measured on them."""
+
+
+@click.group("jobs", short_help="Jobs: list, show, watch, logs, cancel, retry.")
+def jobs() -> None:
+    """Work that was asked for: its state, progress and results."""
+
+
+# ── datasets and suites ──────────────────────────────────────────────────────
+
+
+@command(dataset, "loractl dataset push reviews.jsonl team/reviews", name="push")
+@click.argument("file", type=FILE)
+@click.argument("name", metavar="NAME")
+@click.option("-m", "--message", default="", metavar="TEXT", help="What is new in it.")
+def dataset_push(out: Output, file: Path, name: str, message: str) -> None:
+    """Push FILE as the next version of a dataset.
+
+    Lines are {"prompt": …, "completion": …} or {"messages": […]}.
+    """
+    _push_data(out, "dataset", file, name, {}, message)
+
+
+@command(
+    suite,
+    "loractl suite push reviews-test.jsonl team/reviews-test",
+    "loractl suite push test.jsonl team/test --metric accuracy --metric likelihood",
+    name="push",
+)
+@click.argument("file", type=FILE)
+@click.argument("name", metavar="NAME")
+@click.option("--metric", "metrics", multiple=True, type=click.Choice(["likelihood", "accuracy", "exact-match"]),
+              help="What is measured; default: what the form of its rows allows.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(1), help="How far a generation may go.")
+@click.option("-m", "--message", default="", metavar="TEXT", help="What is new in it.")
+def suite_push(
+    out: Output, file: Path, name: str, metrics: tuple[str, ...], max_new_tokens: int | None, message: str
+) -> None:
+    """Push FILE as the next version of a suite.
+
+    Lines are as in a dataset, or {"prompt": …, "choices": […], "answer": i}.
+    """
+    spec = {"metrics": sorted(metrics), "max_new_tokens": max_new_tokens}
+    _push_data(out, "suite", file, name, {key: value for key, value in spec.items() if value}, message)
+
+
+def _push_data(out: Output, kind: Any, file: Path, name: str, spec: dict[str, Any], message: str) -> None:
+    from registry.transfer import push_dataset
+
+    series = str(SeriesName.parse(name, kind))
+    with config.connect() as client, out.progress() as bar, out.if_interrupted("Nothing is lost: repeat the command."):
+        info = push_dataset(
+            client, kind, file, series, spec=spec, message=message, progress=bar, cache=config.hashes()
+        )
+    out.emit(info, lambda: bases.pushed_lines(info))
+
+
+@command(dataset, "loractl dataset list", name="list")
+def dataset_list(out: Output) -> None:
+    """List datasets."""
+    _list_data(out, "dataset")
+
+
+@command(suite, "loractl suite list", name="list")
+def suite_list(out: Output) -> None:
+    """List suites."""
+    _list_data(out, "suite")
+
+
+def _list_data(out: Output, kind: Any) -> None:
+    from registry.client import every
+
+    with config.connect() as client:
+        found: list[DatasetInfo] = list(every(lambda cursor: client.datasets(kind, cursor=cursor)))
+    out.emit(found, lambda: table(
+        [kind, "newest", "rows", "in the gate split", "size", "pushed"],
+        ([i.name, f"v{i.version}", f"{i.rows:,}", f"{i.gate_rows:,}" if kind == "suite" else "", size(i.size),
+          ago(i.created_at)] for i in found),
+        empty=f"Nothing there. Push one: loractl {kind} push FILE NAME",
+    ))  # fmt: skip
+
+
+# ── work ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A RECIPE.toml: the recipe with references, and where its result goes."""
+
+    recipe: dict[str, Any]
+    output: dict[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(path: Path) -> RecipeFile:
+    """Read a RECIPE.toml: keys of a fine-tune with references for digests, and a table ``[output]``."""
+    import tomllib
+
+    try:
+        found = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(path=str(path), reason=f"it is not TOML: {error}") from error
+    except OSError as error:
+        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+    output = found.pop("output", {})
+    if not isinstance(output, dict) or not set(output) <= {"adapter", "aliases", "message", "task"}:
+        raise BadConfig(path=str(path), reason="[output] takes adapter, aliases, message and task")
+    return RecipeFile({"kind": "finetune", **found}, output)
+
+
+def job_options(function: Any) -> Any:
+    """The options of every command that asks for a job."""
+    function = click.option("--queue", default="cpu", show_default=True, help="Which workers do it.")(function)
+    function = click.option("--fresh", is_flag=True, help="Do it even if an equal job has succeeded.")(function)
+    return click.option("--no-wait", is_flag=True, help="Give the job's id, and leave.")(function)
+
+
+@command(
+    None,
+    "loractl train recipe.toml",
+    "loractl train recipe.toml --output team/bot --alias prod --no-wait",
+)
+@click.argument("recipe", type=FILE, metavar="RECIPE.toml")
+@click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: [output].")
+@click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
+@click.option("-m", "--message", metavar="TEXT", help="What is new in it.")
+@job_options
+def train(
+    out: Output, recipe: Path, name: str | None, aliases: tuple[str, ...], message: str | None,
+    queue: str, fresh: bool, no_wait: bool,
+) -> None:  # fmt: skip
+    """Fine-tune a LoRA adapter by a recipe, and draw its loss.
+
+    \b
+    base = "llama@r2"
+    datasets = ["team/reviews"]
+    rank = 8
+    steps = 200
+    [output]
+    adapter = "team/bot"
+    aliases = ["prod"]
+    """
+    from registry.schemas import JobRequest
+    from registry.schemas import Output as Goes
+
+    read = load_recipe(recipe)
+    given = {"adapter": name, "aliases": list(aliases) or None, "message": message}
+    output = read.output | {key: value for key, value in given.items() if value is not None}
+    if "adapter" not in output:
+        raise BadRequest(problems='name the result: --output team/bot, or adapter = "team/bot" under [output]')
+    _ask(out, JobRequest(recipe=read.recipe, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
+
+
+@command(
+    None,
+    "loractl evaluate team/bot@v3 team/bot:prod --suite team/reviews-test",
+    "loractl evaluate --for llama@r2 --suite team/reviews-test",
+)
+@click.argument("refs", nargs=-1, metavar="REF…")
+@click.option("--suite", "suite_ref", required=True, metavar="S", help="The suite to score on.")
+@click.option("--for", "base_text", metavar="BASE", help="On which base; default: that of the first REF.")
+@click.option("--no-bare", is_flag=True, help="Do not score the bare base too.")
+@job_options
+def evaluate(
+    out: Output, refs: tuple[str, ...], suite_ref: str, base_text: str | None, no_bare: bool,
+    queue: str, fresh: bool, no_wait: bool,
+) -> None:  # fmt: skip
+    """Score adapters, and the bare base, on a suite; per-item records are kept for the gates."""
+    from registry.schemas import JobRequest
+
+    if not refs and not base_text:
+        raise click.UsageError("Name adapters, or a base: --for BASE.")
+    Reference.parse(suite_ref, "suite")
+    recipe: dict[str, Any] = {"kind": "evaluate", "suite": suite_ref, "bare": not no_bare}
+    recipe["adapters"] = [str(Reference.parse(ref)) for ref in refs]
+    if base_text:
+        recipe["base"] = _base(out, base_text)
+    _ask(out, JobRequest(recipe=recipe, queue=queue, fresh=fresh), no_wait)
+
+
+@command(
+    None,
+    "loractl merge team/bot:prod --line llama-bot",
+    "loractl merge ./bot --local --for ./llama --out ./llama-bot",
+    "loractl merge team/bot:prod --local --for ./llama --out ./llama-bot",
+)
+@click.argument("ref", metavar="REF")
+@click.option("--for", "base_text", metavar="BASE", help="Into which base; with --local a folder.")
+@click.option("--line", help="The line that the merged base becomes the newest revision of.")
+@click.option("--local", is_flag=True, help="On this machine, into a folder; REF may be a folder too.")
+@click.option("--out", "target", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="With --local.")
+@job_options
+def merge(
+    out: Output, ref: str, base_text: str | None, line: str | None, local: bool, target: Path | None,
+    queue: str, fresh: bool, no_wait: bool,
+) -> None:  # fmt: skip
+    """Merge an adapter into its base: W + scale·B·A, as a new base model."""
+    from registry.schemas import JobRequest
+    from registry.schemas import Output as Goes
+
+    if local:
+        if target is None or base_text is None or line:
+            raise click.UsageError("--local takes --for FOLDER and --out DIR, and no --line.")
+        _merge_here(out, ref, Path(base_text), target)
+        return
+    if line is None or target is not None:
+        raise click.UsageError("Name the line of the result: --line LINE; or merge here: --local --for DIR --out DIR.")
+    recipe: dict[str, Any] = {"kind": "merge", "adapter": str(Reference.parse(ref))}
+    if base_text:
+        recipe["base"] = _base(out, base_text)
+    _ask(out, JobRequest(recipe=recipe, output=Goes(line=line), queue=queue, fresh=fresh), no_wait)
+
+
+@command(
+    None,
+    "loractl rebase team/bot:prod --to llama@r2",
+    "loractl rebase team/bot@v3 --to llama@r2 --tier warm-start --suite team/reviews-test",
+)
+@click.argument("ref", metavar="REF")
+@click.option("--to", "base_text", required=True, metavar="BASE", help="The new weights.")
+@click.option("--tier", type=TIERS, default="carry", show_default=True, help="How.")
+@click.option("--suite", "suite_ref", metavar="S", help="Its calibration split chooses where a warm start starts.")
+@click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: the same one.")
+@click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
+@job_options
+def rebase(
+    out: Output, ref: str, base_text: str, tier: str, suite_ref: str | None, name: str | None,
+    aliases: tuple[str, ...], queue: str, fresh: bool, no_wait: bool,
+) -> None:  # fmt: skip
+    """Carry one adapter to another base by one tier of the cascade; campaigns choose by themselves."""
+    from registry.schemas import JobRequest
+    from registry.schemas import Output as Goes
+
+    reference = Reference.parse(ref)
+    recipe: dict[str, Any] = {"kind": "rebase", "tier": tier, "adapter": str(reference), "base": _base(out, base_text)}
+    if suite_ref and tier != "carry":
+        recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
+    goes = Goes(adapter=name or str(reference.series), aliases=list(aliases))
+    _ask(out, JobRequest(recipe=recipe, output=goes, queue=queue, fresh=fresh), no_wait)
+
+
+def _base(out: Output, text: str) -> str:
+    with out.progress() as bar:
+        return bases.wanted(text, bar).ref
+
+
+def _ask(out: Output, request: "JobRequest", no_wait: bool) -> None:
+    with config.connect() as client:
+        job = client.submit(request)
+        if no_wait:
+            out.emit(job, lambda: click.echo(job.id))
+            return
+        if job.reused:
+            out.say(f"Job {job.id} does this already ({job.state}, asked {ago(job.created_at)}; --fresh repeats it).")
+        job, curve = follow(out, client, job)
+    out.emit(job, lambda: _ended(job, curve))
+
+
+def follow(out: Output, client: "RegistryClient", job: "JobInfo") -> tuple["JobInfo", list[tuple[float, float]]]:
+    """Wait for a job with live progress; the ended job and its loss curve. `WorkFailed` when it did not succeed."""
+    curve: list[tuple[float, float]] = []
+    with out.progress() as bar, out.if_interrupted(
+        f"Job {job.id} goes on without you. Watch it: loractl jobs watch {job.id}; end it: loractl jobs cancel {job.id}"
+    ):
+        for event in client.events(job.id):
+            _draw(bar, job.kind, event.kind, event.data, curve)
+    return succeeded(client.job(job.id)), curve
+
+
+def succeeded(job: "JobInfo") -> "JobInfo":
+    """The job itself when it succeeded; else why it did not."""
+    if job.state == "succeeded":
+        return job
+    problem = job.error or {}
+    reason = problem.get("detail") or f"it is {job.state}"
+    raise WorkFailed(id=job.id, reason=reason, problem=problem)
+
+
+def _draw(bar: Bar, kind: str, event: str, data: dict[str, Any], curve: list[tuple[float, float]]) -> None:
+    step, steps, loss = data.get("step"), data.get("steps"), data.get("loss")
+    if step is not None and loss is not None:
+        curve.append((float(step), float(loss)))
+    losses = [point[1] for point in curve]
+    note = f"loss {losses[-1]:.3f} {sparkline(losses)}" if losses else event
+    bar.count(kind, step or 0, steps or 0, note)
+
+
+def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
+    result = job.result or {}
+    curve = [(float(step), float(loss)) for step, loss in result.get("loss", [])] or curve
+    if len(curve) > 1:
+        click.echo(plot({"loss": curve}, title=f"{job.kind} {job.id}", x="step"))
+    _job(job)
+
+
+def _merge_here(out: Output, ref: str, base: Path, target: Path) -> None:
+    """Run the worker's own merge in a child process, on folders."""
+    from importlib.util import find_spec
+
+    from registry.transfer import digested, pull, scanned
+
+    if find_spec("torch") is None:
+        raise ToolMissing(what="merging on this machine", extra="worker")
+    if not base.is_dir():
+        raise PathUnusable(path=str(base), reason="--local merges into a base folder")
+    if target.exists() and any(target.iterdir()):
+        raise PathUnusable(path=str(target), reason="it is not empty")
+    with tempfile.TemporaryDirectory(prefix="loractl-") as scratch, out.progress() as bar:
+        digest = digested(base, progress=bar, cache=config.hashes()).digest
+        adapter = Path(ref)
+        if not adapter.is_dir():
+            adapter = Path(scratch) / "adapter"
+            with config.connect() as client:
+                pull(client, client.resolve(ref, base=str(digest)).manifest, adapter, progress=bar)
+        version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest
+        recipe = Path(scratch) / "recipe.json"
+        recipe.write_text(json.dumps({"kind": "merge", "base": str(digest), "adapter": str(version)}))
+        work = target.with_name(f".{target.name}.merging")  # beside it: the rename stays on one disk
+        run_here(recipe, {"base": base, "adapter": adapter}, work)
+        (work / "base").replace(target)
+        result = json.loads((work / "result.json").read_text())
+        for left in work.iterdir():
+            left.unlink()
+        work.rmdir()
+        merged = digested(target, progress=bar)
+    document = {"out": str(target), "base": str(digest), "adapter": str(version), "digest": str(merged.digest)} | result
+    out.emit(document, lambda: fields({
+        "merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors",
+    }))  # fmt: skip
+
+
+def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:
+    """``python -m workers.run`` in a child process; its refusal as ours."""
+    line = [sys.executable, "-m", "workers.run", str(recipe), "--out", str(target)]
+    for role, folder in inputs.items():
+        line += ["--in", f"{role}={folder.resolve()}"]
+    with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+        try:
+            _, talk = child.communicate()
+        except KeyboardInterrupt:
+            child.wait()  # the terminal's Ctrl-C reached it too
+            raise
+    if child.returncode == 0:
+        return
+    refusal = target / "error.json"
+    if refusal.is_file():
+        raise LoractlError.from_problem(json.loads(refusal.read_text()))
+    last = talk.decode(errors="replace").strip().split("\n")[-1]
+    raise WorkFailed(id="here", reason=last or f"it ended with status {child.returncode}")
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────
+
+
+@command(jobs, "loractl jobs list", "loractl jobs list --state running --json", name="list")
+@click.option("--state", type=click.Choice(["queued", "running", "succeeded", "failed", "cancelled"]))
+@click.option("--campaign", metavar="ID", help="Only the jobs of an upgrade.")
+@click.option("--limit", type=click.IntRange(1, 500), default=30, show_default=True)
+def jobs_list(out: Output, state: str | None, campaign: str | None, limit: int) -> None:
+    """List jobs, newest first."""
+    with config.connect() as client:
+        found = client.jobs(state=state, campaign=campaign, limit=limit).items
+    out.emit(found, lambda: table(
+        ["job", "kind", "state", "queue", "for", "attempt", "worker", "asked", "took"],
+        ([job.id, job.kind, job.state, job.queue, _result_of(job), f"{job.attempt}/{job.max_attempts}", job.worker,
+          ago(job.created_at), _took(job)] for job in found),
+        empty="No jobs. Ask for one: loractl train RECIPE.toml",
+    ))  # fmt: skip
+
+
+@command(jobs, "loractl jobs show j0123", name="show")
+@click.argument("job_id", metavar="ID")
+def jobs_show(out: Output, job_id: str) -> None:
+    """Show a job, its result, and its loss when it is a training."""
+    with config.connect() as client:
+        job = client.job(job_id)
+    out.emit(job, lambda: _ended(job, []))
+
+
+@command(jobs, "loractl jobs watch j0123", name="watch")
+@click.argument("job_id", metavar="ID")
+def jobs_watch(out: Output, job_id: str) -> None:
+    """Wait for a job with live progress; exits with 1 when it does not succeed."""
+    with config.connect() as client:
+        job, curve = follow(out, client, client.job(job_id))
+    out.emit(job, lambda: _ended(job, curve))
+
+
+@command(jobs, "loractl jobs logs j0123", "loractl jobs logs j0123 --follow", name="logs")
+@click.argument("job_id", metavar="ID")
+@click.option("--follow", "go_on", is_flag=True, help="Until the job has ended.")
+def jobs_logs(out: Output, job_id: str, go_on: bool) -> None:
+    """Print everything that happened to a job."""
+    with config.connect() as client:
+        client.job(job_id)
+        events = client.events(job_id, follow=go_on)
+        if out.as_json:
+            found = list(events)
+            out.emit(found, lambda: None)
+            return
+        for event in events:
+            words = "  ".join(f"{key} {number(value) if isinstance(value, float) else value}"
+                              for key, value in event.data.items() if key != "kind")  # fmt: skip
+            click.echo(f"{event.at:%H:%M:%S}  {event.attempt}  {event.kind:<12} {words}")
+
+
+@command(jobs, "loractl jobs cancel j0123", name="cancel")
+@click.argument("job_id", metavar="ID")
+def jobs_cancel(out: Output, job_id: str) -> None:
+    """End a job; a running one is told by its worker's next heartbeat."""
+    with config.connect() as client:
+        job = client.cancel_job(job_id)
+    state = "its worker was told to stop" if job.state == "running" else job.state
+    out.emit(job, lambda: click.echo(f"{job.id}: {state}"))
+
+
+@command(jobs, "loractl jobs retry j0123", name="retry")
+@click.argument("job_id", metavar="ID")
+@click.option("--no-wait", is_flag=True, help="Leave at once.")
+def jobs_retry(out: Output, job_id: str, no_wait: bool) -> None:
+    """Queue a failed or cancelled job again."""
+    with config.connect() as client:
+        job = client.retry_job(job_id)
+        if no_wait:
+            out.emit(job, lambda: click.echo(f"{job.id}: {job.state}"))
+            return
+        job, curve = follow(out, client, job)
+    out.emit(job, lambda: _ended(job, curve))
+
+
+def _job(job: "JobInfo") -> None:
+    result = job.result or {}
+    made = ", ".join(str(item.get("ref") or short(item.get("digest"))) for item in result.get("made", []))
+    fields({
+        "job": job.id,
+        "kind": job.kind,
+        "state": job.state + (" (cancelling)" if job.cancel_requested and job.state == "running" else ""),
+        "queue": job.queue,
+        "made": made,
+        "steps": str(result.get("steps") or ""),
+        "took": _took(job),
+        "worker": job.worker,
+        "attempt": f"{job.attempt} of {job.max_attempts}",
+        "campaign": job.campaign,
+        "asked": ago(job.created_at),
+        "error": (job.error or {}).get("detail"),
+    })  # fmt: skip
+    rows = [
+        [_who(name, job), metric, split, number(mean.get("mean")), f"{mean.get('n', 0):.0f}"]
+        for name, summary in (result.get("metrics") or {}).items()
+        for metric, splits in summary.items()
+        for split, mean in splits.items()
+    ]
+    if rows:
+        click.echo()
+        table(["adapter", "metric", "split", "mean", "n"], rows)
+
+
+def _who(name: str, job: "JobInfo") -> str:
+    adapters = job.recipe.get("adapters") or []
+    return short(adapters[int(name)]) if name.isdecimal() and int(name) < len(adapters) else name
+
+
+def _result_of(job: "JobInfo") -> str:
+    return str(job.output.get("adapter") or job.output.get("line") or "")
+
+
+def _took(job: "JobInfo") -> str:
+    if job.started_at is None:
+        return ""
+    seconds = (job.finished_at.timestamp() if job.finished_at else time.time()) - job.started_at.timestamp()
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+COMMANDS: dict[str, click.Command] = {
+    "dataset": dataset, "suite": suite, "train": train, "evaluate": evaluate, "merge": merge, "rebase": rebase,
+    "jobs": jobs,
+}  # fmt: skip

@@ -1,0 +1,325 @@
+"""Commands about base upgrades and schedules."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from registry.core.errors import CampaignNotFound
+from registry.core.names import SeriesName, check_name
+
+from . import bases, config
+from .jobs import FILE, load_recipe
+from .output import Output, ago, command, fields, markdown, number, table
+
+if TYPE_CHECKING:
+    from registry.client import RegistryClient
+    from registry.schemas import CampaignInfo, CampaignItemInfo, UpgradeRequest
+
+FINAL = {"finished", "aborted"}
+POLL_S = 1.0
+
+
+@click.group("upgrade", short_help="Base upgrades: plan, start, status, approve, abort, report.")
+def upgrade() -> None:
+    """Carry every adapter of a line to new base weights, each as far as its gate allows."""
+
+
+@click.group("schedule", short_help="What happens by itself: add, list, rm.")
+def schedule() -> None:
+    """Rows that start work by themselves: on a cron, on a base upgrade, on new data."""
+
+
+# ── upgrades ─────────────────────────────────────────────────────────────────
+
+
+def upgrade_options(function: Any) -> Any:
+    """What plan and start share."""
+    for option in (
+        click.option("--queue", default="cpu", show_default=True, help="Which workers do it."),
+        click.option("--namespace", "namespaces", multiple=True, help="Only adapters of this namespace."),
+        click.option("--from", "old", metavar="BASE", help="The old weights; default: the revision before."),
+    ):
+        function = option(function)
+    return function
+
+
+@command(upgrade, "loractl upgrade plan llama --to llama@r2", "loractl upgrade plan llama --to llama@r2 --json")
+@click.argument("line", metavar="LINE")
+@click.option("--to", "new", required=True, metavar="BASE", help="The new weights.")
+@upgrade_options
+def plan(out: Output, line: str, new: str, old: str | None, namespaces: tuple[str, ...], queue: str) -> None:
+    """Show what an upgrade would do with each adapter; nothing is changed."""
+    with config.connect() as client:
+        info = client.plan_upgrade(_request(out, line, new, old, namespaces, queue))
+    out.emit(info, lambda: _plan(info))
+
+
+@command(
+    upgrade,
+    "loractl upgrade start llama --to llama@r2",
+    "loractl upgrade start c0123 --no-wait",
+)
+@click.argument("what", metavar="LINE|ID")
+@click.option("--to", "new", metavar="BASE", help="The new weights; without it, the ID of a planned campaign.")
+@upgrade_options
+@click.option("--no-wait", is_flag=True, help="Give the campaign's id, and leave.")
+def start(
+    out: Output, what: str, new: str | None, old: str | None, namespaces: tuple[str, ...], queue: str, no_wait: bool
+) -> None:
+    """Start an upgrade, and wait for it."""
+    with config.connect() as client:
+        if new is not None:
+            what = client.create_upgrade(_request(out, what, new, old, namespaces, queue)).id
+        elif old or namespaces:
+            raise click.UsageError("--from and --namespace need --to BASE.")
+        info = client.start_upgrade(what)
+        if no_wait:
+            out.emit(info, lambda: click.echo(info.id))
+            return
+        info = _follow(out, client, info)
+    out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade status", "loractl upgrade status c0123", "loractl upgrade status c0123 --watch")
+@click.argument("campaign", metavar="ID", required=False)
+@click.option("--watch", is_flag=True, help="Wait until it has ended.")
+def status(out: Output, campaign: str | None, watch: bool) -> None:
+    """Show an upgrade, or all of them."""
+    with config.connect() as client:
+        if campaign is None and not watch:
+            found = client.upgrades().items
+            out.emit(found, lambda: _campaigns(found))
+            return
+        info = client.upgrade(campaign) if campaign else _newest(client)
+        if watch:
+            info = _follow(out, client, info)
+    out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade approve c0123 team/bot", "loractl upgrade approve c0123 team/bot --alias prod")
+@click.argument("campaign", metavar="ID")
+@click.argument("name", metavar="ADAPTER")
+@click.option("--alias", "alias_name", default="prod", show_default=True, help="The alias that waits.")
+def approve(out: Output, campaign: str, name: str, alias_name: str) -> None:
+    """Promote an adapter that passed its gate and whose policy asks first."""
+    from registry.schemas import ApproveRequest
+
+    with config.connect() as client:
+        info = client.approve(campaign, ApproveRequest(adapter=str(SeriesName.parse(name)), alias=alias_name))
+    out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade abort c0123")
+@click.argument("campaign", metavar="ID")
+def abort(out: Output, campaign: str) -> None:
+    """End an upgrade; what was promoted stays, the rest stays on the old base."""
+    with config.connect() as client:
+        info = client.abort_upgrade(campaign)
+    out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade report", "loractl upgrade report c0123 > report.md")
+@click.argument("campaign", metavar="ID", required=False)
+def report(out: Output, campaign: str | None) -> None:
+    """Print the outcome of an upgrade (the newest by default) as Markdown."""
+    with config.connect() as client:
+        info = client.upgrade(campaign) if campaign else _newest(client)
+    out.emit(info, lambda: click.echo(report_text(info)))
+
+
+def _request(
+    out: Output, line: str, new: str, old: str | None, namespaces: tuple[str, ...], queue: str
+) -> "UpgradeRequest":
+    from registry.schemas import UpgradeRequest
+
+    with out.progress() as bar:
+        to = bases.wanted(new, bar).ref
+        before = bases.wanted(old, bar).ref if old else None
+    return UpgradeRequest(
+        line=check_name(line, "line"), to=to, old=before, namespaces=list(namespaces) or None, queue=queue
+    )
+
+
+def _newest(client: "RegistryClient") -> "CampaignInfo":
+    found = client.upgrades(limit=1).items
+    if not found:
+        raise CampaignNotFound(id="newest")
+    return client.upgrade(found[0].id)
+
+
+def _follow(out: Output, client: "RegistryClient", info: "CampaignInfo") -> "CampaignInfo":
+    with out.progress() as bar, out.if_interrupted(
+        f"Upgrade {info.id} goes on without you. See: loractl upgrade status {info.id};"
+        f" end it: loractl upgrade abort {info.id}"
+    ):
+        waiting = False
+        while info.state not in FINAL:
+            open_items = [item for item in info.items if item.state in ("planned", "running")]
+            doing = ", ".join(f"{item.adapter}: {item.tier or item.state}" for item in open_items[:3])
+            bar.count("upgrade", len(info.items) - len(open_items), len(info.items), doing)
+            if not open_items and any(item.state == "waiting" for item in info.items):
+                waiting = True
+                break
+            time.sleep(POLL_S)
+            info = client.upgrade(info.id)
+    if waiting:
+        out.say(f"Adapters wait for approval: loractl upgrade approve {info.id} ADAPTER")
+    return info
+
+
+def _campaigns(found: Iterable["CampaignInfo"]) -> None:
+    table(
+        ["upgrade", "line", "from", "to", "state", "adapters", "started"],
+        ([c.id, c.line, c.old_ref, c.new_ref, c.state, _counts(c), ago(c.started_at or c.created_at)] for c in found),
+        empty="No upgrades. Plan one: loractl upgrade plan LINE --to BASE",
+    )
+
+
+def _counts(info: "CampaignInfo") -> str:
+    counts: dict[str, int] = {}
+    for item in info.items:
+        counts[item.state] = counts.get(item.state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+
+
+def _heading(info: "CampaignInfo") -> None:
+    fields({
+        "upgrade": info.id,
+        "line": f"{info.line}: {info.old_ref} → {info.new_ref}",
+        "state": info.state + (f" ({info.reason})" if info.reason else ""),
+        "adapters": _counts(info),
+        "took": _took(info),
+    })  # fmt: skip
+    click.echo()
+
+
+def _took(info: "CampaignInfo") -> str:
+    if info.started_at is None or info.finished_at is None:
+        return ""
+    return f"{(info.finished_at - info.started_at).total_seconds():.0f} s"
+
+
+def _plan(info: "CampaignInfo") -> None:
+    _heading(info)
+
+    def text(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ", ".join(map(text, value))
+        return "" if value is None else str(value)
+
+    keys = list(dict.fromkeys(key for item in info.items for key in item.plan))
+    table(
+        ["adapter", "alias", "serving", "fit", *keys, "why"],
+        ([item.adapter, item.alias, item.serving, item.fit, *(text(item.plan.get(key)) for key in keys), item.reason]
+         for item in info.items),
+        empty="No adapter is bound to the old weights.",
+    )  # fmt: skip
+
+
+SCORES = ["bare_old", "serving_old", "bare_new", "carry", "warm-start", "retrain", "final"]
+
+
+def _row(item: "CampaignItemInfo") -> list[object]:
+    scores = [number(item.scores[key]) if isinstance(item.scores.get(key), int | float) else "" for key in SCORES]
+    cost = "; ".join(
+        f"{tier}: {_cost(spent)}" for tier, spent in item.cost.items() if isinstance(spent, dict)
+    )
+    return [item.adapter, item.alias, item.state, item.tier, item.serving, item.final, item.scores.get("metric"),
+            *scores, cost, item.reason]  # fmt: skip
+
+
+def _cost(spent: dict[str, Any]) -> str:
+    steps, seconds = spent.get("steps"), spent.get("seconds")
+    return f"{steps if steps is not None else '?'} steps, {f'{seconds:.0f}' if seconds is not None else '?'} s"
+
+
+HEADINGS = ["adapter", "alias", "state", "tier", "serving", "final", "metric",
+            *(name.replace("_", " ") for name in SCORES), "cost", "why"]  # fmt: skip
+
+
+def _status(info: "CampaignInfo") -> None:
+    _heading(info)
+    rows = [_row(item) for item in info.items]
+    kept = [i for i, heading in enumerate(HEADINGS) if heading == "adapter" or any(row[i] for row in rows)]
+    table([HEADINGS[i] for i in kept], ([row[i] for i in kept] for row in rows), empty="No adapters.")
+
+
+def report_text(info: "CampaignInfo") -> str:
+    """The report of an upgrade in Markdown."""
+    lines = [
+        f"# Upgrade {info.id}: {info.line}, {info.old_ref} → {info.new_ref}",
+        "",
+        f"State: {info.state}{f' ({info.reason})' if info.reason else ''}. Adapters: {_counts(info)}.",
+        f"Old base {info.old}, new base {info.new}.",
+        f"Planned {info.created_at:%Y-%m-%d %H:%M} UTC by {info.created_by}"
+        + (f", took {_took(info)}." if _took(info) else "."),
+        "",
+        markdown(HEADINGS, (_row(item) for item in info.items)),
+    ]
+    return "\n".join(lines)
+
+
+# ── schedules ────────────────────────────────────────────────────────────────
+
+
+@command(
+    schedule,
+    "loractl schedule add base-upgrade llama --namespace team --upgrade",
+    "loractl schedule add new-data team/reviews --namespace team --train recipe.toml",
+    "loractl schedule add cron '0 3 * * 1' --namespace team --train recipe.toml",
+)
+@click.argument("trigger", type=click.Choice(["cron", "base-upgrade", "new-data"]))
+@click.argument("subject", metavar="SUBJECT")
+@click.option("--namespace", required=True, help="Who it belongs to.")
+@click.option("--upgrade", "upgrades", is_flag=True, help="Start an upgrade campaign.")
+@click.option("--train", "recipe", type=FILE, metavar="RECIPE.toml", help="Train by this recipe.")
+@click.option("--queue", default="cpu", show_default=True, help="Which workers do it.")
+def add(
+    out: Output, trigger: str, subject: str, namespace: str, upgrades: bool, recipe: Path | None, queue: str
+) -> None:
+    """Start work by itself: SUBJECT is a cron expression (UTC), a line, or a dataset."""
+    from registry.schemas import JobRequest, ScheduleRequest
+    from registry.schemas import Output as Goes
+
+    if upgrades == (recipe is not None):
+        raise click.UsageError("Say what to do: --upgrade, or --train RECIPE.toml.")
+    action: dict[str, Any] = {"upgrade": {}}
+    if recipe is not None:
+        read = load_recipe(recipe)
+        job = JobRequest(recipe=read.recipe, output=Goes.model_validate(read.output), queue=queue)
+        action = {"job": job.model_dump(mode="json")}
+    request = ScheduleRequest.model_validate(
+        {"namespace": namespace, "trigger": trigger, "subject": subject, "action": action}
+    )
+    with config.connect() as client:
+        info = client.create_schedule(request)
+    out.emit(info, lambda: click.echo(info.id))
+
+
+@command(schedule, "loractl schedule list", "loractl schedule list --namespace team", name="list")
+@click.option("--namespace", help="Only this namespace.")
+def list_schedules(out: Output, namespace: str | None) -> None:
+    """List schedules."""
+    with config.connect() as client:
+        found = client.schedules(namespace=namespace).items
+    out.emit(found, lambda: table(
+        ["schedule", "namespace", "on", "subject", "does", "next", "last"],
+        ([s.id, s.namespace, s.trigger, s.subject, ", ".join(s.action), ago(s.next_at),
+          ", ".join(f"{key} {value}" for key, value in (s.last or {}).items())] for s in found),
+        empty="No schedules. Add one: loractl schedule add base-upgrade LINE --namespace NS --upgrade",
+    ))  # fmt: skip
+
+
+@command(schedule, "loractl schedule rm s0123")
+@click.argument("schedule_id", metavar="ID")
+def rm(out: Output, schedule_id: str) -> None:
+    """Remove a schedule."""
+    with config.connect() as client:
+        client.delete_schedule(schedule_id)
+    out.emit({"removed": schedule_id}, lambda: click.echo(f"removed {schedule_id}"))
+
+
+COMMANDS: dict[str, click.Command] = {"upgrade": upgrade, "schedule": schedule}
