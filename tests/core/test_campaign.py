@@ -375,7 +375,7 @@ class World:
                 pass
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.data(), POLICIES, SETTINGS, st.integers(0, 30))
 def test_every_route_ends_once_and_none_promotes_without_a_pass(
     data: st.DataObject, policy: Policy | None, changes: dict[str, object], moves_at: int

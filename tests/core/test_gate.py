@@ -82,6 +82,7 @@ def test_the_score_interval_is_tangos(
     assert [round(limit, digits) for limit in score_interval(x12, x21, n, alpha)] == [lower, upper]
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(120, 2000), st.floats(-0.3, 0.3))
 def test_the_nuisance_parameter_maximises_the_likelihood(gains: int, losses: int, n: int, difference: float) -> None:
     assume(abs(difference) > 1e-3)
@@ -207,6 +208,7 @@ def test_items_that_were_drawn_together_count_as_one() -> None:
     assert mean_interval(fourfold, ALPHA)[0] > alone[0]
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.001, 0.2), st.floats(1, 5))
 def test_a_wider_margin_never_takes_a_pass_away(gains: int, losses: int, value: float, times: float) -> None:
     n = 600
