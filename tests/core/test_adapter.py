@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ from registry.core.safetensors import Header, TensorInfo
 from tests.factories import adapter_config
 
 Q = "model.layers.0.self_attn.q_proj"
-PLAIN = {f"{Q}.lora_A.weight": (4, 16), f"{Q}.lora_B.weight": (8, 4)}
+Shapes = Mapping[str, tuple[int, ...]]
+PLAIN: dict[str, tuple[int, ...]] = {f"{Q}.lora_A.weight": (4, 16), f"{Q}.lora_B.weight": (8, 4)}
 BASE = "b3:" + "1" * 64
 
 
 def header(
-    shapes: dict[str, tuple[int, ...]], dtype: str = "F32", metadata: dict[str, str] | None = None, path: str = "a"
+    shapes: Shapes, dtype: str = "F32", metadata: dict[str, str] | None = None, path: str = "a"
 ) -> Header:
     tensors, at = [], 100
     for name, shape in shapes.items():
@@ -24,7 +26,7 @@ def header(
     return Header(path, tuple(tensors), metadata or {})
 
 
-def spec(shapes: dict[str, tuple[int, ...]] = PLAIN, metadata: dict[str, str] | None = None, **config: Any) -> AdapterSpec:
+def spec(shapes: Shapes = PLAIN, metadata: dict[str, str] | None = None, **config: Any) -> AdapterSpec:
     found = header(shapes, metadata=metadata)
     return AdapterSpec.parse(adapter_config("llama", 4, ["q_proj"]) | config, {"adapter_model.safetensors": found})
 
@@ -66,7 +68,7 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root(config: dict[str, Any], sc
 @pytest.mark.parametrize("pattern", ["(a+)+", "(a|b)*", ".*.*.*", "a**", "(?=x)", "x" * 300, "a{2,}"])
 def test_a_pattern_that_could_run_for_ever_is_refused(key: str, pattern: str) -> None:
     with pytest.raises(BadConfig, match="too complex"):
-        spec(**{key: {pattern: 4}})
+        spec(PLAIN, None, **{key: {pattern: 4}})
 
 
 def test_the_patterns_mean_what_peft_means_by_them() -> None:
@@ -88,7 +90,7 @@ def test_rank_mismatch_between_a_and_b_is_refused_by_name() -> None:
 
 
 def test_a_rank_that_is_not_the_configs_is_refused() -> None:
-    with pytest.raises(BadTensor, match="rank 4, but adapter_config.json gives this module rank 8"):
+    with pytest.raises(BadTensor, match=r"rank 4, but .* gives this module rank 8"):
         spec(r=8)
 
 
@@ -155,7 +157,9 @@ def test_what_changes_the_computation_is_not_run(config: dict[str, Any], word: s
     assert word in str(spec(**config).why_not_runnable)
 
 
-@pytest.mark.parametrize("config", [{"init_lora_weights": "gaussian"}, {"a_switch_of_tomorrow": None}, {"eva_config": {}}])
+@pytest.mark.parametrize(
+    "config", [{"init_lora_weights": "gaussian"}, {"a_switch_of_tomorrow": None}, {"eva_config": {}}]
+)
 def test_what_does_not_change_it_is_run(config: dict[str, Any]) -> None:
     assert spec(**config).runnable
 

@@ -117,7 +117,9 @@ def test_a_tensor_that_cannot_be_is_refused_by_name(change: dict[str, Any], word
     assert refusal.value.tensor == "a"
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/../b", "..", "/etc/x", "\\x", "a\nb", "a\x00b", "", "\ud800", "x" * 1025])
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/../b", "..", "/etc/x", "\\x", "a\nb", "a\x00b", "", "\ud800", "x" * 1025]
+)
 def test_names_that_could_mean_a_path_or_hide_are_refused(name: str) -> None:
     with pytest.raises(BadTensor):
         parsed({name: A}, 16)

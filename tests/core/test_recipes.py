@@ -1,0 +1,87 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.core.errors import BadRequest
+from registry.core.recipes import Compare, Evaluate, FineTune, Merge, Rebase, inputs_of, parse_recipe, recipe_digest
+
+B1, B2 = ("b3:" + d * 64 for d in "12")
+S1, S2, S3 = ("sha256:" + d * 64 for d in "123")
+TRAIN = {"kind": "finetune", "base": B2, "datasets": [S1]}
+RECIPES: list[dict[str, Any]] = [
+    TRAIN,
+    TRAIN | {"start": S2, "pull": 0.5, "targets": ["all-linear"]},
+    {"kind": "evaluate", "base": B1, "suite": S1, "adapters": [S2, S3]},
+    {"kind": "merge", "base": B1, "adapter": S1},
+    {"kind": "rebase", "tier": "carry", "adapter": S1, "old": B1, "base": B2},
+    {"kind": "rebase", "tier": "warm-start", "adapter": S1, "old": B1, "base": B2, "training": TRAIN, "suite": S3},
+    {"kind": "compare", "old": B1, "base": B2},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_written_and_read_is_itself(recipe: dict[str, Any]) -> None:
+    made = parse_recipe(recipe)
+    assert parse_recipe(made.model_dump_json().encode()) == made
+    assert recipe_digest(parse_recipe(json.dumps(recipe).encode())) == recipe_digest(made)
+
+
+@given(st.integers(1, 4096), st.floats(1e-9, 1.0), st.integers(0, 2**32 - 1))
+def test_equal_work_has_one_digest_and_other_work_another(rank: int, rate: float, seed: int) -> None:
+    recipe = TRAIN | {"rank": rank, "learning_rate": rate, "seed": seed}
+    turned = dict(reversed(recipe.items()))
+    assert recipe_digest(parse_recipe(recipe)) == recipe_digest(parse_recipe(turned))
+    assert recipe_digest(parse_recipe(recipe)) != recipe_digest(parse_recipe(recipe | {"steps": 7}))
+
+
+def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
+    assert recipe_digest(parse_recipe(TRAIN)) == recipe_digest(parse_recipe(TRAIN | {"checkpoint_every": 5}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "inputs"),
+    [
+        (RECIPES[0], {"base": B2, "dataset.0": S1}),
+        (RECIPES[1], {"base": B2, "dataset.0": S1, "start": S2}),
+        (RECIPES[2], {"base": B1, "suite": S1, "adapter.0": S2, "adapter.1": S3}),
+        (RECIPES[3], {"base": B1, "adapter": S1}),
+        (RECIPES[4], {"base": B2, "old": B1, "adapter": S1}),
+        (RECIPES[5], {"base": B2, "old": B1, "adapter": S1, "dataset.0": S1, "suite": S3}),
+        (RECIPES[6], {"base": B2, "old": B1}),
+    ],
+)
+def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[str, str]) -> None:
+    assert inputs_of(parse_recipe(recipe)) == inputs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word"),
+    [
+        ({}, "discriminator"),
+        ({"kind": "distil"}, "distil"),
+        (TRAIN | {"base": S1}, "named by b3"),
+        (TRAIN | {"datasets": []}, "datasets"),
+        (TRAIN | {"datasets": ["x"]}, "not a digest"),
+        (TRAIN | {"targets": [" q_proj"]}, "spaces around"),
+        (TRAIN | {"rank": 0}, "rank"),
+        (TRAIN | {"learning_rate": -1}, "learning_rate"),
+        (TRAIN | {"dropout": 1}, "dropout"),
+        (TRAIN | {"seed": 1 << 32}, "seed"),
+        (TRAIN | {"a_key_of_tomorrow": 1}, "a_key_of_tomorrow"),
+        (RECIPES[2] | {"adapters": [], "bare": False}, "nothing to evaluate"),
+        (RECIPES[4] | {"training": TRAIN}, "takes no training recipe"),
+        (RECIPES[4] | {"tier": "retrain"}, "needs a training recipe"),
+        (RECIPES[5] | {"training": TRAIN | {"base": B1}}, "for another base"),
+    ],
+)
+def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> None:
+    with pytest.raises(BadRequest, match=word):
+        parse_recipe(recipe)
+
+
+def test_kinds_are_told_apart() -> None:
+    kinds = [type(parse_recipe(recipe)) for recipe in RECIPES]
+    assert kinds == [FineTune, FineTune, Evaluate, Merge, Rebase, Rebase, Compare]
