@@ -1,10 +1,13 @@
-"""The generated pages are as new as the code, and links lead somewhere."""
+"""The generated pages are as new as the code, links lead somewhere, and commands in the guides are understood."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 
+from cli.main import cli
 from docs.generate import PAGES
 
 HOUSE = Path(__file__).parent.parent
@@ -25,3 +28,27 @@ def test_a_generated_page_is_what_make_docs_writes(name: str) -> None:
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def command_lines() -> list[str]:
+    found = [line for page in WRITTEN for line in re.findall(r"^\$? ?(loractl .*)$", page.read_text(), re.MULTILINE)]
+    return sorted({re.split(r"\s+#", line)[0] for line in found if "…" not in line})
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_every_command_line_in_the_guides_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("adapter", "base", "base-v2"):
+        (tmp_path / folder).mkdir()
+    for file in ("train.jsonl", "suite.jsonl", "recipe.toml"):
+        (tmp_path / file).touch()
+    command: click.Command = cli
+    context = click.Context(cli, info_name="loractl")
+    words = shlex.split(re.sub(r'"\$\(.*\)"', "TOKEN", line))[1:]
+    while isinstance(command, click.Group):
+        found = command.get_command(context, words[0])
+        assert found is not None, f"no command {words[0]}"
+        command, words = found, words[1:]
+    command.make_context("loractl", words, parent=context)

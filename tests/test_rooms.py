@@ -135,3 +135,8 @@ def test_the_innermost_room_holds_a_module() -> None:
 def test_a_line_without_a_name_and_an_arrow_is_refused(line: str) -> None:
     with pytest.raises(fields.ValidationError):
         arrows([line])
+
+
+def test_every_room_that_is_drawn_stands() -> None:
+    [drawing] = [drawn for drawn in PROJECT["tool"]["importlinter"]["contracts"] if drawn["type"] == "rooms"]
+    assert [room for room in arrows(drawing["rooms"]) if not modules_of(room)] == []
