@@ -50,7 +50,12 @@ class Suite:
     def read(cls, folder: Path) -> "Suite":
         """The suite of a folder; `BadConfig` says what its suite.json may hold."""
         path = folder / "suite.json"
-        spec = json.loads(path.read_bytes()) if path.is_file() else {}
+        try:
+            spec = json.loads(path.read_bytes()) if path.is_file() else {}
+        except ValueError:
+            spec = None
+        if not isinstance(spec, dict):
+            raise BadConfig(path=path.name, reason="not a JSON object")
         names, length = spec.get("metrics"), spec.get("max_new_tokens", 64)
         known = get_args(Metric)
         if names is not None and (not names or not set(names) <= set(known)):

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from blake3 import blake3
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from registry.core.errors import BadTensor, NotABase, NotRunnable, PathUnusable
+from registry.core.errors import BadTensor, NotRunnable, PathUnusable
 
 from .finetune import Report, silent
 from .lora import Adapter, Patch, fitted, is_transposed
-from .model import Model
-from .shards import Stored, read_header, stored_tensors, weight_files
+from .model import Model, skeleton
+from .shards import Stored, read_header, stored_name, stored_tensors, weight_files
 from .weights import atomic_write, framed
 
 Change = Callable[[Tensor, slice], Tensor]
@@ -46,7 +45,9 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> M
     """Write base ⊕ adapter to the new or empty folder ``out``, in the base's shards, names and types."""
     if out.exists() and any(out.iterdir()):
         raise PathUnusable(path=str(out), reason="a merge goes to a new or empty folder, never over another model")
-    model = _skeleton(base)
+    model = skeleton(base)
+    if getattr(model.config, "quantization_config", None):
+        raise NotRunnable(what="Merging", reason="the base is quantised; merge into its unquantised weights")
     stored = stored_tensors(base)
     changes, extra, untied = _plan(model, adapter, stored)
     for name in changes:
@@ -78,18 +79,6 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> M
 # ── which tensors change, and how ────────────────────────────────────────────
 
 
-def _skeleton(base: Path) -> Model:
-    """The model without weights: which module is of which kind, and whether the head is tied."""
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise NotABase(path=str(base), reason=str(error).splitlines()[0]) from error
-    if getattr(config, "quantization_config", None):
-        raise NotRunnable(what="Merging", reason="the base is quantised; merge into its unquantised weights")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def _plan(model: Model, adapter: Adapter, stored: dict[str, Stored]) -> tuple[dict[str, Change], dict[str, str], bool]:
     """Changes by the name they are written under, tensors to be added (name to source), and whether to untie."""
     wanted: dict[str, Change] = {}
@@ -109,22 +98,16 @@ def _plan(model: Model, adapter: Adapter, stored: dict[str, Stored]) -> tuple[di
     untied = head is not None and head.weight is embedding.weight and any(name in wanted for name in pair)
     extra: dict[str, str] = {}
     if untied:
-        here = {name: _stored_name(model, name, stored) for name in pair}
+        here = {name: stored_name(model, name, stored) for name in pair}
         source = next((found for found in here.values() if found), None)
         extra = {name: source for name, found in here.items() if not found and source}
     changes = {}
     for name, change in wanted.items():
-        found = name if name in extra else _stored_name(model, name, stored)
+        found = name if name in extra else stored_name(model, name, stored)
         if found is None:
             raise NotRunnable(what="Merging", reason=f"the base stores no tensor '{name}'")
         changes[found] = change
     return changes, extra, untied
-
-
-def _stored_name(model: Model, name: str, stored: dict[str, Stored]) -> str | None:
-    """A parameter's name in the files, which may lack the base prefix or have one more."""
-    prefix = f"{model.base_model_prefix}."
-    return next((n for n in (name, name.removeprefix(prefix), f"{prefix}{name}") if n in stored), None)
 
 
 def _added(before: Change | None, patch: Patch, transposed: bool) -> Change:

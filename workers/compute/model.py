@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from registry.core.errors import NotABase, NotRunnable
 from registry.core.recipes import Precision
@@ -44,6 +44,16 @@ def load(folder: Path, precision: Precision = "auto") -> tuple[Model, Tokenizer]
         raise NotRunnable(what=f"The base model in '{folder.name}'", reason=str(error).splitlines()[0]) from error
     model.requires_grad_(False)
     return model.eval().to(device_here()), tokenizer
+
+
+def skeleton(folder: Path) -> Model:
+    """The model of ``folder`` without its weights: which module is of which kind, and what is tied."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise NotABase(path=str(folder), reason=str(error).splitlines()[0]) from error
 
 
 def module_name(model: Model, name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from registry.core.errors import BadHeader, NotABase, NotRunnable
 from registry.core.safetensors import header_bytes, parse_header
 
+from .model import Model
 from .weights import DTYPES
 
 BLOCK_BYTES = 8 << 20
@@ -70,3 +71,9 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a base folder by name."""
     return {name: tensor for path in weight_files(folder) for name, tensor in read_header(path)[0].items()}
+
+
+def stored_name(model: Model, name: str, stored: Mapping[str, Stored]) -> str | None:
+    """A parameter's name in the files, which may lack the base prefix or have one more."""
+    prefix = f"{model.base_model_prefix}."
+    return next((n for n in (name, name.removeprefix(prefix), f"{prefix}{name}") if n in stored), None)

@@ -4,7 +4,7 @@ Factors stay the same bytes. Whole parameters that the adapter replaces (``modul
 carried as differences: W2 + (saved − W1); kept as they are they would bring back the old base's weights.
 """
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,28 +14,34 @@ from torch import Tensor
 from registry.core.errors import NotRunnable
 
 from ..lora import Adapter
-from ..shards import Stored, stored_tensors
+from ..model import module_name, skeleton
+from ..shards import stored_name, stored_tensors
 
 
 def carry(adapter: Adapter, old: Path, base: Path) -> Adapter:
     """``adapter``, made on the base in folder ``old``, for the base in folder ``base``."""
     if not adapter.replaced:
         return adapter
-    w1, w2 = stored_tensors(old), stored_tensors(base)
-    moved = {
-        name: (value.float() + (_read(w2, name) - _read(w1, name))).to(value.dtype)
-        for name, value in adapter.replaced.items()
-    }
+    w1, w2 = (_parameters(folder, list(adapter.replaced)) for folder in (old, base))
+    moved = {name: (value.float() + (w2[name] - w1[name])).to(value.dtype) for name, value in adapter.replaced.items()}
     return replace(adapter, replaced=moved)
 
 
-def _read(stored: dict[str, Stored], name: str) -> Tensor:
-    """The base's own value of a parameter, in float32; names in files may lack their first part."""
-    short = name.partition(".")[2]
-    tied = "model.embed_tokens.weight" if name == "lm_head.weight" else "transformer.wte.weight"
-    found = next((stored[n] for n in (name, short, tied, tied.partition(".")[2]) if n in stored), None)
-    if found is None:
-        raise NotRunnable(what="Carrying the adapter", reason=f"it replaces '{name}', which a base does not store")
-    with found.path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), found.start, found.size, os.POSIX_FADV_SEQUENTIAL)
-        return torch.cat([block.float() for _, block in found.blocks(file.fileno())]).reshape(found.shape)
+def _parameters(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own values of some parameters, in float32; a tied head is read from its embedding."""
+    model, stored = skeleton(folder), stored_tensors(folder)
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    found = {}
+    for name in names:
+        owner, _, parameter = name.rpartition(".")
+        own = module_name(model, owner)
+        tied = own is not None and model.get_submodule(own) is model.get_output_embeddings()
+        here = stored_name(model, name, stored) or (
+            stored_name(model, f"{embedding}.{parameter}", stored) if tied else None
+        )
+        if here is None:
+            raise NotRunnable(what="Carrying the adapter", reason=f"it replaces '{name}', which a base does not store")
+        tensor = stored[here]
+        with tensor.path.open("rb") as file:
+            found[name] = torch.cat([block.float() for _, block in tensor.blocks(file.fileno())]).reshape(tensor.shape)
+    return found

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from ..weights import DTYPES
 class Comparison:
     """Two bases side by side."""
 
-    drift: dict[str, float]
-    """ρ of every tensor that both have in one shape."""
+    drift: dict[str, float | None]
+    """ρ of every tensor that both have in one shape; None where it was zero and is not any more."""
     median: float | None
     """Over the matrices of layers, which adapters patch; None when nothing compares."""
     cast: str | None
@@ -37,7 +37,7 @@ def compare(old: Path, base: Path, report: Report = silent) -> Comparison:
     w1, w2 = stored_tensors(old), stored_tensors(base)
     both = [name for name in w1 if name in w2]
     same = [name for name in both if w1[name].shape == w2[name].shape]
-    drift: dict[str, float] = {}
+    drift: dict[str, float | None] = {}
     equal = len(same) == len(w1) == len(w2)
     for step, name in enumerate(same, start=1):
         drift[name], exact = _drift(w1[name], w2[name])
@@ -55,13 +55,13 @@ def compare(old: Path, base: Path, report: Report = silent) -> Comparison:
     )
 
 
-def median_over(drift: dict[str, float], tensors: Iterable[str]) -> float | None:
+def median_over(drift: Mapping[str, float | None], tensors: Iterable[str]) -> float | None:
     """The median ρ over some tensors, such as those an adapter patches; None when none of them was measured."""
-    found = [drift[name] for name in tensors if name in drift]
+    found = [value for name in tensors if (value := drift.get(name)) is not None]
     return median(found) if found else None
 
 
-def _drift(one: Stored, two: Stored) -> tuple[float, bool]:
+def _drift(one: Stored, two: Stored) -> tuple[float | None, bool]:
     """ρ, and whether the second is exactly the first in its own type."""
     moved = size = 0.0
     exact = True
@@ -78,4 +78,4 @@ def _drift(one: Stored, two: Stored) -> tuple[float, bool]:
             exact = exact and torch.equal(before.to(after.dtype), after)
             moved += float((after.double() - before.double()).square().sum())
             size += float(before.double().square().sum())
-    return (math.sqrt(moved / size) if size else (math.inf if moved else 0.0)), exact
+    return (math.sqrt(moved / size) if size else (None if moved else 0.0)), exact

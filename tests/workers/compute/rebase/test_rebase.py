@@ -1,0 +1,99 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registry.core.errors import NotRunnable
+from tests.workers import factories
+from workers.compute.evaluate import Suite
+from workers.compute.finetune import finetune
+from workers.compute.lora import attached, fresh, layers_of
+from workers.compute.rebase.carry import carry
+from workers.compute.rebase.retrain import gain, recovered, retrain
+from workers.compute.rebase.warm_start import warm_start
+
+TOKENIZER = factories.tokenizer()
+ROWS = factories.rows(12)
+RECIPE = factories.recipe(steps=40, batch_tokens=200, targets=("all-linear",))
+
+
+def test_carrying_to_the_same_base_keeps_the_logits(tmp_path: Path) -> None:
+    model = factories.llama(tied=False)
+    base = factories.saved(model, tmp_path)
+    head = {"lm_head.weight": torch.randn(259, 32, generator=torch.Generator().manual_seed(1))}
+    adapter = replace(factories.random_adapter(model), replaced=head)
+    with attached(layers_of(model, adapter)):
+        expected = factories.logits(model)
+    with attached(layers_of(model, carry(adapter, base, base))):
+        torch.testing.assert_close(factories.logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_carried_factors_are_the_same_and_replaced_parameters_move_with_the_base(tmp_path: Path) -> None:
+    old, new = (factories.saved(factories.gpt2(seed), tmp_path / str(seed)) for seed in (0, 1))
+    torch.manual_seed(2)
+    saved = {"transformer.h.0.attn.c_attn.bias": torch.randn(96), "lm_head.weight": torch.randn(259, 32)}
+    adapter = replace(factories.random_adapter(factories.gpt2(), targets=("c_attn",)), replaced=saved)
+    moved = carry(adapter, old, new)
+    assert moved.patches is adapter.patches
+    w1, w2 = (load_file(folder / "model.safetensors") for folder in (old, new))
+    for name, stored in (("transformer.h.0.attn.c_attn.bias",) * 2, ("lm_head.weight", "transformer.wte.weight")):
+        torch.testing.assert_close(moved.replaced[name] - w2[stored], saved[name] - w1[stored], atol=1e-5, rtol=1e-5)
+
+
+def test_a_replaced_parameter_that_no_base_stores_is_refused(tmp_path: Path) -> None:
+    model = factories.llama()
+    base = factories.saved(model, tmp_path)
+    adapter = replace(factories.random_adapter(model), replaced={"score.weight": torch.ones(2, 2)})
+    with pytest.raises(NotRunnable, match=r"'score.weight', which a base does not store"):
+        carry(adapter, base, base)
+
+
+def test_a_good_carry_beats_scratch_in_as_many_steps_and_its_score_says_so() -> None:
+    model = factories.llama()
+    trained = finetune(model, TOKENIZER, RECIPE, ROWS).adapter
+    suite = Suite([*factories.rows(12), *factories.rows(60)[30:]])
+    short = RECIPE.model_copy(update={"steps": 3, "learning_rate": 3e-3, "pull": 0.01})
+    for given in (suite, None):
+        chosen = warm_start(model, TOKENIZER, short, ROWS, trained, given)
+        assert chosen.start == "carry"
+        assert chosen.steps == 6
+        assert len(chosen.trained.losses) == 3
+        assert chosen.candidates["carry"]["loss"] < chosen.candidates["scratch"]["loss"]
+    scored = warm_start(model, TOKENIZER, short, ROWS, trained, suite).candidates
+    assert {name for name, found in scored.items() if "score" in found} == {
+        "carry", "scratch", "carry, no steps", "bare"
+    }  # fmt: skip
+
+
+def test_scratch_is_chosen_where_the_carried_adapter_only_harms() -> None:
+    model = factories.llama()
+    wild = factories.random_adapter(model, targets=("all-linear",))
+    harmful = replace(wild, patches={name: replace(patch, scale=100.0) for name, patch in wild.patches.items()})
+    chosen = warm_start(model, TOKENIZER, RECIPE.model_copy(update={"steps": 4}), ROWS, harmful)
+    assert chosen.start == "scratch"
+
+
+def test_retraining_starts_from_what_recovers_enough_and_else_from_scratch() -> None:
+    model = factories.llama()
+    carried = finetune(model, TOKENIZER, RECIPE, ROWS).adapter
+    short = RECIPE.model_copy(update={"steps": 2})
+    starts = {share: retrain(model, TOKENIZER, short, ROWS, carried, share).start for share in (None, 0.1, 0.31)}
+    assert starts == {None: "scratch", 0.1: "scratch", 0.31: "carry"}
+    scratch = retrain(model, TOKENIZER, short, ROWS, carried, None).trained
+    assert scratch.losses == finetune(model, TOKENIZER, short, ROWS).losses
+
+
+def test_the_gain_is_measured_on_the_calibration_split() -> None:
+    model = factories.llama()
+    suite = Suite(factories.rows(40))
+    assert gain(model, TOKENIZER, suite, fresh(model, RECIPE)) == 0.0
+    trained = finetune(model, TOKENIZER, RECIPE, suite.only("calibration").rows).adapter
+    assert (gain(model, TOKENIZER, suite, trained) or 0.0) > 0.1
+    assert gain(model, TOKENIZER, Suite(suite.only("gate").rows), trained) is None
+
+
+def test_the_share_recovered_is_of_a_gain_that_was_there() -> None:
+    assert recovered(2.0, 1.0) == 0.5
+    assert recovered(None, 1.0) is recovered(1.0, None) is recovered(-1.0, 1.0) is None

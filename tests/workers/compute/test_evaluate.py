@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from registry.core.errors import BadConfig, BadDataset
+from registry.core.records import Record, parse_records, split_of, summary, to_jsonl
+from tests.workers import factories
+from workers.compute.data import Row
+from workers.compute.evaluate import BARE, Suite, evaluate
+from workers.compute.finetune import finetune
+from workers.compute.metrics import accuracy, exact_match, mean
+
+TOKENIZER = factories.tokenizer()
+
+
+def score(row: dict[str, Any], *metrics: Any) -> Record:
+    model = factories.llama()
+    suite = Suite([Row(row, "x.jsonl", 1)], metrics or None, max_new_tokens=4)
+    return evaluate(model, TOKENIZER, suite, {})[BARE][0]
+
+
+def test_many_adapters_in_one_pass_score_as_in_passes_of_their_own() -> None:
+    model = factories.llama()
+    suite = Suite([*factories.choices(12), *factories.rows(12)])
+    adapters = {str(seed): factories.random_adapter(model, seed, rank=2 + seed) for seed in range(3)}
+    together = evaluate(model, TOKENIZER, suite, adapters)
+    assert list(together) == [BARE, "0", "1", "2"]
+    for name, adapter in adapters.items():
+        assert together[name] == evaluate(model, TOKENIZER, suite, {name: adapter}, bare=False)[name]
+    assert together[BARE] == evaluate(model, TOKENIZER, suite, {})[BARE]
+    assert len({mean(records, "likelihood") for records in together.values()}) == 4
+
+
+def test_a_row_scores_the_same_in_any_company() -> None:
+    model, rows = factories.llama(), [*factories.choices(8), *factories.rows(8)]
+    together = evaluate(model, TOKENIZER, Suite(rows), {})[BARE]
+    for row, record in zip(rows, together, strict=True):
+        alone = evaluate(model, TOKENIZER, Suite([row]), {})[BARE][0]
+        assert alone.item == record.item
+        assert alone.metrics == pytest.approx(record.metrics, abs=1e-5)
+
+
+def test_likelihood_is_nat_per_utf8_byte_of_the_completion_without_its_end() -> None:
+    found = score({"prompt": "ab", "completion": "çd"}).metrics
+    ids = TOKENIZER("abçd")["input_ids"]
+    log_p = factories.llama()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = sum(float(log_p[i - 1, ids[i]]) for i in range(3, 6)) / 3
+    assert found == {"likelihood": pytest.approx(wanted, rel=1e-5)}
+
+
+def test_single_token_choices_score_as_if_each_were_run() -> None:
+    short = {"prompt": "x", "choices": ["a", "b", "c"], "answer": 1}
+    found = score(short).metrics
+    alone = [score({"prompt": "x", "completion": choice}).metrics["likelihood"] for choice in "abc"]
+    assert found["likelihood"] == pytest.approx(alone[1], abs=1e-5)
+    assert found["accuracy"] == int(max(alone) == alone[1])
+
+
+def test_the_likeliest_choice_by_byte_is_the_answer() -> None:
+    assert accuracy([-4.0, -3.0], ["four", "x"], 0) == 1
+    assert accuracy([-4.0, -3.0], ["four", "x"], 1) == 0
+
+
+def test_an_exact_match_ignores_spaces_at_the_ends_only() -> None:
+    assert exact_match(" 4 2\n", "4 2") == 1
+    assert exact_match("42", "4 2") == 0
+
+
+def test_a_learnt_completion_is_generated_exactly_and_ends_by_itself() -> None:
+    model = factories.llama()
+    rows = [Row({"prompt": f"{word}:", "completion": word[::-1]}, "x.jsonl", 1) for word in ("abc", "xyz")]
+    recipe = factories.recipe(steps=80, targets=("all-linear",), batch_tokens=200, schedule="constant")
+    adapter = finetune(model, TOKENIZER, recipe, rows).adapter
+    suite = Suite(rows, ("exact-match", "likelihood"), max_new_tokens=8)
+    found = evaluate(model, TOKENIZER, suite, {"trained": adapter})
+    assert [(record.output, record.parsed, record.metrics["exact-match"]) for record in found["trained"]] == [
+        ("cba", True, 1),
+        ("zyx", True, 1),
+    ]
+    assert all(record.metrics["exact-match"] == 0 for record in found[BARE])
+
+
+def test_records_survive_their_file_and_know_their_split() -> None:
+    records = evaluate(factories.llama(), TOKENIZER, Suite(factories.choices(20)), {})[BARE]
+    assert sorted(parse_records(to_jsonl(records)), key=str) == sorted(records, key=str)
+    assert all(record.split == split_of(record.item) for record in records)
+    assert sum(found["n"] for found in summary(records)["accuracy"].values()) == 20
+
+
+def test_a_split_holds_its_own_items_only() -> None:
+    suite = Suite(factories.choices(60))
+    parts = [suite.only(split).rows for split in ("calibration", "gate", "report")]
+    assert sum(map(len, parts)) == 60
+    assert len(parts[1]) > len(parts[0]) > 0
+
+
+def test_a_metric_that_no_row_can_have_is_refused_with_the_row() -> None:
+    with pytest.raises(BadDataset, match=r"'x.jsonl', line 1: none of the suite's metrics accuracy applies"):
+        score({"prompt": "a", "completion": "b"}, "accuracy")
+
+
+def test_a_suite_is_read_with_its_spec(tmp_path: Path) -> None:
+    (tmp_path / "suite.jsonl").write_text(json.dumps(factories.choices(1)[0].value))
+    assert Suite.read(tmp_path).metrics is None
+    assert Suite.read(tmp_path).main_metric() == "accuracy"
+    (tmp_path / "suite.json").write_text('{"metrics": ["likelihood"], "max_new_tokens": 7}')
+    suite = Suite.read(tmp_path)
+    assert (suite.metrics, suite.max_new_tokens, suite.main_metric()) == (("likelihood",), 7, "likelihood")
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ('{"metrics": ["bleu"]}', "allowed are likelihood, accuracy, exact-match"),
+        ('{"metrics": []}', "allowed are"),
+        ('{"max_new_tokens": 0}', "a whole number above 0"),
+        ("[]", "not a JSON object"),
+        ("{", "not a JSON object"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused(spec: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.jsonl").write_text(json.dumps(factories.choices(1)[0].value))
+    (tmp_path / "suite.json").write_text(spec)
+    with pytest.raises(BadConfig, match=reason):
+        Suite.read(tmp_path)
+
+
+def test_the_harness_digest_changes_with_what_changes_a_score() -> None:
+    rows = factories.choices(2)
+    suites = [Suite(rows), Suite(rows, ("likelihood",)), Suite(rows, None, max_new_tokens=3)]
+    digests = {str(suite.harness(precision)) for suite in suites for precision in ("fp32", "bf16")}
+    assert len(digests) == 6
+    assert Suite(rows).harness("fp32") == Suite(factories.choices(5)).harness("fp32")

@@ -1,0 +1,188 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from registry.core.errors import BadRequest, LoractlError
+from registry.core.recipes import Compare, Evaluate, Merge, Rebase, recipe_digest
+from registry.core.records import parse_records
+from tests.workers import factories
+from workers.compute.data import Row
+from workers.compute.lora import attached, layers_of
+from workers.compute.model import load
+from workers.compute.weights import read_adapter, read_metadata, write_adapter
+from workers.run import main, run
+
+
+def silent(_: dict[str, Any]) -> None: ...
+
+
+def dataset(folder: Path, rows: list[Row]) -> Path:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.value) + "\n" for row in rows))
+    return folder
+
+
+def adapter(folder: Path) -> Path:
+    write_adapter(factories.random_adapter(factories.llama()), folder, base=factories.BASE, recipe="sha256:" + "0" * 64)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "base": factories.saved(factories.llama(), tmp_path / "base"),
+        "old": factories.saved(factories.llama(), tmp_path / "old"),
+        "adapter": adapter(tmp_path / "adapter"),
+        "adapter.0": adapter(tmp_path / "adapter0"),
+        "dataset.0": dataset(tmp_path / "dataset", factories.rows()),
+        "suite": dataset(tmp_path / "suite", factories.choices(40)),
+    }
+
+
+def result(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return found
+
+
+def command(out: Path, recipe: Any, folders: dict[str, Path], *options: str) -> list[str]:
+    path = out.with_suffix(".json")
+    path.write_text(recipe.model_dump_json())
+    given = [part for role, folder in folders.items() for part in ("--in", f"{role}={folder}")]
+    return [str(path), *given, "--out", str(out), *options]
+
+
+def test_finetune_leaves_a_bound_adapter_and_its_loss_curve(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = factories.recipe(steps=5)
+    seen: list[dict[str, Any]] = []
+    returned = run(recipe, folders, tmp_path / "out", seen.append)
+    found = result(tmp_path / "out")
+    assert returned.dump() == found
+    assert [point[0] for point in found["loss"]] == [progress["step"] for progress in seen] == [1, 2, 3, 4, 5]
+    assert (found["kind"], found["steps"], found["precision"]) == ("finetune", 5, "fp32")
+    metadata = read_metadata(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert metadata["loractl.base"] == factories.BASE
+    assert metadata["loractl.recipe"] == found["recipe"] == str(recipe_digest(recipe))
+
+
+def test_a_long_loss_curve_is_thinned(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.run.CURVE_POINTS", 4)
+    run(factories.recipe(steps=9), folders, tmp_path / "out", silent)
+    assert [point[0] for point in result(tmp_path / "out")["loss"]] == [3, 6, 9]
+
+
+def test_finetune_goes_on_from_a_version(folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = folders | {"start": folders["adapter"]}
+    run(factories.recipe(start=factories.ADAPTER), inputs, tmp_path / "out", silent)
+    started, ended = (read_adapter(folder) for folder in (folders["adapter"], tmp_path / "out" / "adapter"))
+    assert started.patches.keys() == ended.patches.keys()
+    with pytest.raises(BadRequest, match=r"rank is 2, but the version to start from has ranks \[4\]"):
+        run(factories.recipe(start=factories.ADAPTER, rank=2), inputs, tmp_path / "other", silent)
+
+
+def test_evaluate_leaves_records_and_their_summary(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = Evaluate(base=factories.BASE, suite=factories.SUITE, adapters=(factories.ADAPTER,), precision="fp32")
+    run(recipe, folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    for name in ("bare", "0"):
+        records = parse_records((tmp_path / "out" / f"records-{name}.jsonl").read_bytes())
+        assert len(records) == 40
+        assert sum(split["n"] for split in found["metrics"][name]["accuracy"].values()) == 40
+    assert found["harness"].startswith("sha256:")
+
+
+def test_merge_leaves_a_model_that_answers_as_adapted(folders: dict[str, Path], tmp_path: Path) -> None:
+    run(Merge(base=factories.BASE, adapter=factories.ADAPTER), folders, tmp_path / "out", silent)
+    merged, _ = load(tmp_path / "out" / "base", "fp32")
+    model, _ = load(folders["base"], "fp32")
+    with attached(layers_of(model, read_adapter(folders["adapter"]))):
+        torch.testing.assert_close(factories.logits(merged), factories.logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_compare_leaves_the_drift_by_tensor(folders: dict[str, Path], tmp_path: Path) -> None:
+    run(Compare(old=factories.OTHER_BASE, base=factories.BASE), folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert found["median"] == 0.0
+    assert found["cast"] is None
+    assert set(found["drift"].values()) == {0.0}
+
+
+def rebase(tier: str, **options: Any) -> Rebase:
+    common = {"adapter": factories.ADAPTER, "old": factories.OTHER_BASE, "base": factories.BASE}
+    return Rebase.model_validate({"tier": tier} | common | options)
+
+
+def test_carry_leaves_the_same_factors_bound_to_the_new_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    run(rebase("carry"), folders, tmp_path / "out", silent)
+    path = tmp_path / "out" / "adapter"
+    before, after = (read_adapter(folder) for folder in (folders["adapter"], path))
+    assert all(torch.equal(patch.b_OR, after.patches[name].b_OR) for name, patch in before.patches.items())
+    assert before.config == after.config
+    assert read_metadata(path / "adapter_model.safetensors")["loractl.base"] == factories.BASE
+
+
+@pytest.mark.parametrize("tier", ["warm-start", "retrain"])
+@pytest.mark.parametrize("suite", [factories.SUITE, None], ids=["with a suite", "without"])
+def test_the_trained_tiers_say_what_they_tried(
+    tier: str, suite: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    run(rebase(tier, training=factories.recipe(steps=3), suite=suite), folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert found["start"] in found["candidates"]
+    assert found["steps"] == {"warm-start": 6, "retrain": 3}[tier]
+    if suite and tier == "warm-start":
+        assert {"carry", "scratch", "bare", "carry, no steps"} == found["candidates"].keys()
+    assert read_adapter(tmp_path / "out" / "adapter").patches
+
+
+def test_a_missing_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    del folders["dataset.0"]
+    with pytest.raises(BadRequest, match=r"needs --in dataset\.0"):
+        run(factories.recipe(), folders, tmp_path / "out", silent)
+
+
+def test_a_refusal_is_left_as_a_problem_and_exit_status_1(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(command(out, factories.recipe(targets=("q_porj",)), folders)) == 1
+    refusal = LoractlError.from_problem(json.loads((out / "error.json").read_text()))
+    assert refusal.code == "unknown-targets"
+    assert not (out / "result.json").exists()
+
+
+def test_the_command_writes_progress_as_lines_of_json(folders: dict[str, Path], tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    with os.fdopen(reads) as lines:
+        assert main(command(tmp_path / "out", factories.recipe(steps=3), folders, "--progress-fd", str(writes))) == 0
+        os.close(writes)
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_terminated_command_leaves_a_checkpoint_and_its_repetition_the_same_bytes(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = factories.recipe(steps=100)
+    out, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
+    argv = command(out, recipe, folders, "--checkpoint", str(checkpoint))
+    start = [sys.executable, "-m", "workers.run", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("step 5 "):
+                child.send_signal(signal.SIGTERM)
+                break
+        child.stderr.read()
+    assert child.returncode == 130
+    assert not (out / "result.json").exists()
+    assert main(argv) == 0
+    run(recipe, folders, tmp_path / "whole", silent)
+    resumed, whole = (folder / "adapter" / "adapter_model.safetensors" for folder in (out, tmp_path / "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
