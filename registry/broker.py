@@ -10,6 +10,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 WAKE = "loractl.wake"
+_STALE_S = 60
+"""A busy worker finds only fresh wake-ups when it is free again; the reconciler repeats them."""
 log = structlog.get_logger()
 
 
@@ -29,7 +31,7 @@ class Broker:
     def wake(self, queue: str) -> bool:
         """Tell the workers of ``queue`` to look; False when the broker is not there (the reconciler repeats)."""
         try:
-            self._celery.send_task(WAKE, kwargs={"queue": queue}, queue=queue, retry=False)
+            self._celery.send_task(WAKE, kwargs={"queue": queue}, queue=queue, retry=False, expires=_STALE_S)
         except (OperationalError, OSError) as error:
             log.warning("broker-unreachable", queue=queue, reason=type(error).__name__)
             return False

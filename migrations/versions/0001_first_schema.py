@@ -126,12 +126,6 @@ def upgrade() -> None:
             comment="last progress of the attempt",
         ),
         sa.Column(
-            "checkpoint",
-            sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql"),
-            nullable=True,
-            comment="last checkpoint: step, files as path -> blob",
-        ),
-        sa.Column(
             "result",
             sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql"),
             nullable=True,
@@ -242,9 +236,7 @@ def upgrade() -> None:
             nullable=True,
             comment="what the verifier read in the files; the commit is made of it",
         ),
-        sa.Column(
-            "lease_until", sa.DateTime(timezone=True), nullable=True, comment="until when one verifier owns it"
-        ),
+        sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True, comment="until when one verifier owns it"),
         sa.Column("created_by", sa.String(length=16), nullable=False),
         sa.Column("job_id", sa.String(length=32), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, comment="when it was opened"),
@@ -428,6 +420,12 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=8), nullable=False),
         sa.Column("upload_id", sa.Text(), nullable=True, comment="of a multipart"),
         sa.Column("part_size", sa.Integer(), nullable=True, comment="bytes of every part but the last"),
+        sa.Column(
+            "parts",
+            sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql"),
+            nullable=True,
+            comment="part number -> SHA-256 it was signed for; not every store lists it",
+        ),
         sa.CheckConstraint(
             "state IN ('present', 'needed', 'arrived', 'verified', 'placed')", name=op.f("ck_push_blobs_state")
         ),
@@ -585,6 +583,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("adapter_id", "base_id", "name", name=op.f("uq_aliases_adapter_id_base_id_name")),
     )
     op.create_index("ix_aliases_base_id_name", "aliases", ["base_id", "name"], unique=False)
+    op.create_index("ix_aliases_version_id", "aliases", ["version_id"], unique=False)
     op.create_table(
         "campaign_items",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -665,6 +664,7 @@ def downgrade() -> None:
     op.drop_index("ix_evaluations_base_id_suite_id", table_name="evaluations")
     op.drop_table("evaluations")
     op.drop_table("campaign_items")
+    op.drop_index("ix_aliases_version_id", table_name="aliases")
     op.drop_index("ix_aliases_base_id_name", table_name="aliases")
     op.drop_table("aliases")
     op.drop_table("alias_moves")

@@ -16,7 +16,7 @@ from registry.services import tokens
 from registry.settings import Settings
 from registry.storage.local import LocalStore
 
-from . import bases, datasets, downloads, meta, problems, pushes
+from . import adapters, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
 from . import tokens as token_routes
 from .deps import AppParts
 from .store import store_router
@@ -35,7 +35,8 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     )
     app.state.parts = parts
     problems.install(app)
-    for routes in (meta, token_routes, pushes, downloads, bases, datasets):
+    nouns = (meta, token_routes, pushes, downloads, bases, datasets, adapters, policies, jobs, upgrades, schedules)
+    for routes in nouns:
         app.include_router(routes.router)
     if isinstance(parts.store, LocalStore):
         app.include_router(store_router(parts.store))

@@ -18,7 +18,7 @@ from registry.core.errors import Unavailable
 from registry.parts import Parts
 from registry.settings import Settings
 
-from . import gc, verifier
+from . import gc, reconciler, scheduler, verifier
 
 PATIENCE_S = 30.0
 """The longest pause between failures."""
@@ -36,6 +36,8 @@ class Daemon:
 
 DAEMONS = (
     Daemon("verifier", verifier.step, 0.1),
+    Daemon("scheduler", scheduler.step, 0.5),
+    Daemon("reconciler", reconciler.step, 5.0),
     Daemon("gc", gc.step, 60.0),
 )
 

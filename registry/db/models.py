@@ -173,6 +173,7 @@ class PushBlob(SQLModel, table=True):
     state: str = Field(max_length=8)
     upload_id: str | None = Field(default=None, sa_column=Column(Text, nullable=True, comment="of a multipart"))
     part_size: int | None = Field(default=None, sa_column_kwargs={"comment": "bytes of every part but the last"})
+    parts: dict[str, Any] | None = _json("part number -> SHA-256 it was signed for; not every store lists it", nullable=True)
 
 
 # ── base models ──────────────────────────────────────────────────────────────

@@ -1,0 +1,736 @@
+"""Upgrade campaigns: persist and carry out what `registry.core.campaign` decides.
+
+Each step of an item runs in one transaction under the item's lock: facts are read afresh from the
+database, the pure machine says what to do, the action is carried out, and state and facts are written.
+Actions are jobs (equal work is one job), verdicts, and alias moves by compare-and-set, so a step may be
+repeated by any scheduler after any crash.
+"""
+
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, col, select
+
+from registry.core import campaign as machine
+from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
+from registry.core.errors import (
+    BadRequest,
+    CampaignExists,
+    CampaignNotFound,
+    LoractlError,
+    MoveNotAllowed,
+    ScopeMissing,
+)
+from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
+from registry.core.names import SeriesName
+from registry.core.policy import Gate, Policy
+from registry.core.recipes import Tier
+from registry.db import queries
+from registry.db.models import (
+    Adapter,
+    Alias,
+    Base,
+    Campaign,
+    CampaignItem,
+    DatasetVersion,
+    Evaluation,
+    Job,
+    Line,
+    Revision,
+    Version,
+)
+from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, UpgradeRequest
+from registry.storage.base import BlobStore
+
+from . import aliases, bases, gates, jobs, policies
+from .adapters import base_names, fit_of
+from .gates import Scored
+from .tokens import EVERYWHERE, Caller
+
+_STEPS_AT_ONCE = 8
+"""Actions that need no waiting (a verdict, a promotion, its settling) follow one another in one call."""
+
+
+# ── plan ─────────────────────────────────────────────────────────────────────
+
+
+def plan(
+    session: Session, caller: Caller, request: UpgradeRequest, now: datetime
+) -> tuple[Campaign, list[CampaignItem]]:
+    """What an upgrade would do, as rows that nobody has stored."""
+    line = session.exec(select(Line).where(Line.name == request.line)).first()
+    new = bases.find(session, request.to)
+    old = bases.find(session, request.old) if request.old else _before(session, request.line, new)
+    if line is None or line.id is None or new.id is None or old.id is None:
+        raise BadRequest(problems=f"line '{request.line}' has no revisions; push a base to it first")
+    if new.id == old.id:
+        raise BadRequest(problems=f"{request.to} is what the line had before: nothing changes")
+    campaign = Campaign(
+        id=f"c{secrets.token_hex(8)}",
+        line_id=line.id,
+        old_id=old.id,
+        new_id=new.id,
+        state=CampaignState.PLANNED,
+        queue=request.queue,
+        created_by=caller.token_id,
+        created_at=now,
+    )
+    items = []
+    for adapter, alias in _gated(session, old):
+        if request.namespaces is not None and adapter.namespace not in request.namespaces:
+            continue
+        if not (caller.can("run", adapter.namespace) and caller.can("promote", adapter.namespace)):
+            if request.namespaces is not None:
+                raise ScopeMissing(scope="promote", namespace=adapter.namespace, granted="not enough there")
+            continue
+        assert adapter.id is not None
+        item = CampaignItem(
+            campaign_id=campaign.id,
+            adapter_id=adapter.id,
+            alias=alias.name,
+            serving_id=alias.version_id,
+            state=State.PLANNED,
+            facts={},
+            changed_at=now,
+        )
+        item.facts = _facts(session, campaign, item, None).model_dump(mode="json")
+        items.append(item)
+    return campaign, items
+
+
+def _before(session: Session, line: str, new: Base) -> Base:
+    query = select(Base, Revision.number).join(Revision).join(Line).where(Line.name == line)
+    rows = session.exec(query.order_by(col(Revision.number).desc())).all()
+    numbers = [number for base, number in rows if base.id == new.id]
+    for base, number in rows:
+        if base.id != new.id and (not numbers or number < numbers[0]):
+            return base
+    raise BadRequest(problems=f"line '{line}' has no revision before {new.digest[:15]}; name one with --from")
+
+
+def _gated(session: Session, old: Base) -> list[tuple[Adapter, Alias]]:
+    """Adapters served on ``old`` by an alias that their policy names."""
+    query = select(Adapter, Alias).join(Alias, col(Alias.adapter_id) == Adapter.id).where(Alias.base_id == old.id)
+    rows = session.exec(query.order_by(col(Adapter.namespace), col(Adapter.name), col(Alias.name))).all()
+    known: dict[int | None, Policy] = {}
+    found = []
+    for adapter, alias in rows:
+        if adapter.id not in known:
+            known[adapter.id] = policies.effective(session, adapter.namespace, adapter.name)
+        if alias.name in known[adapter.id].aliases:
+            found.append((adapter, alias))
+    return found
+
+
+def create(session: Session, caller: Caller, request: UpgradeRequest, now: datetime) -> Campaign:
+    """Store the plan; `CampaignExists` while another one of the line is not finished."""
+    campaign, items = plan(session, caller, request, now)
+    active = _active(session, campaign.line_id)
+    if active is not None:
+        raise _exists(session, active)
+    try:
+        with session.begin_nested():
+            session.add(campaign)
+    except IntegrityError as error:  # two planned at once
+        active = _active(session, campaign.line_id)
+        assert active is not None
+        raise _exists(session, active) from error
+    session.add_all(items)
+    session.flush()
+    return campaign
+
+
+def _active(session: Session, line_id: int) -> Campaign | None:
+    states = (CampaignState.PLANNED, CampaignState.RUNNING)
+    return session.exec(select(Campaign).where(Campaign.line_id == line_id, col(Campaign.state).in_(states))).first()
+
+
+def _exists(session: Session, campaign: Campaign) -> CampaignExists:
+    line, new = session.get_one(Line, campaign.line_id), session.get_one(Base, campaign.new_id)
+    return CampaignExists(line=line.name, id=campaign.id, base=new.digest[:15])
+
+
+# ── a person's side ──────────────────────────────────────────────────────────
+
+
+def get(session: Session, caller: Caller, identity: str) -> Campaign:
+    """A campaign; `CampaignNotFound`. Its items are shown as far as the caller reads their namespaces."""
+    campaign = session.get(Campaign, identity)
+    if campaign is None or not caller.can_somewhere("read"):
+        raise CampaignNotFound(id=identity)
+    return campaign
+
+
+def newest(session: Session, *, line: str | None, limit: int) -> Sequence[Campaign]:
+    """Campaigns, newest first."""
+    query = select(Campaign)
+    if line is not None:
+        query = query.join(Line).where(Line.name == line)
+    return session.exec(query.order_by(col(Campaign.created_at).desc()).limit(limit)).all()
+
+
+def start(session: Session, caller: Caller, identity: str, now: datetime) -> Campaign:
+    """Let it run; starting a running one again is fine."""
+    campaign = _locked(session, caller, identity)
+    if campaign.state == CampaignState.RUNNING:
+        return campaign
+    campaign.state = CAMPAIGN.after("start", campaign.state, identity)
+    campaign.started_at = now
+    session.add(campaign)
+    _measure_drift(session, campaign, now)
+    return campaign
+
+
+def abort(session: Session, caller: Caller, identity: str, reason: str, now: datetime) -> Campaign:
+    """End it: items that are not final become aborted, their jobs are cancelled; what was promoted stays."""
+    campaign = _locked(session, caller, identity)
+    if campaign.state == CampaignState.ABORTED:
+        return campaign
+    campaign.state = CAMPAIGN.after("abort", campaign.state, identity)
+    campaign.finished_at, campaign.reason = now, reason or "by hand"
+    for item in _items(session, campaign):
+        if not State(item.state).final:
+            item.state, item.reason, item.changed_at = State.ABORTED, f"ended by hand: {campaign.reason}", now
+            item.revision += 1
+            session.add(item)
+    _cancel_jobs(session, campaign, None, now)
+    session.add(campaign)
+    return campaign
+
+
+def approve(session: Session, caller: Caller, identity: str, adapter: str, alias: str, now: datetime) -> Campaign:
+    """Say yes to an adapter whose policy asks."""
+    campaign = get(session, caller, identity)
+    series = SeriesName.parse(adapter)
+    caller.require("promote", series.namespace)
+    row = queries.adapter_by_name(session, series.namespace, series.name)
+    query = select(CampaignItem).where(
+        CampaignItem.campaign_id == identity,
+        CampaignItem.adapter_id == (row.id if row else None),
+        CampaignItem.alias == alias,
+    )
+    item = session.exec(query.with_for_update()).first()
+    if item is None:
+        raise BadRequest(problems=f"{adapter}:{alias} is not in campaign {identity}")
+    if item.state != State.WAITING:
+        raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=State.WAITING)
+    facts = Facts.model_validate(item.facts)
+    item.facts = facts.model_copy(update={"approved": True, "decided_by": caller.name}).model_dump(mode="json")
+    item.revision += 1
+    item.changed_at = now
+    session.add(item)
+    return campaign
+
+
+def _locked(session: Session, caller: Caller, identity: str) -> Campaign:
+    get(session, caller, identity)
+    campaign = session.exec(select(Campaign).where(Campaign.id == identity).with_for_update()).one()
+    if campaign.created_by != caller.token_id:
+        for namespace in {session.get_one(Adapter, item.adapter_id).namespace for item in _items(session, campaign)}:
+            caller.require("promote", namespace)
+    return campaign
+
+
+def _items(session: Session, campaign: Campaign) -> Sequence[CampaignItem]:
+    query = select(CampaignItem).where(CampaignItem.campaign_id == campaign.id).order_by(col(CampaignItem.id))
+    return session.exec(query).all()
+
+
+def _cancel_jobs(session: Session, campaign: Campaign, adapter: str | None, now: datetime) -> None:
+    states = (JobState.QUEUED, JobState.RUNNING)
+    query = select(Job).where(Job.campaign_id == campaign.id, col(Job.state).in_(states))
+    for job in session.exec(query):
+        if adapter is None or job.output.get("adapter") == adapter:
+            jobs.cancel(session, _actor(campaign), job.id, now)
+
+
+# ── running ──────────────────────────────────────────────────────────────────
+
+
+def unfinished(session: Session) -> list[tuple[str, int]]:
+    """(campaign, item) of running campaigns that are not final, and (campaign, 0) where all items are."""
+    found = []
+    for campaign in session.exec(select(Campaign).where(Campaign.state == CampaignState.RUNNING)):
+        items = [item for item in _items(session, campaign) if not State(item.state).final]
+        found += [(campaign.id, item.id or 0) for item in items] or [(campaign.id, 0)]
+    return found
+
+
+def finish(session: Session, identity: str, now: datetime) -> None:
+    """End a running campaign whose items are all final."""
+    campaign = session.exec(select(Campaign).where(Campaign.id == identity).with_for_update()).one()
+    items = _items(session, campaign)
+    if campaign.state != CampaignState.RUNNING or any(not State(item.state).final for item in items):
+        return
+    campaign.state = CAMPAIGN.after("finish", campaign.state, identity)
+    campaign.finished_at = now
+    counts = {state: sum(item.state == state for item in items) for state in State if state.final}
+    campaign.reason = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no adapter was served there"
+    session.add(campaign)
+
+
+def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set[str]:
+    """Bring one item as far as it goes without waiting; queues that got work."""
+    item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
+    campaign = session.get_one(Campaign, item.campaign_id)
+    if campaign.state != CampaignState.RUNNING:
+        return set()
+    before = (item.state, item.facts, item.reason)
+    work = _Work(session, store, campaign, item, now)
+    for _ in range(_STEPS_AT_ONCE):
+        if not work.once():
+            break
+    if (item.state, item.facts, item.reason) != before:
+        item.revision += 1
+        item.changed_at = now
+        session.add(item)
+    return {campaign.queue} if work.asked else set()
+
+
+class _Work:
+    """One call of `step`: facts, the machine's word, and the hands that carry it out."""
+
+    def __init__(
+        self, session: Session, store: BlobStore, campaign: Campaign, item: CampaignItem, now: datetime
+    ) -> None:
+        self.session, self.store, self.campaign, self.item, self.now = session, store, campaign, item, now
+        self.adapter = session.get_one(Adapter, item.adapter_id)
+        self.old, self.new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
+        self.asked = False
+
+    def once(self) -> bool:
+        """Take one step; whether another may follow at once."""
+        if State(self.item.state).final:
+            return False
+        facts = _facts(self.session, self.campaign, self.item, Facts.model_validate(self.item.facts))
+        step = machine.next_actions(State(self.item.state), facts)
+        self.item.state, self.item.reason = step.state, step.reason or self.item.reason
+        follow = False
+        for action in step.actions:
+            facts, again = self._do(action, facts)
+            follow = follow or again
+        self.item.facts = facts.model_dump(mode="json")
+        return follow
+
+    def _do(self, action: machine.Action, facts: Facts) -> tuple[Facts, bool]:
+        match action:
+            case machine.Produce():
+                return self._produce(action, facts), False
+            case machine.EvaluateServing():
+                return self._evaluate(facts, self.old, action.version), False
+            case machine.EvaluateBareOld():
+                return self._evaluate(facts, self.old, None), False
+            case machine.EvaluateBare():
+                return facts, False  # scored together with the first candidate: the base is loaded once
+            case machine.EvaluateCandidate():
+                return self._evaluate(facts, self.new, action.version), False
+            case machine.Judge():
+                return self._judge(action, facts)
+            case machine.Promote():
+                return self._promote(action, facts)
+            case machine.Replan():
+                version = queries.version_by_digest(self.session, self.item.adapter_id, action.serving)
+                assert version is not None and version.id is not None
+                self.item.serving_id = version.id
+                return facts.replanned(), True
+            case machine.Settle():
+                version = queries.version_by_digest(self.session, self.item.adapter_id, action.version)
+                self.item.final_id = version.id if version else None
+                return facts, False
+            case machine.Abort():
+                _cancel_jobs(self.session, self.campaign, facts.adapter, self.now)
+                return facts, False
+            case _:
+                return facts, False
+
+    def _produce(self, action: machine.Produce, facts: Facts) -> Facts:
+        assert facts.policy is not None
+        recipe: dict[str, Any] = {
+            "kind": "rebase",
+            "tier": action.tier,
+            "adapter": action.adapter,
+            "base": self.new.digest,
+        }
+        if action.tier != "carry":
+            recipe["suite"] = policies.suite_of(self.session, None, facts.policy.gates[0]).digest
+        message = f"{action.tier} to {base_names(self.session, [self.campaign.new_id])[self.campaign.new_id][1]}"
+        output = Output(adapter=facts.adapter, message=f"{message}, campaign {self.campaign.id}")
+        progress = self._ask(recipe, output)
+        return facts.with_tier(facts.tier(action.tier).model_copy(update={"produce": progress}))
+
+    def _evaluate(self, facts: Facts, base: Base, version: str | None) -> Facts:
+        """Ask for what has no evaluation yet, the bare base in the same job."""
+        for suite in _suites(self.session, facts.policy):
+            evaluated = _scored_by(self.session, self.campaign, base, suite)
+            wanted = [version] if version and version not in evaluated else []
+            bare = None not in evaluated
+            if wanted or (bare and version is None):
+                self._ask(
+                    {"kind": "evaluate", "base": base.digest, "suite": suite.digest, "adapters": wanted, "bare": bare},
+                    Output(),
+                )
+        return facts
+
+    def _ask(self, recipe: dict[str, Any], output: Output, *, fresh: bool = False) -> Progress:
+        request = JobRequest(
+            recipe=recipe, output=output, queue=self.campaign.queue, namespace=self.adapter.namespace, fresh=fresh
+        )
+        try:
+            with self.session.begin_nested():
+                job, reused = jobs.submit(
+                    self.session, _actor(self.campaign), request, self.now, campaign_id=self.campaign.id
+                )
+        except LoractlError as error:
+            return Progress(job=JobState.FAILED, error=error.message)
+        self.asked = self.asked or not reused
+        return Progress(job=JobState(job.state), id=job.id)
+
+    def _judge(self, action: machine.Judge, facts: Facts) -> tuple[Facts, bool]:
+        assert facts.policy is not None
+        mine = facts.tier(action.tier)
+        candidate = queries.version_by_digest(self.session, self.item.adapter_id, str(mine.version))
+        serving = self.session.get_one(Version, self.item.serving_id)
+        found = gates.verdict(
+            self.session,
+            self.store,
+            facts.policy,
+            candidate=Scored(self.new, candidate),
+            serving=Scored(self.old, serving),
+            alpha=action.alpha,
+        )
+        if isinstance(found, str) or found is None:  # old records of another harness: score the reference again
+            for suite in _suites(self.session, facts.policy):
+                recipe = {
+                    "kind": "evaluate",
+                    "base": self.old.digest,
+                    "suite": suite.digest,
+                    "adapters": [serving.digest],
+                }
+                self._ask(recipe, Output(), fresh=True)
+            self.item.reason = str(found)
+            return facts, False
+        return facts.with_tier(mine.model_copy(update={"verdict": found})), True
+
+    def _promote(self, action: machine.Promote, facts: Facts) -> tuple[Facts, bool]:
+        assert facts.policy is not None
+        version = queries.version_by_digest(self.session, self.item.adapter_id, action.version)
+        assert version is not None
+        verdict = facts.tier(action.tier).verdict
+        aliases.require_evidence(facts.policy, self.adapter, action.alias, version)
+        aliases.move(
+            self.session,
+            adapter=self.adapter,
+            base=self.new,
+            alias=action.alias,
+            version=version,
+            expected=action.expected,
+            actor=self.campaign.created_by,
+            reason=f"{action.tier} passed the gate",
+            now=self.now,
+            verdict=verdict.model_dump(mode="json") if verdict else None,
+            campaign_id=self.campaign.id,
+        )
+        return facts, True
+
+
+def _actor(campaign: Campaign) -> Caller:
+    """The campaign itself: what its creator could run and promote was checked when it was planned."""
+    return Caller(campaign.created_by, f"campaign {campaign.id}", "user", {EVERYWHERE: ["admin"]})
+
+
+def _measure_drift(session: Session, campaign: Campaign, now: datetime) -> None:
+    """Ask for the measured drift between the two bases, a signal for the plan and the report."""
+    old, new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
+    if old.weights == new.weights == "full":
+        recipe = {"kind": "compare", "old": old.digest, "base": new.digest}
+        request = JobRequest(recipe=recipe, queue=campaign.queue, namespace="base")
+        jobs.submit(session, _actor(campaign), request, now, campaign_id=campaign.id)
+
+
+# ── facts ────────────────────────────────────────────────────────────────────
+
+
+def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Facts | None) -> Facts:
+    """All that a decision rests on, read afresh; verdicts and approvals are kept from ``known``."""
+    adapter = session.get_one(Adapter, item.adapter_id)
+    old, new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
+    assert adapter.id is not None and old.id is not None and new.id is not None
+    policy = policies.effective(session, adapter.namespace, adapter.name)
+    serving = session.get_one(Version, item.serving_id)
+    source = _original(session, serving)
+    now_old = queries.alias_row(session, adapter.id, old.id, item.alias)
+    now_new = queries.alias_row(session, adapter.id, new.id, item.alias)
+    training = jobs.training_of(session, source, new.digest)
+    made = session.get(Job, source.job_id) if source.job_id else None
+    fit = fit_of(session, source, new)
+    line = session.get_one(Line, campaign.line_id)
+    facts = Facts(
+        adapter=f"{adapter.namespace}/{adapter.name}",
+        alias=item.alias,
+        line=line.name,
+        old=old.digest,
+        new=new.digest,
+        serving=serving.digest,
+        source=source.digest if source.id != serving.id else None,
+        serving_now=session.get_one(Version, now_old.version_id).digest if now_old else None,
+        new_alias=session.get_one(Version, now_new.version_id).digest if now_new else None,
+        generation=now_new.generation if now_new else 0,
+        policy=policy,
+        fit=fit.fit,
+        fit_reason="; ".join(str(reason.get("why", reason)) for reason in fit.reasons[:2]),
+        runnable=serving.runnable,
+        old_weights=old.weights == "full",
+        new_weights=new.weights == "full",
+        recipe=training is not None,
+        datasets=training is not None and _all_there(session, training.datasets),
+        suites=tuple(_suite_facts(session, gate) for gate in _gates(policy)),
+        superseded_by=_superseded(session, campaign),
+        trained_steps=int(made.result.get("steps", 0)) if made and made.result else None,
+        trained_seconds=float(made.result.get("seconds", 0.0)) if made and made.result else None,
+        approved=known.approved if known else None,
+        decided_by=known.decided_by if known else "",
+    )
+    suites = _suites(session, policy)
+    if len(suites) < len(facts.suites):  # a suite is missing: the machine freezes it with the reason
+        return facts.model_copy(update={"tiers": known.tiers if known else ()})
+    return facts.model_copy(
+        update={
+            "serving_scores": _progress(session, campaign, old, serving.digest, suites),
+            "bare_scores": _progress(session, campaign, new, None, suites),
+            "bare_old_scores": _progress(session, campaign, old, None, suites),
+            "tiers": tuple(_tier_facts(session, campaign, item, new, mine, suites) for mine in known.tiers)
+            if known
+            else (),
+        }
+    )
+
+
+def _original(session: Session, version: Version) -> Version:
+    """What a carried version was first made from: rebases start from the original, they never stack."""
+    seen = set()
+    while version.digest not in seen:
+        seen.add(version.digest)
+        recipe = jobs.parse_lineage(session, version).get("recipe") or {}
+        if recipe.get("kind") != "rebase" or recipe.get("tier") == "retrain":
+            return version
+        parent = queries.version_by_digest(session, version.adapter_id, str(recipe.get("adapter")))
+        if parent is None:
+            return version
+        version = parent
+    return version
+
+
+def _gates(policy: Policy) -> tuple[Gate, ...]:
+    return (*policy.gates, *((policy.guard,) if policy.guard else ()))
+
+
+def _suite_facts(session: Session, gate: Gate) -> SuiteFacts:
+    try:
+        return SuiteFacts(suite=gate.suite, gate_n=policies.suite_of(session, None, gate).gate_rows)
+    except LoractlError:
+        return SuiteFacts(suite=gate.suite, gate_n=None)
+
+
+def _suites(session: Session, policy: Policy | None) -> list[DatasetVersion]:
+    found: dict[int | None, DatasetVersion] = {}
+    for gate in _gates(policy) if policy else ():
+        try:
+            suite = policies.suite_of(session, None, gate)
+        except LoractlError:
+            continue
+        found[suite.id] = suite
+    return list(found.values())
+
+
+def _all_there(session: Session, digests: Sequence[str]) -> bool:
+    rows = session.exec(select(DatasetVersion.digest).where(col(DatasetVersion.digest).in_(digests)))
+    return set(rows) == set(digests)
+
+
+def _superseded(session: Session, campaign: Campaign) -> str | None:
+    query = select(Revision).where(Revision.line_id == campaign.line_id).order_by(col(Revision.number).desc())
+    rows = session.exec(query).all()
+    mine = [row.number for row in rows if row.base_id == campaign.new_id]
+    if not mine or rows[0].number == max(mine):
+        return None
+    return f"{session.get_one(Line, campaign.line_id).name}@r{rows[0].number}"
+
+
+def _scored_by(session: Session, campaign: Campaign, base: Base, suite: DatasetVersion) -> set[str | None]:
+    """Versions (None: the bare base) that are scored on a suite, or are being scored for this campaign."""
+    query = select(Evaluation.version_id, Version.digest).join(Version, isouter=True)
+    rows = session.exec(query.where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id))
+    found: set[str | None] = {digest if version_id is not None else None for version_id, digest in rows}
+    for job in _scoring(session, campaign, base, suite):
+        if job.state in (JobState.QUEUED, JobState.RUNNING):
+            found |= set(job.recipe["adapters"]) | ({None} if job.recipe["bare"] else set())
+    return found
+
+
+def _scoring(session: Session, campaign: Campaign, base: Base, suite: DatasetVersion) -> list[Job]:
+    query = select(Job).where(Job.campaign_id == campaign.id, Job.kind == "evaluate", Job.base == base.digest)
+    rows = session.exec(query.order_by(col(Job.created_at)))
+    return [job for job in rows if job.recipe["suite"] == suite.digest]
+
+
+def _progress(
+    session: Session, campaign: Campaign, base: Base, digest: str | None, suites: Sequence[DatasetVersion]
+) -> Progress:
+    """How far the scoring of a version (None: the bare base) is, on all suites together."""
+    worst = Progress(job=JobState.SUCCEEDED)
+    for suite in suites:
+        pending = [
+            job
+            for job in _scoring(session, campaign, base, suite)
+            if (digest in job.recipe["adapters"] if digest else job.recipe["bare"])
+        ]
+        last = pending[-1] if pending else None
+        if last is not None and last.state in (JobState.QUEUED, JobState.RUNNING):
+            return Progress(job=JobState(last.state), id=last.id)
+        if _is_scored(session, base, digest, suite):
+            continue
+        if last is None:
+            worst = Progress()
+        elif last.state == JobState.SUCCEEDED:
+            worst = Progress()  # it scored an equal digest before this version's row was there
+        else:
+            return Progress(job=JobState(last.state), id=last.id, error=str((last.error or {}).get("detail", "")))
+    return worst
+
+
+def _is_scored(session: Session, base: Base, digest: str | None, suite: DatasetVersion) -> bool:
+    query = select(Evaluation.id).where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id)
+    if digest is None:
+        query = query.where(col(Evaluation.version_id).is_(None))
+    else:
+        query = query.join(Version, col(Version.id) == Evaluation.version_id).where(Version.digest == digest)
+    return session.exec(query.limit(1)).first() is not None
+
+
+def _tier_facts(
+    session: Session,
+    campaign: Campaign,
+    item: CampaignItem,
+    new: Base,
+    mine: TierFacts,
+    suites: Sequence[DatasetVersion],
+) -> TierFacts:
+    job = session.get(Job, mine.produce.id) if mine.produce.id else None
+    if job is None:
+        return mine
+    produce = Progress(job=JobState(job.state), id=job.id, error=str((job.error or {}).get("detail", "")))
+    made = (job.result or {}).get("made") or []
+    if not produce.done or not made:
+        return mine.model_copy(update={"produce": produce})
+    digest = str(made[0]["digest"])
+    version = queries.version_by_digest(session, item.adapter_id, digest)
+    evaluate = _progress(session, campaign, new, digest, suites)
+    seconds = float((job.result or {}).get("seconds", 0.0)) + _scoring_seconds(session, new, version)
+    return mine.model_copy(
+        update={
+            "produce": produce,
+            "version": digest,
+            "label": f"@v{version.number}" if version else digest[:19],
+            "evaluate": evaluate,
+            "steps": int((job.result or {}).get("steps", 0)),
+            "seconds": seconds,
+        }
+    )
+
+
+def _scoring_seconds(session: Session, base: Base, version: Version | None) -> float:
+    query = select(Evaluation.seconds).where(
+        Evaluation.base_id == base.id, Evaluation.version_id == (version.id if version else None)
+    )
+    return float(sum(session.exec(query)))
+
+
+# ── show ─────────────────────────────────────────────────────────────────────
+
+
+def info(
+    session: Session, caller: Caller, campaign: Campaign, items: Sequence[CampaignItem] | None = None
+) -> CampaignInfo:
+    """A campaign in the words of the wire; items of namespaces that the caller may not read are left out."""
+    names = base_names(session, [campaign.old_id, campaign.new_id])
+    rows = _items(session, campaign) if items is None else items
+    shown = [(row, session.get_one(Adapter, row.adapter_id)) for row in rows]
+    return CampaignInfo(
+        id=campaign.id,
+        line=session.get_one(Line, campaign.line_id).name,
+        old=names[campaign.old_id][0],
+        new=names[campaign.new_id][0],
+        old_ref=names[campaign.old_id][1],
+        new_ref=names[campaign.new_id][1],
+        state=campaign.state,
+        reason=campaign.reason,
+        items=[
+            _item_info(session, campaign, row, adapter)
+            for row, adapter in shown
+            if caller.can("read", adapter.namespace)
+        ],
+        created_by=campaign.created_by,
+        created_at=campaign.created_at,
+        started_at=campaign.started_at,
+        finished_at=campaign.finished_at,
+    )
+
+
+def _item_info(session: Session, campaign: Campaign, item: CampaignItem, adapter: Adapter) -> CampaignItemInfo:
+    facts = Facts.model_validate(item.facts)
+    final = session.get(Version, item.final_id) if item.final_id else None
+    serving = session.get_one(Version, item.serving_id)
+    spent = machine.cost(facts)
+    current = next((mine.tier for mine in reversed(facts.tiers)), None)
+    return CampaignItemInfo(
+        adapter=facts.adapter,
+        alias=item.alias,
+        serving=f"v{serving.number}",
+        state=item.state,
+        tier=current,
+        fit=facts.fit,
+        final=f"v{final.number}" if final else None,
+        reason=item.reason,
+        plan={**machine.plan_line(facts).model_dump(mode="json"), "route": machine.plan_line(facts).route},
+        scores=_scores(session, campaign, item, facts, adapter, final),
+        cost={
+            "tiers": {mine.tier: {"steps": mine.steps, "seconds": round(mine.seconds, 2)} for mine in facts.tiers},
+            **spent.model_dump(mode="json"),
+            "share": spent.share,
+        },
+        verdicts={mine.tier: mine.verdict.model_dump(mode="json") for mine in facts.tiers if mine.verdict},
+    )
+
+
+def _scores(
+    session: Session, campaign: Campaign, item: CampaignItem, facts: Facts, adapter: Adapter, final: Version | None
+) -> dict[str, Any]:
+    if facts.policy is None or not facts.policy.gates:
+        return {}
+    gate = facts.policy.gates[0]
+    suites = _suites(session, facts.policy)
+    if not suites:
+        return {}
+    suite_id = suites[0].id
+
+    def mean(base_id: int, version_id: int | None) -> float | None:
+        assert suite_id is not None
+        row = queries.newest_evaluation(session, base_id=base_id, version_id=version_id, suite_id=suite_id)
+        return row.summary.get(gate.metric, {}).get("gate", {}).get("mean") if row else None
+
+    made: dict[Tier, int | None] = {}
+    for mine in facts.tiers:
+        version = queries.version_by_digest(session, adapter.id or 0, mine.version) if mine.version else None
+        made[mine.tier] = version.id if version else None
+    return {
+        "metric": gate.metric,
+        "suite": gate.suite,
+        "serving_old": mean(campaign.old_id, item.serving_id),
+        "bare_old": mean(campaign.old_id, None),
+        "bare_new": mean(campaign.new_id, None),
+        **{tier: mean(campaign.new_id, version_id) for tier, version_id in made.items() if version_id},
+        "final": mean(campaign.new_id, final.id) if final else None,
+    }

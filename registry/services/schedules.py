@@ -1,0 +1,215 @@
+"""Schedules: rows that start work by themselves; fired once, however many schedulers look.
+
+A firing is a row with a unique key (the due time, the revision, the dataset version), written in the
+transaction that starts the work, so two schedulers cannot both start it and a crash starts it not half.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from croniter import croniter
+from pydantic import ValidationError
+from sqlmodel import Session, col, select
+
+from registry.core.errors import BadRequest, CampaignExists, LoractlError, ScheduleNotFound
+from registry.core.names import Reference, SeriesName, check_name
+from registry.db.models import Base, Dataset, DatasetVersion, Firing, Line, Revision, Schedule
+from registry.schemas import JobRequest, ScheduleInfo, ScheduleRequest, UpgradeRequest
+
+from . import campaigns, jobs
+from .tokens import EVERYWHERE, Caller
+
+Due = tuple[str, dict[str, Any]]
+"""The key of a firing, and the facts that its action needs."""
+
+
+def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetime) -> Schedule:
+    """A new schedule; `BadRequest` names what is wrong with its subject or action."""
+    check_name(request.namespace, "namespace")
+    caller.require("run", request.namespace)
+    kind = _action_kind(request)
+    if kind == "upgrade":
+        caller.require("promote", request.namespace)
+    next_at = None
+    if request.trigger == "cron":
+        if not croniter.is_valid(request.subject):
+            raise BadRequest(problems=f"'{request.subject}' is not a cron expression, such as '0 3 * * 1'")
+        next_at = _next(request.subject, now)
+    elif request.trigger == "base-upgrade":
+        check_name(request.subject, "line")
+    else:
+        caller.require("read", SeriesName.parse(request.subject, "dataset").namespace)
+    schedule = Schedule(
+        id=f"s{secrets.token_hex(6)}",
+        namespace=request.namespace,
+        trigger=request.trigger,
+        subject=request.subject,
+        action=request.action,
+        next_at=next_at,
+        created_by=caller.token_id,
+        created_at=now,
+    )
+    session.add(schedule)
+    session.flush()
+    return schedule
+
+
+def _action_kind(request: ScheduleRequest) -> str:
+    if set(request.action) == {"upgrade"} and request.trigger == "base-upgrade":
+        return "upgrade"
+    if set(request.action) == {"job"}:
+        try:
+            JobRequest.model_validate(request.action["job"])
+        except ValidationError as error:
+            raise BadRequest(problems=f"action.job: {error.errors()[0]['msg']}") from error
+        return "job"
+    allowed = '{"job": {…}}' + (' or {"upgrade": {}}' if request.trigger == "base-upgrade" else "")
+    raise BadRequest(problems=f"action of a {request.trigger} schedule: expected {allowed}")
+
+
+def remove(session: Session, caller: Caller, identity: str) -> None:
+    """End a schedule; its firings stay on record."""
+    schedule = session.get(Schedule, identity)
+    if schedule is None or not caller.can("read", schedule.namespace):
+        raise ScheduleNotFound(id=identity)
+    caller.require("run", schedule.namespace)
+    schedule.enabled = False
+    session.add(schedule)
+
+
+def listed(session: Session, caller: Caller) -> list[ScheduleInfo]:
+    """Living schedules that the caller may see, with their last firing."""
+    query = select(Schedule).where(col(Schedule.enabled)).order_by(col(Schedule.created_at))
+    return [info(session, row) for row in session.exec(query) if caller.can("read", row.namespace)]
+
+
+def info(session: Session, schedule: Schedule) -> ScheduleInfo:
+    """A schedule in the words of the wire."""
+    query = select(Firing).where(Firing.schedule_id == schedule.id).order_by(col(Firing.id).desc()).limit(1)
+    last = session.exec(query).first()
+    told = {"key": last.key, "at": last.at.isoformat(), **last.outcome} if last else None
+    return ScheduleInfo.model_validate({**schedule.model_dump(), "last": told})
+
+
+# ── firing ───────────────────────────────────────────────────────────────────
+
+
+def living(session: Session) -> Sequence[str]:
+    """Ids of schedules to look at."""
+    return session.exec(select(Schedule.id).where(col(Schedule.enabled)).order_by(col(Schedule.created_at))).all()
+
+
+def fire(session: Session, identity: str, now: datetime) -> set[str]:
+    """Fire a schedule if it is due, in the caller's transaction; queues that got work."""
+    schedule = session.exec(select(Schedule).where(Schedule.id == identity).with_for_update()).first()
+    if schedule is None or not schedule.enabled:
+        return set()
+    find: dict[str, Callable[[Session, Schedule, datetime], Due | None]] = {
+        "cron": _cron, "base-upgrade": _upgraded, "new-data": _fed,
+    }  # fmt: skip
+    due = find[schedule.trigger](session, schedule, now)
+    if due is None:
+        return set()
+    key, facts = due
+    done = session.exec(select(Firing.id).where(Firing.schedule_id == identity, Firing.key == key)).first()
+    if done is not None:
+        return set()
+    try:
+        with session.begin_nested():
+            outcome, queues = _act(session, schedule, facts, key, now)
+    except CampaignExists as error:
+        if error.facts.get("id") is not None and schedule.trigger == "base-upgrade":
+            return set()  # the older campaign is superseded and ends by itself; look again then
+        raise
+    except LoractlError as error:
+        outcome, queues = {"refused": error.problem()}, set()
+    session.add(Firing(schedule_id=identity, key=key, outcome=outcome, at=now))
+    session.flush()
+    return queues
+
+
+def _cron(session: Session, schedule: Schedule, now: datetime) -> Due | None:
+    if schedule.next_at is None or schedule.next_at > now:
+        return None
+    key = schedule.next_at.isoformat()
+    schedule.next_at = _next(schedule.subject, now)  # what was missed while nobody looked is fired once
+    session.add(schedule)
+    return key, {}
+
+
+def _next(expression: str, now: datetime) -> datetime:
+    found: datetime = croniter(expression, now).get_next(datetime)
+    return found
+
+
+def _upgraded(session: Session, schedule: Schedule, now: datetime) -> Due | None:
+    """The newest revision of the line, if it came after the schedule and its weights are here and verified."""
+    _ = now
+    query = (
+        select(Revision, Base)
+        .join(Line, col(Line.id) == Revision.line_id)
+        .join(Base, col(Base.id) == Revision.base_id)
+        .where(Line.name == schedule.subject)
+        .order_by(col(Revision.number).desc())
+        .limit(1)
+    )
+    row = session.exec(query).first()
+    if row is None:
+        return None
+    revision, base = row
+    if revision.number < 2 or revision.created_at < schedule.created_at or base.weights != "full":
+        return None
+    return f"r{revision.number}", {"base": base.digest}
+
+
+def _fed(session: Session, schedule: Schedule, now: datetime) -> Due | None:
+    """The newest version of the dataset, if it came after the schedule."""
+    _ = now
+    series = SeriesName.parse(schedule.subject, "dataset")
+    query = (
+        select(DatasetVersion)
+        .join(Dataset)
+        .where(Dataset.namespace == series.namespace, Dataset.name == series.name)
+        .order_by(col(DatasetVersion.number).desc())
+        .limit(1)
+    )
+    row = session.exec(query).first()
+    if row is None or row.created_at < schedule.created_at:
+        return None
+    return f"v{row.number}", {"dataset": row.digest}
+
+
+def _act(
+    session: Session, schedule: Schedule, facts: dict[str, Any], key: str, now: datetime
+) -> tuple[dict[str, Any], set[str]]:
+    caller = Caller(schedule.created_by, f"schedule {schedule.id}", "user", {EVERYWHERE: ["admin"]})
+    if "upgrade" in schedule.action:
+        request = UpgradeRequest(
+            line=schedule.subject,
+            to=facts["base"],
+            namespaces=[schedule.namespace],
+            queue=(schedule.action["upgrade"] or {}).get("queue", "cpu"),
+        )
+        campaign = campaigns.create(session, caller, request, now)
+        campaigns.start(session, caller, campaign.id, now)
+        return {"campaign": campaign.id}, {campaign.queue}
+    words = JobRequest.model_validate(schedule.action["job"])
+    recipe = dict(words.recipe)
+    if "base" in facts:
+        recipe["base"] = facts["base"]
+    if "dataset" in facts and isinstance(recipe.get("datasets"), list):
+        recipe["datasets"] = [
+            facts["dataset"] if _same_series(text, schedule.subject) else text for text in recipe["datasets"]
+        ]
+    request_ = words.model_copy(update={"recipe": recipe, "namespace": schedule.namespace})
+    job, _ = jobs.submit(session, caller, request_, now, salt=f"{schedule.id} {key}")
+    return {"job": job.id}, {job.queue}
+
+
+def _same_series(text: object, series: str) -> bool:
+    try:
+        return str(Reference.parse(str(text), "dataset").series) == series
+    except LoractlError:
+        return False
