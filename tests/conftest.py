@@ -123,6 +123,12 @@ def database(request: pytest.FixtureRequest) -> Database:
     return found
 
 
+@pytest.fixture
+def embedded(sqlite_database: Database, local_store: LocalStore) -> World:
+    """A registry on SQLite and a folder, for what does not depend on either."""
+    return World(sqlite_database, local_store)
+
+
 @pytest.fixture(params=["embedded", "fleet"])
 def world(request: pytest.FixtureRequest) -> World:
     """A registry in this process: SQLite and a folder, or PostgreSQL and S3."""

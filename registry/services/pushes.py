@@ -340,7 +340,8 @@ def parts(
         arrived = {}  # completed already: nothing is wanted any more
         return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=_every(row), put={})
     sizes = part_sizes(row.size, row.part_size)
-    put = {}
+    put: dict[int, SignedRequest] = {}
+    promised: dict[str, str] = {}
     for part in request.parts:
         if part.number > len(sizes):
             raise BadRequest(problems=f"parts: number {part.number}; blob {row.digest} has {len(sizes)} parts")
@@ -352,8 +353,20 @@ def parts(
             put[part.number] = signed(
                 store.presign_part(key, upload_id, part.number, size=size, sha256=sha256, expires_s=expires_s)
             )
+            promised[str(part.number)] = part.sha256
+    if promised.items() - (row.parts or {}).items():
+        _promise(database, row, promised)
     told = {number: str(part.sha256) if part.sha256 else None for number, part in sorted(arrived.items())}
     return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=told, put=put)
+
+
+def _promise(database: Database, row: PushBlob, promised: dict[str, str]) -> None:
+    """Keep what parts were signed for: completing names it again, and not every store lists it."""
+    with database.write() as session:
+        query = select(PushBlob).where(PushBlob.push_id == row.push_id, PushBlob.digest == row.digest)
+        found = session.exec(query.with_for_update()).one()
+        found.parts = (found.parts or {}) | promised
+        session.add(found)
 
 
 def _every(row: PushBlob) -> dict[int, str | None]:

@@ -14,7 +14,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -303,7 +303,10 @@ def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
     key = blobs.staging_key(push_id, row.digest)
     if row.upload_id is not None:
         try:
-            store.complete_multipart(key, row.upload_id, store.list_parts(key, row.upload_id))
+            listed = store.list_parts(key, row.upload_id)
+            promised = {int(number): Digest.parse(digest) for number, digest in (row.parts or {}).items()}
+            parts = [replace(part, sha256=part.sha256 or promised.get(part.number)) for part in listed]
+            store.complete_multipart(key, row.upload_id, parts)
         except UploadNotFound:
             if store.head(key) is None:
                 raise
