@@ -54,7 +54,7 @@ from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
 from .compute.rebase.signals import compare
 from .compute.rebase.warm_start import warm_start
-from .compute.weights import atomic_write, read_adapter, write_adapter
+from .compute.weights import read_adapter, write_adapter, write_file
 
 Report = Callable[[dict[str, Any]], None]
 Inputs = Mapping[str, Path]
@@ -102,7 +102,7 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     result = Result(recipe.kind, facts)
-    atomic_write(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
+    write_file(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
     return result
 
 
@@ -125,7 +125,7 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
     model, tokenizer = load(inputs["base"], recipe.precision)
     records = evaluate(model, tokenizer, suite, adapters, bare=recipe.bare, report=report)
     for name, found in records.items():
-        atomic_write(out / f"records-{name}.jsonl", to_jsonl(found))
+        write_file(out / f"records-{name}.jsonl", to_jsonl(found))
     precision = _precision(recipe.precision)
     return {
         "precision": precision,
@@ -136,7 +136,7 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
 
 def _merge(inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     merged = merge(inputs["base"], read_adapter(inputs["adapter"]), out / "base", report)
-    return {"changed": merged.changed, "untied": merged.untied, "tensors": merged.tensors}
+    return {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
 
 
 def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except LoractlError as error:
         args.out.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out / "error.json", json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
+        write_file(args.out / "error.json", json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
         sys.stderr.write(f"{error.message}\n{error.hint}".strip() + "\n")
         return 1
     finally:

@@ -18,12 +18,13 @@ from blake3 import blake3
 from torch import Tensor
 
 from registry.core.errors import BadTensor, NotRunnable, PathUnusable
+from registry.files import atomic_write, base_shards
 
 from .finetune import Report, silent
 from .lora import Adapter, Patch, fitted, is_transposed
 from .model import Model, skeleton
-from .shards import Stored, read_header, stored_name, stored_tensors, weight_files
-from .weights import atomic_write, framed
+from .shards import Stored, stored_in, stored_name, stored_tensors
+from .weights import framed, write_file
 
 Change = Callable[[Tensor, slice], Tensor]
 """New values for a block of rows, computed in the block's own type."""
@@ -61,8 +62,8 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> M
     total = sum(tensor.size for tensor in stored.values()) + sum(stored[name].size for name in extra.values())
     digests: dict[str, str] = {}
     places: dict[str, str] = {}
-    for path in weight_files(base):
-        tensors, metadata = read_header(path)
+    for path in base_shards(base):
+        tensors, metadata = stored_in(path)
         written = {name: tensors[name] for name in tensors}
         written |= {name: stored[source] for name, source in extra.items() if source in tensors}
         digests |= _write_shard(
@@ -72,7 +73,7 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> M
         places |= dict.fromkeys(written, path.name)
     if (base / "model.safetensors.index.json").is_file():
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        atomic_write(out / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
+        write_file(out / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
     return Merged(digests, tuple(sorted(changes)), untied)
 
 
@@ -144,7 +145,7 @@ def _copy_other_files(base: Path, out: Path, untied: bool) -> None:
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict):
                     part["tie_word_embeddings"] = False
-            atomic_write(out / path.name, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+            write_file(out / path.name, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
         else:
             shutil.copyfile(path, out / path.name)
 
@@ -166,9 +167,8 @@ def _write_shard(
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.size]
         }  # fmt: skip
         end += tensor.size
-    partial = target.with_name(f".{target.name}.partial")
     digests = {}
-    with source.open("rb") as reads, partial.open("w+b") as writes:
+    with source.open("rb") as reads, atomic_write(target) as writes, Path(writes.name).open("rb") as back:
         at = writes.write(framed(header))
         for name, tensor in tensors.items():
             digest, change = blake3(), changes.get(name)
@@ -179,12 +179,9 @@ def _write_shard(
                 digest.update(data)
                 if change is not None:
                     writes.flush()
-                    _check(writes.fileno(), at - len(data), name, target.name, change, block, rows)
+                    _check(back.fileno(), at - len(data), name, target.name, change, block, rows)
                 progress(before := before + len(data))
             digests[name] = digest.hexdigest()
-        writes.flush()
-        os.fsync(writes.fileno())
-    partial.replace(target)
     return digests
 
 

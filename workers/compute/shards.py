@@ -1,6 +1,5 @@
 """Base folders as raw tensors: where each one lies, and reading it by position in bounded memory."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from registry.core.errors import BadHeader, NotABase, NotRunnable
-from registry.core.safetensors import header_bytes, parse_header
+from registry.core.errors import BadHeader, NotRunnable
+from registry.files import base_shards, read_header
 
 from .model import Model
 from .weights import DTYPES
@@ -44,12 +43,9 @@ class Stored:
             yield slice(first, last), torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of one file, in the order of their bytes, and its metadata."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(16)
-        header = parse_header(start + file.read(header_bytes(start, size, path.name) - 16), size, path.name)
+    header = read_header(path)
     for tensor in header:
         if tensor.dtype not in DTYPES:
             raise NotRunnable(what="The base", reason=f"tensor '{tensor.name}' is stored as {tensor.dtype}")
@@ -57,20 +53,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return found, dict(header.metadata)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The base's safetensors files: those of its index, or all there are."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise NotABase(path=str(folder), reason="there is no .safetensors file")
-    return found
-
-
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a base folder by name."""
-    return {name: tensor for path in weight_files(folder) for name, tensor in read_header(path)[0].items()}
+    return {name: tensor for path in base_shards(folder) for name, tensor in stored_in(path)[0].items()}
 
 
 def stored_name(model: Model, name: str, stored: Mapping[str, Stored]) -> str | None:

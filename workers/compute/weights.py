@@ -8,7 +8,6 @@ in the safetensors metadata (``loractl.base``, ``loractl.recipe``), where PEFT d
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from registry.core.errors import BadConfig, BadHeader, BadTensor, NotAnAdapter, NotRunnable
 from registry.core.manifest import canonical_json
+from registry.files import atomic_write
 
 from .lora import Adapter, Patch
 
@@ -89,7 +89,7 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: str, recipe: str) -> 
             tensors[f"{name}.lora_B.bias"] = patch.bias_O
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "loractl.base": base, "loractl.recipe": recipe})
-    atomic_write(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True).encode() + b"\n")
+    write_file(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         }  # fmt: skip
         end += len(blob)
         blobs.append(blob)
-    atomic_write(path, framed(header) + b"".join(blobs))
+    write_file(path, framed(header) + b"".join(blobs))
 
 
 def framed(header: Mapping[str, Any]) -> bytes:
@@ -132,14 +132,10 @@ def framed(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """``data`` under its name only when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+def write_file(path: Path, data: bytes) -> None:
+    """A whole file at once, atomically."""
+    with atomic_write(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 Both starts are given the same steps, rows and rates, so that carrying has to earn its place; the calibration
 split of a suite chooses between what came out, without a suite the loss of the last quarter of training.
+The carried adapter is held to where it began by a pull that decays to zero over these steps.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from ..finetune import Report, Trained, finetune, silent
 from ..lora import Adapter, restarted
 from ..metrics import mean
 from ..model import Model, Tokenizer
+
+PULL = 0.01
+"""Where the recipe names none."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def warm_start(
     trained: dict[str, Trained] = {}
     for name, start in starts.items():
         done = len(trained) * recipe.steps
-        plain = recipe if name == "carry" else recipe.model_copy(update={"pull": 0.0})
+        pull = (recipe.pull or PULL) if name == "carry" else 0.0
+        held = recipe.model_copy(update={"pull": pull})
 
         def shifted(progress: dict[str, Any], name: str = name, done: int = done) -> None:
             shift = {"step": progress["step"] + done, "steps": recipe.steps * len(starts), "candidate": name}
             report(progress | shift)
 
         folder = checkpoint / name if checkpoint is not None else None
-        trained[name] = finetune(model, tokenizer, plain, rows, start=start, report=shifted, checkpoint_dir=folder)
+        trained[name] = finetune(model, tokenizer, held, rows, start=start, report=shifted, checkpoint_dir=folder)
     steps = sum(len(run.losses) for run in trained.values())
     candidates = {name: {"loss": fmean(run.losses[-max(1, recipe.steps // 4) :])} for name, run in trained.items()}
     calibration = suite.only("calibration") if suite is not None else None

@@ -72,5 +72,5 @@ def test_the_median_is_over_the_tensors_asked_for() -> None:
 
 def test_a_folder_without_weights_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(NotABase, match=r"no .safetensors file"):
+    with pytest.raises(NotABase, match=r"no \.safetensors file"):
         compare(tmp_path, tmp_path)
