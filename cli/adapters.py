@@ -613,7 +613,7 @@ def resolved_recipe(client: "RegistryClient", recipe: Mapping[str, Any]) -> dict
     if "base" not in recipe or "datasets" not in recipe:
         raise BadRequest(problems="the recipe needs 'base' and 'datasets'")
     datasets = [
-        text if text.startswith("sha256:") else client.dataset("dataset", text.partition("@")[0]).digest
+        text if text.startswith("sha256:") else client.dataset("dataset", text).digest
         for text in recipe["datasets"]
     ]
     base = str(recipe["base"])

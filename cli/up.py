@@ -155,7 +155,7 @@ class House:
         server = {
             "LORACTL_MODE": "embedded",
             "LORACTL_DATABASE_URL": f"sqlite:///{self.folder / 'registry.db'}",
-            "LORACTL_DATA": str(self.folder / "store"),
+            "LORACTL_DATA": str(self.folder),
             "LORACTL_PUBLIC_URL": self.url,
             "LORACTL_SIGNING_KEY": _secret(kept / "signing-key", lambda: secrets.token_urlsafe(48)),
             "LORACTL_BOOTSTRAP_TOKEN": admin,
@@ -283,7 +283,7 @@ def _secret(file: Path, make: Callable[[], str]) -> str:
 def _alone(folder: Path) -> Iterator[None]:
     """The folder, for this process only."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / "up.lock").open("w")
     except OSError as error:
         raise PathUnusable(path=str(folder), reason=error.strerror or str(error)) from error

@@ -304,7 +304,7 @@ def add(
 def list_schedules(out: Output, namespace: str | None) -> None:
     """List schedules."""
     with config.connect() as client:
-        found = client.schedules(namespace=namespace).items
+        found = [row for row in client.schedules().items if namespace in (None, row.namespace)]
     out.emit(found, lambda: table(
         ["schedule", "namespace", "on", "subject", "does", "next", "last"],
         ([s.id, s.namespace, s.trigger, s.subject, ", ".join(s.action), ago(s.next_at),

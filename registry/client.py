@@ -18,13 +18,13 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from . import schemas as wire
 from .core.errors import BadName, LoractlError, RegistryUnreachable, UnknownProblem
 from .core.lifecycle import JobState
 from .core.manifest import Kind
-from .core.names import SeriesName
+from .core.names import Reference, SeriesName
 from .core.policy import Policy
 
 Answered = TypeVar("Answered", bound=BaseModel)
@@ -230,12 +230,14 @@ class RegistryClient:
     # ── datasets and suites ──────────────────────────────────────────────────
 
     def datasets(self, kind: Literal["dataset", "suite"], **filters: Any) -> wire.Page[wire.DatasetInfo]:
-        """Datasets or suites; filters: namespace, limit, cursor."""
+        """Datasets or suites, the newest version of each; filters: limit, cursor."""
         return self._get(f"/v1/{_PLURAL[kind]}", wire.Page[wire.DatasetInfo], **filters)
 
     def dataset(self, kind: Literal["dataset", "suite"], name: str) -> wire.DatasetInfo:
-        """One dataset or suite."""
-        return self._get(_series(kind, name), wire.DatasetInfo)
+        """One version of a dataset or suite: ``team/reviews`` (its newest), or with ``@vN`` or a digest."""
+        series, _, version = str(Reference.parse(name, kind)).partition("@")
+        namespace, _, own = series.partition("/")
+        return self._get(_path(_PLURAL[kind], namespace, f"{own}@{version}" if version else own), wire.DatasetInfo)
 
     # ── jobs ─────────────────────────────────────────────────────────────────
 
@@ -333,7 +335,7 @@ class RegistryClient:
         return self._post("/v1/upgrades", wire.CampaignInfo, request)
 
     def upgrades(self, **filters: Any) -> wire.Page[wire.CampaignInfo]:
-        """Campaigns, newest first; filters: line, state, limit, cursor."""
+        """Campaigns, newest first; filters: line, limit."""
         return self._get("/v1/upgrades", wire.Page[wire.CampaignInfo], **filters)
 
     def upgrade(self, campaign_id: str) -> wire.CampaignInfo:
@@ -356,9 +358,9 @@ class RegistryClient:
         """A new schedule."""
         return self._post("/v1/schedules", wire.ScheduleInfo, request)
 
-    def schedules(self, **filters: Any) -> wire.Page[wire.ScheduleInfo]:
-        """Schedules; filters: namespace, limit, cursor."""
-        return self._get("/v1/schedules", wire.Page[wire.ScheduleInfo], **filters)
+    def schedules(self) -> wire.Page[wire.ScheduleInfo]:
+        """Schedules that the caller may see."""
+        return self._get("/v1/schedules", wire.Page[wire.ScheduleInfo])
 
     def delete_schedule(self, schedule_id: str) -> None:
         """Remove a schedule."""
@@ -404,7 +406,7 @@ class RegistryClient:
                 if last or not (unsent or again or method == "GET"):
                     raise RegistryUnreachable(url=self.url, reason=_why(error)) from error
             else:
-                if not reply.is_error:
+                if reply.is_success:
                     return reply
                 if last or reply.status_code not in _PASSING or not (again or method == "GET"):
                     raise self._refusal(reply)
@@ -420,11 +422,7 @@ class RegistryClient:
             return LoractlError.from_problem(problem)
         if reply.status_code in _PASSING:
             return RegistryUnreachable(url=self.url, reason=f"HTTP {reply.status_code} {reply.reason_phrase}")
-        return UnknownProblem(
-            problem=f"HTTP {reply.status_code}",
-            detail=f"{reply.reason_phrase or 'no reason given'}, and not as a loractl registry says it",
-            advice=f"Is {self.url} the address of a registry? loractl login URL --token TOKEN",
-        )
+        return _not_ours(reply)
 
 
 def every(page_after: Callable[[str | None], wire.Page[Item]]) -> Iterator[Item]:
@@ -439,7 +437,18 @@ def every(page_after: Callable[[str | None], wire.Page[Item]]) -> Iterator[Item]
 
 
 def _parsed(answer: type[Answered], reply: httpx.Response) -> Answered:
-    return answer.model_validate_json(reply.content)
+    try:
+        return answer.model_validate_json(reply.content)
+    except ValidationError as error:
+        raise _not_ours(reply) from error
+
+
+def _not_ours(reply: httpx.Response) -> UnknownProblem:
+    return UnknownProblem(
+        problem=f"HTTP {reply.status_code}",
+        detail=f"{reply.reason_phrase or 'no reason given'}, and not as a loractl registry says it",
+        advice=f"Is {reply.request.url.copy_with(raw_path=b'/')} the address of a registry? loractl login URL",
+    )
 
 
 def _messages(lines: Iterable[str]) -> Iterator[dict[str, str]]:
