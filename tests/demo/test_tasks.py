@@ -12,6 +12,7 @@ from docs.demo.tasks import TASKS, Task
 from registry.core.recipes import FineTune
 from registry.core.records import item_id, split_of
 
+DIGESTS = {"base": f"b3:{'0' * 64}", "datasets": [f"sha256:{'0' * 64}"]}
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
@@ -76,14 +77,17 @@ def test_rows_are_written_one_a_line(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
 
 
-@pytest.mark.parametrize("recipe", [*bases.RECIPES.values(), bases.REFRESH], ids=[*bases.RECIPES, "refresh"])
+@pytest.mark.parametrize("recipe", bases.RECIPES.values(), ids=bases.RECIPES)
 @pytest.mark.parametrize("native", [True, False])
 def test_every_recipe_is_valid_and_takes_fewer_steps_without_native_bf16(recipe: bases.Recipe, native: bool) -> None:
-    digests = {"base": f"b3:{'0' * 64}", "datasets": [f"sha256:{'0' * 64}"]}
-    made = FineTune.model_validate(bases.paced(recipe, native) | digests)
+    made = FineTune.model_validate(bases.paced(recipe, native) | DIGESTS)
     assert (made.steps == recipe["steps"]) == native
     assert 0 < made.steps <= recipe["steps"]
 
 
-def test_there_is_a_recipe_for_every_task() -> None:
-    assert bases.RECIPES.keys() == {task.name for task in TASKS}
+def test_the_refresh_is_a_valid_recipe() -> None:
+    assert FineTune.model_validate(bases.REFRESH | DIGESTS).steps == bases.REFRESH["steps"]
+
+
+def test_there_is_a_recipe_and_a_margin_for_every_task() -> None:
+    assert bases.RECIPES.keys() == bases.MARGINS.keys() == {task.name for task in TASKS}
