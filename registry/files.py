@@ -49,7 +49,6 @@ Read = Callable[[int, int], bytes]
 """``read(offset, length)``: those bytes of one file, wherever it is."""
 
 CHUNK = 4 << 20
-AHEAD = 16 << 20
 MAX_CONFIG_BYTES = 32 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 INDEX_FILE = "model.safetensors.index.json"
@@ -240,8 +239,6 @@ def _tensor_digest(mapped: mmap.mmap, tensor: TensorInfo, report: Progress) -> D
         for start in range(tensor.start, tensor.end, CHUNK):
             end = min(start + CHUNK, tensor.end)
             page = start - start % mmap.PAGESIZE
-            ahead = end - end % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, ahead, min(AHEAD, len(mapped) - ahead))
             with view[start:end] as part:
                 hasher.update(part)
             mapped.madvise(mmap.MADV_DONTNEED, page, end - page)  # out of our memory; the page cache keeps it
@@ -255,6 +252,7 @@ def _mapped(path: Path, header: Header) -> Iterator[mmap.mmap]:
     with _opened(path) as file:
         before = os.fstat(file.fileno())
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as mapped:
+            mapped.madvise(mmap.MADV_SEQUENTIAL)  # asking ahead chunk by chunk costs a tenth where nothing is cold
             changed = len(mapped) != header.tensors[-1].end
             if not changed:
                 yield mapped

@@ -89,7 +89,7 @@ def test_the_digest_does_not_depend_on_shards_or_threads(tmp_path: Path, base: P
 
 
 @given(st.integers(0, 19), st.randoms(use_true_random=False))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_byte_of_every_tensor_counts(base: Path, which: int, random: Any) -> None:
     before = digest_base(base, threads=1)
     path = base / "model.safetensors"
@@ -391,7 +391,7 @@ SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -2.5, 6e-8, 60000.0, math.nan, -math.
 
 
 @given(st.lists(SPECIAL, min_size=2, max_size=40), st.sampled_from([np.float16, np.float32, np.float64]))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nan_inf_and_zero_are_found_as_numpy_finds_them(tmp_path: Path, values: list[float], dtype: Any) -> None:
     a = np.array([values])
     folder = factors(tmp_path / "a", dtype, a, np.ones((3, 1)))
