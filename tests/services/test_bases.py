@@ -1,0 +1,183 @@
+"""Base models: named by content, registered by table, members of lines, derived from each other."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from sqlmodel import select
+
+from registry.core.errors import BadManifest, BadRequest, BaseNotFound, PathUnusable, RevisionTaken, ScopeMissing
+from registry.core.fit import FitClass
+from registry.db.models import Base, Derivation, Revision, TargetFit
+from registry.schemas import BaseRegistration, DerivationRequest, Wishes
+from registry.services import bases, fits, pushes
+from tests.factories import base_of, tiny_adapter, tiny_base
+from tests.world import ADMIN, SETTINGS, World, caller, table_of
+
+AUTHOR = caller("alice", team=["read", "publish"])
+READER = caller("reader", team=["read"])
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return tiny_base(tmp_path / "one")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    return tiny_base(tmp_path / "two", seed=1)
+
+
+def test_a_base_is_registered_once_whoever_brings_it(world: World, one: Path) -> None:
+    first = world.register(base_of(one), AUTHOR)
+    assert world.register(base_of(one), ADMIN, line="demo").id == first.id
+    with world.database.read() as session:
+        info = bases.show(session, READER, "demo")
+    assert (info.digest, info.weights, info.revisions) == (str(base_of(one).digest), "absent", ["demo@r1"])
+
+
+def test_an_author_needs_no_administrator_but_a_line_speaks_for_everybody(embedded: World, one: Path) -> None:
+    embedded.register(base_of(one), AUTHOR)
+    for refused in (READER, caller("nobody")):
+        with pytest.raises(ScopeMissing):
+            embedded.register(base_of(one), refused)
+    for wish in ({"line": "demo"}, {"names": ["org/model"]}):
+        with pytest.raises(ScopeMissing):
+            embedded.register(base_of(one), AUTHOR, **wish)
+    with pytest.raises(ScopeMissing):
+        embedded.register(base_of(one), AUTHOR, location=f"hf://org/model@{'0' * 40}")
+    keeper = caller("keeper", base=["publish"])
+    embedded.register(base_of(one), keeper, line="demo", names=["org/model"])
+
+
+def test_weights_arrive_by_a_push_after_the_table(world: World, one: Path) -> None:
+    world.register(base_of(one), AUTHOR)
+    outcome = world.push_base(one, line="demo")
+    with world.database.read() as session:
+        info = bases.show(session, ADMIN, "demo@r1")
+    assert (info.weights, info.manifest) == ("full", outcome["digest"])
+    assert info.size == sum(path.stat().st_size for path in one.iterdir())
+
+
+def test_a_line_grows_by_one_and_its_newest_member_is_not_repeated(world: World, one: Path, two: Path) -> None:
+    for folder, name in ((one, "r1"), (one, "r1"), (two, "r2"), (one, "r3")):
+        assert world.push_base(folder, line="demo")["version"] == name
+    with pytest.raises(RevisionTaken):
+        world.register(base_of(two), line="demo", revision=3)
+    with world.database.read() as session:
+        assert bases.find(session, "demo").digest == str(base_of(one).digest)
+        assert bases.find(session, "demo@r2").digest == str(base_of(two).digest)
+        with pytest.raises(BaseNotFound, match="Did you mean 'demo'"):
+            bases.find(session, "dem0")
+
+
+def test_revisions_that_race_get_numbers_of_their_own(world: World, tmp_path: Path) -> None:
+    models = [base_of(tiny_base(tmp_path / f"b{seed}", seed=seed)) for seed in range(4)]
+    threads = [threading.Thread(target=world.register, args=(model,), kwargs={"line": "demo"}) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row.number for row in world.all(select(Revision))) == [1, 2, 3, 4]
+
+
+def test_a_table_is_what_its_digest_says(embedded: World, one: Path) -> None:
+    for text in ("no base64!", "AAAA", table_of(base_of(one))[:-40]):
+        with pytest.raises(BadManifest):
+            pushes.read_table(text)
+    with embedded.database.read() as session, pytest.raises(BaseNotFound):
+        bases.table(session, ADMIN, "demo")
+    embedded.register(base_of(one), line="demo")
+    with embedded.database.read() as session:
+        digest, body = bases.table(session, READER, "demo")
+    assert (digest, body) == (str(base_of(one).digest), base_of(one).to_compressed())
+
+
+def test_locations_are_pinned_or_below_an_allowed_root(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    settings = replace(SETTINGS, file_roots=(tmp_path,))
+    pinned = f"hf://org/model@{'a' * 40}"
+    assert bases.check_location(pinned, settings) == pinned
+    assert bases.check_location(f"file://{tmp_path}/x", settings) == f"file://{tmp_path}/x"
+    for bad in ("hf://org/model", "hf://org/model@main", "https://example.org/x", "s3://bucket/x"):
+        with pytest.raises(BadRequest):
+            bases.check_location(bad, settings)
+    for outside in ("file:///etc", f"file://{tmp_path}/../x", f"file://host{tmp_path}/x", f"file://{tmp_path}/%2e%2e/x"):
+        with pytest.raises(PathUnusable):
+            bases.check_location(outside, settings)
+    with pytest.raises(BadRequest, match="embedded"):
+        bases.check_location(f"file://{tmp_path}/x", replace(settings, mode="fleet"))
+
+
+def test_a_derivation_is_declared_and_what_is_measured_replaces_it(world: World, one: Path, two: Path) -> None:
+    world.push_base(one, line="demo")
+    world.push_base(two, line="demo", parent=str(base_of(one).digest), parent_kind="continued")
+    assert world.one(select(Derivation)).evidence == "declared"
+    world.push_adapter(tiny_adapter(one.parent / "a", one), "team/bot", one)
+    drift = dict.fromkeys((tensor.name for tensor in base_of(two).tensors), 0.5)
+    with world.database.write() as session:
+        old, new = bases.find(session, "demo@r1"), bases.find(session, "demo@r2")
+        bases.record_derivation(session, new, old, "continued", "measured", {"drift": drift}, world.now)
+        bases.record_derivation(session, new, old, "continued", "declared", {}, world.now)
+    assert world.one(select(Derivation)).evidence == "measured"
+    [fit] = [row for row in world.all(select(TargetFit)) if row.new_id == new.id]
+    assert (fit.fit, fit.drift) == (FitClass.SAME_SHAPE, 0.5)
+    with world.database.read() as session:
+        found = bases.difference(session, READER, "demo@r1", "demo@r2")
+    assert found.drift == 0.5
+    assert found.derivation is not None
+    assert found.derivation["kind"] == "continued"
+    assert found.equal == 0
+    assert len(found.changed) == len(base_of(one).tensors)
+
+
+def test_nothing_is_derived_from_itself(embedded: World, one: Path) -> None:
+    embedded.register(base_of(one), line="demo")
+    with embedded.database.write() as session, pytest.raises(BadRequest, match="itself"):
+        bases.derive(session, ADMIN, "demo", DerivationRequest(parent="demo@r1", kind="cast"), embedded.now)
+
+
+def test_a_declared_name_stands_for_registered_bases(embedded: World, one: Path, two: Path) -> None:
+    embedded.register(base_of(one), line="demo", names=["org/model", "org/model@abc"])
+    embedded.register(base_of(two), line="demo", names=["org/model"])
+
+    def meant(name: str | None, revision: str | None = None) -> set[str]:
+        with embedded.database.read() as session:
+            return {base.digest for base in bases.meant_by(session, name, revision)}
+
+    first, second = str(base_of(one).digest), str(base_of(two).digest)
+    assert meant("org/model") == {first, second}
+    assert meant("org/model", "abc") == {first}
+    assert meant("demo@r2") == {second}
+    assert meant("demo") == {first, second}
+    assert meant("/home/somebody/model") == meant(None) == meant("demo@rX") == set()
+
+
+def test_fits_are_complete_whichever_came_first(world: World, tmp_path: Path, one: Path, two: Path) -> None:
+    wide = tiny_base(tmp_path / "wide", width=32)
+    world.push_base(one)
+    world.push_adapter(tiny_adapter(tmp_path / "a", one), "team/a", one)
+    world.push_base(two)
+    world.push_base(wide)
+    world.push_adapter(tiny_adapter(tmp_path / "b", two, targets=("down_proj",)), "team/b", two)
+    world.push_adapter(tiny_adapter(tmp_path / "c", two, targets=("down_proj",), seed=1), "team/c", two)
+    rows = world.all(select(TargetFit))
+    names = {base.id: base.digest for base in world.all(select(Base))}
+    short = {str(base_of(one).digest): "one", str(base_of(two).digest): "two", str(base_of(wide).digest): "wide"}
+    found = sorted((short[names[row.old_id]], short[names[row.new_id]], row.fit) for row in rows)
+    assert found == [
+        ("one", "two", "same-shape"),
+        ("one", "wide", "incompatible"),
+        ("two", "one", "same-shape"),
+        ("two", "wide", "incompatible"),
+    ]
+    with world.database.write() as session:
+        for row in session.exec(select(Base)).all():
+            assert fits.ensure_fits(session, new=row) == 0
+
+
+def test_a_wish_that_is_only_half_made_is_refused(embedded: World, one: Path) -> None:
+    request = BaseRegistration(table=table_of(base_of(one)), wishes=Wishes(parent="b3:" + "0" * 64, parent_kind="cast"))
+    with embedded.database.write() as session, pytest.raises(BaseNotFound):
+        bases.register(session, ADMIN, SETTINGS, base_of(one), request, embedded.now)
