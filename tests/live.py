@@ -18,7 +18,8 @@ from registry.services.tokens import make_text
 from tests import servers
 from tests.world import SETTINGS
 
-PART = 64 << 10
+PART = 1 << 20
+"""The smallest part that the registry hands out."""
 
 
 @dataclass
