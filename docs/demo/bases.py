@@ -28,7 +28,7 @@ _LORA: Recipe = {
 _WIDE: Recipe = _LORA | {"targets": ["all-linear"], "learning_rate": 1e-3}
 RECIPES: dict[str, Recipe] = {"triage": _WIDE, "orders": _LORA, "board": _LORA}
 """By task. ``board`` is the recipe of its policy: the adapter itself is trained by PEFT, outside."""
-REFRESH: Recipe = _WIDE | {"rank": 16, "alpha": 24.0, "steps": 24}
+REFRESH: Recipe = _WIDE | {"rank": 16, "alpha": 24.0, "learning_rate": 8e-4, "steps": 24}
 """Its steps decide how far the base drifts, so they are the same on every machine."""
 WARM_STEPS = 20
 MARGINS = {"triage": "0.05", "orders": "10%gain", "board": "10%gain"}
