@@ -20,8 +20,8 @@ from registry.settings import Settings
 
 from . import gc, reconciler, scheduler, verifier
 
-PATIENCE_S = 30.0
-"""The longest pause between failures."""
+FIRST_PAUSE_S, PATIENCE_S = 0.5, 30.0
+"""The shortest and the longest pause between failures."""
 log = structlog.get_logger()
 
 
@@ -58,7 +58,7 @@ def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event) -> None:
             failures = 0
             if did:
                 continue
-        stop.wait(min(PATIENCE_S, 0.5 * 2**failures) if failures else daemon.pause_s)
+        stop.wait(min(PATIENCE_S, FIRST_PAUSE_S * 2**failures) if failures else daemon.pause_s)
 
 
 def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMONS) -> None:
