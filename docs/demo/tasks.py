@@ -9,7 +9,8 @@ train and score them in minutes.
     board    a note as a line for the board    likelihood of the line
 
 The refresh is what another department would train a base on: the same counters' service reports, in forms
-of their own. It is not made to break any task; which adapters it breaks is measured.
+of their own. Three of its forms begin as the tasks do (Order, Note, Ticket), so it competes with them, and its
+strength (`bases.REFRESH`) was chosen by looking: strong enough that some carries fail, weak enough that not all do.
 """
 
 import json
