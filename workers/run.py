@@ -26,6 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read once, when torch is loaded: threads that wait sleep. On cores shared with a registry and a database,
+# threads that spin made one and the same step ten times as slow.
+
 import torch
 import transformers
 

@@ -22,13 +22,16 @@ def device_here() -> torch.device:
 
 
 def dtype_for(precision: Precision) -> torch.dtype:
-    """The type of the base's weights: ``auto`` takes bfloat16 where the device computes in it, else float32."""
+    """The type of the base's weights: ``auto`` takes bfloat16 where it is the faster one, else float32.
+
+    On processors that is where they have matrix tiles (AMX): with the vector instructions alone (AVX512-BF16)
+    a product was measured to take 1.7 times as long in bfloat16 as in float32.
+    """
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def load(folder: Path, precision: Precision = "auto") -> tuple[Model, Tokenizer]:

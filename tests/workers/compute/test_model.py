@@ -1,0 +1,41 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from registry.core.errors import NotABase, NotRunnable
+from tests.workers import factories
+from workers.compute.model import dtype_for, load, module_name, skeleton
+
+
+def test_a_precision_that_is_asked_for_is_taken() -> None:
+    assert (dtype_for("fp32"), dtype_for("bf16")) == (torch.float32, torch.bfloat16)
+    assert dtype_for("auto") in (torch.float32, torch.bfloat16)
+
+
+def test_a_loaded_base_is_frozen_and_answers_as_it_was_saved(tmp_path: Path) -> None:
+    model, tokenizer = load(factories.saved(factories.llama(), tmp_path), "fp32")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(factories.logits(model), factories.logits(factories.llama()))
+    assert tokenizer("a")["input_ids"] == factories.tokenizer()("a")["input_ids"]
+
+
+def test_a_skeleton_has_the_modules_and_no_weights(tmp_path: Path) -> None:
+    model = skeleton(factories.saved(factories.gpt2(), tmp_path))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert module_name(model, "h.0.attn.c_attn") == "transformer.h.0.attn.c_attn"
+    assert module_name(model, "h.2.attn.c_attn") is None
+
+
+def test_what_is_no_base_or_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotABase, match=r"no config\.json"):
+        load(tmp_path)
+    factories.saved(factories.llama(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(NotRunnable, match="The base model in"):
+        load(tmp_path)
+    with pytest.raises(NotABase):
+        skeleton(tmp_path)
