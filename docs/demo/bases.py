@@ -35,7 +35,7 @@ WARM_STEPS = 20
 MARGINS = {"triage": "0.05", "orders": "10%gain", "board": "10%gain"}
 """By task, as a policy reads them: about 310 items in the gate split cannot decide on a single point."""
 FEWER = 2 / 3
-"""The share of an adapter's steps that is left where the processor has no fast bfloat16: 45 become 30, which is what was measured."""
+"""The share of an adapter's steps that is left where the processor has no fast bfloat16: 45 become 30, as measured."""
 
 
 def bf16_is_native() -> bool:

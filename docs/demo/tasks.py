@@ -1,8 +1,8 @@
 """The demo's data: three small tasks and the text of the base's refresh, written from a seed.
 
 Every task has train rows and a held-out suite that share no sentence frame and no name, place, product or
-number: a model that learnt the rows by heart gains nothing on the suite. Prompts and completions are short, so that two cores
-train and score them in minutes.
+number; what they share is the words that decide (a ticket's topic) and the days. Prompts and completions are
+short, so that two cores train and score them in minutes.
 
     triage   which team answers this ticket?   one token out of four; accuracy
     orders   an order as a record              likelihood of the record
