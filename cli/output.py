@@ -249,14 +249,19 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: 
     """Curves as text, for a terminal of 80 columns."""
     import plotext
 
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(80, 18)
-    plotext.title(title)
-    plotext.xlabel(x)
+    figure = plotext.figure
+    figure.clear.all()
+    figure.theme("colorless")
+    figure.plot_size(80, 16)
+    figure.legend(len(curves) > 1)
     for label, points in curves.items():
-        plotext.plot([point[0] for point in points], [point[1] for point in points], label=label, marker="braille")
-    return str(plotext.build())
+        signal = figure.signal([point[0] for point in points], [point[1] for point in points], marker="braille")
+        signal.label(label)
+        signal.lines()
+        figure.draw(signal)
+    figure.title(title)
+    figure.label(x, axis=0)
+    return "\n".join(line.rstrip() for line in str(plotext.uncolorize(str(figure.build()))).splitlines())
 
 
 def _print(drawn: object) -> None:
