@@ -204,19 +204,28 @@ def _took(info: "CampaignInfo") -> str:
 
 def _plan(info: "CampaignInfo") -> None:
     _heading(info)
-
-    def text(value: Any) -> str:
-        if isinstance(value, list | tuple):
-            return ", ".join(map(text, value))
-        return "" if value is None else str(value)
-
-    keys = list(dict.fromkeys(key for item in info.items for key in item.plan))
     table(
-        ["adapter", "alias", "serving", "fit", *keys, "why"],
-        ([item.adapter, item.alias, item.serving, item.fit, *(text(item.plan.get(key)) for key in keys), item.reason]
-         for item in info.items),
+        ["adapter", "alias", "serving", "fit", "action", "route", "gate", "retraining costs", "why"],
+        (
+            [item.adapter, item.alias, item.serving, item.fit, item.plan.get("action"), item.plan.get("route"),
+             _gates(item.plan), _cost_of_retraining(item.plan), item.reason]
+            for item in info.items
+        ),
         empty="No adapter is bound to the old weights.",
     )  # fmt: skip
+    for item in info.items:
+        for missing in item.plan.get("missing") or []:
+            click.echo(f"{item.adapter}: {missing}")
+
+
+def _gates(plan: dict[str, Any]) -> str:
+    suites = plan.get("suites") or []
+    return "; ".join(f"{name} ({n} items, {least} needed)" for name, n, least in suites) or "none"
+
+
+def _cost_of_retraining(plan: dict[str, Any]) -> str:
+    steps, seconds = plan.get("retrain_steps"), plan.get("retrain_seconds")
+    return _cost({"steps": steps, "seconds": seconds}) if steps or seconds else ""
 
 
 SCORES = ["bare_old", "serving_old", "bare_new", "carry", "warm-start", "retrain", "final"]
