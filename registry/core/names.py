@@ -57,14 +57,17 @@ class Reference:
     @classmethod
     def parse(cls, text: str, what: str = "adapter") -> Self:
         """One of the four forms of a reference; `BadReference` says what is wrong."""
+
+        def refused(rule: str) -> BadReference:
+            article = "an" if what[0] in "aeiou" else "a"
+            return BadReference(value=text[:200], what=f"{article} {what}", rule=rule, examples=cls.EXAMPLES)
+
         series_text, at, exact = text.partition("@")
         series_text, colon, alias = series_text.partition(":")
+        if at and colon:
+            raise refused("an alias and a version at once")
         try:
             series = SeriesName.parse(series_text, what)
-            if at and colon:
-                raise BadReference(
-                    value=text[:200], what=f"a {what}", rule="an alias and a version at once", examples=cls.EXAMPLES
-                )
             if colon:
                 return cls(series, alias=check_name(alias, "alias"))
             if not at:
@@ -73,11 +76,9 @@ class Reference:
                 return cls(series, version=int(match[1]))
             digest = Digest.parse(exact)
         except (BadName, BadDigest) as error:
-            raise BadReference(value=text[:200], what=f"a {what}", rule=error.message, examples=cls.EXAMPLES) from error
+            raise refused(error.message) from error
         if digest.algorithm != "sha256":
-            raise BadReference(
-                value=text[:200], what=f"a {what}", rule="versions have sha256 digests", examples=cls.EXAMPLES
-            )
+            raise refused("versions have sha256 digests")
         return cls(series, digest=digest)
 
     def __str__(self) -> str:
@@ -101,30 +102,23 @@ class BaseReference:
     @classmethod
     def parse(cls, text: str) -> Self:
         """``line``, ``line@rN`` or ``b3:…``; `BadReference` says what is wrong."""
-        if text.startswith(("b3:", "sha256:")):
-            try:
-                digest = Digest.parse(text)
-            except BadDigest as error:
-                raise BadReference(
-                    value=text[:200], what="a base model", rule=error.message, examples=cls.EXAMPLES
-                ) from error
-            if digest.algorithm != "b3":
-                raise BadReference(
-                    value=text[:200], what="a base model", rule="base digests start with b3:", examples=cls.EXAMPLES
-                )
-            return cls(digest=digest)
-        line, at, revision = text.partition("@")
-        match = _REVISION.fullmatch(revision) if at else None
+
+        def refused(rule: str) -> BadReference:
+            return BadReference(value=text[:200], what="a base model", rule=rule, examples=cls.EXAMPLES)
+
         try:
+            if text.startswith(("b3:", "sha256:")):
+                digest = Digest.parse(text)
+                if digest.algorithm != "b3":
+                    raise refused("base digests start with b3:")
+                return cls(digest=digest)
+            line, at, revision = text.partition("@")
             check_name(line, "line")
-        except BadName as error:
-            raise BadReference(
-                value=text[:200], what="a base model", rule=error.message, examples=cls.EXAMPLES
-            ) from error
+        except (BadName, BadDigest) as error:
+            raise refused(error.message) from error
+        match = _REVISION.fullmatch(revision)
         if at and match is None:
-            raise BadReference(
-                value=text[:200], what="a base model", rule="expected @rN after the line", examples=cls.EXAMPLES
-            )
+            raise refused("expected @rN after the line")
         return cls(line=line, revision=int(match[1]) if match else None)
 
     def __str__(self) -> str:
