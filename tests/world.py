@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class World:
             push = pushes.open_push(
                 session, who, self.settings, kind=kind, series=series, request=request, now=self.now, **more
             )
-        return self.describe(push.id, who)
+        with self.database.read() as session:
+            return pushes.describe(session, self.store, self.settings, push, self.now)
 
     def describe(self, push_id: str, who: Caller = ADMIN) -> PushInfo:
         with self.database.read() as session:
@@ -144,7 +146,12 @@ class World:
 
 def put(request: SignedRequest, data: bytes) -> httpx.Response:
     """Send ``data`` as the signed request says."""
-    return httpx.request(request.method, request.url, headers=request.headers, content=data, timeout=30)
+    return _http().request(request.method, request.url, headers=request.headers, content=data)
+
+
+@cache
+def _http() -> httpx.Client:
+    return httpx.Client(timeout=30)
 
 
 def table_of(base: BaseModel) -> str:

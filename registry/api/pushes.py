@@ -48,7 +48,8 @@ def _opened(
         )
     if push.state == PushState.COMMITTED:
         response.status_code = 200
-    return _described(parts, push.id, caller)
+    with parts.database.read() as session:  # the push may be another's, whose version this is
+        return pushes.describe(session, parts.store, parts.settings, push, now)
 
 
 @router.post("/pushes/{push_id}/parts")

@@ -15,8 +15,7 @@ from .errors import BadDigest, BadManifest, BadPath
 
 MAX_FILES = 4096
 MAX_MANIFEST_BYTES = 16 << 20
-Kind = Literal["adapter", "base", "dataset", "suite", "files"]
-"""``files``: bytes of a job without a version of their own, such as its checkpoints."""
+Kind = Literal["adapter", "base", "dataset", "suite"]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -112,7 +111,7 @@ class Manifest(Frozen):
             raise BadManifest(reason="two paths differ only in upper and lower case")
         if any(f"{path}/".startswith(f"{other}/") for path, other in zip(paths[1:], paths, strict=False)):
             raise BadManifest(reason="a path is both a file and a folder")
-        if (self.base is None) != (self.kind in ("dataset", "suite", "files")):
+        if (self.base is None) != (self.kind in ("dataset", "suite")):
             raise BadManifest(reason=f"a manifest of kind '{self.kind}' {'has no' if self.base else 'needs a'} base")
         return self
 

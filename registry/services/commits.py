@@ -13,7 +13,7 @@ from sqlmodel import Session, col, select, update
 from registry.core.adapter import AdapterSpec
 from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
-from registry.core.errors import BadRequest, BaseNotFound, GateNotPassed
+from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, EvidenceTooWeak, GateNotPassed
 from registry.core.fit import Binding, TargetSet, binding_evidence
 from registry.core.manifest import Manifest
 from registry.core.names import SeriesName
@@ -74,27 +74,31 @@ def binding(session: Session, spec: AdapterSpec, base: Base, series: SeriesName,
     )
 
 
-def seen(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> dict[str, int]:
-    """The generation of every wished alias as it is now (0: not there), which the commit compares with.
+def require_ungated(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> None:
+    """`GateNotPassed` for a wished alias that the policy gates: nothing can have been evaluated before its push."""
+    for alias in _gated(session, series, wishes.aliases):
+        raise GateNotPassed(
+            alias=alias,
+            name=str(series),
+            version=str(manifest.digest),
+            reason="the policy gates it, and a version is evaluated after its push: "
+            f"push without --alias, then loractl promote {series}@vN {alias}",
+        )
 
-    `GateNotPassed` for an alias that the policy gates: nothing can have been evaluated before it is pushed.
-    """
-    policy = policies.effective(session, series.namespace, series.name)
+
+def seen(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> dict[str, int]:
+    """The generation of every wished alias as it is now (0: not there), which the commit compares with."""
     base = queries.base_by_digest(session, str(manifest.base))
     adapter = queries.adapter_by_name(session, series.namespace, series.name)
-    found = {}
-    for alias in wishes.aliases:
-        if policy.gates and alias in policy.aliases:
-            raise GateNotPassed(
-                alias=alias,
-                name=str(series),
-                version=str(manifest.digest),
-                reason="the policy gates it, and a version is evaluated after its push: "
-                f"push without --alias, then loractl promote {series}@vN {alias}",
-            )
-        row = queries.alias_row(session, adapter.id or 0, base.id or 0, alias) if adapter and base else None
-        found[alias] = row.generation if row else 0
-    return found
+    if adapter is None or adapter.id is None or base is None or base.id is None:
+        return dict.fromkeys(wishes.aliases, 0)
+    rows = {alias: queries.alias_row(session, adapter.id, base.id, alias) for alias in wishes.aliases}
+    return {alias: row.generation if row else 0 for alias, row in rows.items()}
+
+
+def _gated(session: Session, series: SeriesName, wished: list[str]) -> list[str]:
+    policy = policies.effective(session, series.namespace, series.name)
+    return [alias for alias in wished if policy.gates and alias in policy.aliases]
 
 
 # ── the commit ───────────────────────────────────────────────────────────────
@@ -116,8 +120,6 @@ def commit(session: Session, push: Push, now: datetime) -> dict[str, Any]:
             outcome = _commit_adapter(session, push, manifest, wishes, facts, now)
         case "base":
             outcome = _commit_base(session, push, manifest, wishes, facts, now)
-        case "files":
-            outcome = {"ref": push.manifest_digest}
         case _:
             outcome = _commit_dataset(session, push, manifest, facts, now)
     push.outcome = {"digest": push.manifest_digest, "base": manifest.base, "aliases": [], "warnings": []} | outcome
@@ -131,12 +133,17 @@ def commit(session: Session, push: Push, now: datetime) -> dict[str, Any]:
 def commit_verified(session: Session, push_id: str, job: Job, now: datetime) -> dict[str, Any]:
     """Commit a verified push of ``job`` in the transaction that ends it; its outcome.
 
-    `MoveNotAllowed` when it is not verified (yet), `BadRequest` when it is not of this job.
+    Equal work gives equal bytes: where the job's result was there already, its committed push will do.
+    `MoveNotAllowed` when the push is not verified (yet), `BadRequest` when it is not of this job.
     """
     push = pushes.locked(session, push_id)
-    if push.job_id != job.id:
+    if push.job_id == job.id:
+        return commit(session, push, now)
+    same = push.kind == "base" or f"{push.namespace}/{push.name}" == job.output.get("adapter")
+    if push.state != "committed" or not same:
         raise BadRequest(problems=f"pushes: {push_id} is not a push of job {job.id}")
-    return commit(session, push, now)
+    wish_again(session, push, pushes.wishes_of_job(Wishes(), push.kind, job), job.created_by, now)
+    return push.outcome or {}
 
 
 def wishes_of(push: Push) -> Wishes:
@@ -144,23 +151,21 @@ def wishes_of(push: Push) -> Wishes:
     return Wishes.model_validate({key: value for key, value in push.wishes.items() if key in Wishes.model_fields})
 
 
-def wish_again(
-    session: Session, push: Push, manifest: Manifest, wishes: Wishes, actor: str, now: datetime
-) -> None:
+def wish_again(session: Session, push: Push, wishes: Wishes, actor: str, now: datetime) -> None:
     """Grant what a repeated push wishes for a version that is there already: aliases, a line, names."""
-    outcome = dict(push.outcome or {})
+    manifest, outcome = Manifest.parse(push.manifest), dict(push.outcome or {})
     if push.kind == "adapter" and wishes.aliases:
         series = SeriesName(push.namespace, push.name)
         adapter = queries.adapter_by_name(session, push.namespace, push.name)
         assert adapter is not None and adapter.id is not None
         version = queries.version_by_digest(session, adapter.id, push.manifest_digest)
         assert version is not None
-        before = seen(session, series, manifest, wishes)
+        gated = _gated(session, series, wishes.aliases)
+        before = {alias: at for alias, at in seen(session, series, manifest, wishes).items() if alias not in gated}
         _move_aliases(session, adapter, base_of(session, manifest), version, before, actor, wishes.message, now)
-        outcome["aliases"] = wishes.aliases
+        outcome["aliases"] = list(before)
     elif push.kind == "base" and (wishes.line or wishes.names or wishes.parent):
-        base = base_of(session, manifest)
-        revision = bases.apply_wishes(session, base, wishes, actor, now)
+        revision = bases.apply_wishes(session, base_of(session, manifest), wishes, actor, now)
         if revision is not None:
             outcome |= {"ref": f"{wishes.line}@r{revision.number}", "version": f"r{revision.number}"}
     if outcome != push.outcome:
@@ -192,11 +197,14 @@ def _commit_adapter(
     if version is None:
         version = _new_version(session, push, manifest, wishes, facts, adapter, base, now)
     expected = {alias: int(push.wishes.get("seen", {}).get(alias, 0)) for alias in wishes.aliases}
-    warnings = list(facts.get("warnings", []))
-    if push.job_id is not None:
-        expected, kept_back = _ungated(session, series, expected)
-        warnings += kept_back
-    _move_aliases(session, adapter, base, version, expected, _author(session, push), wishes.message, now)
+    warnings, author = list(facts.get("warnings", [])), _author(session, push)
+    if push.job_id is None:
+        _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
+    else:
+        for alias in wishes.aliases:
+            if kept := _move_for_job(session, adapter, base, version, {alias: expected[alias]}, author, wishes, now):
+                warnings.append(kept)
+                del expected[alias]
     return {
         "ref": f"{series}@v{version.number}",
         "version": f"v{version.number}",
@@ -399,12 +407,27 @@ def _move_aliases(
         )
 
 
-def _ungated(session: Session, series: SeriesName, expected: dict[str, int]) -> tuple[dict[str, int], list[str]]:
-    """A job's result takes the aliases that nothing gates; the others wait for their gate, with a warning."""
-    policy = policies.effective(session, series.namespace, series.name)
-    gated = [alias for alias in expected if policy.gates and alias in policy.aliases]
-    warnings = [f"alias '{alias}' is gated: loractl promote {series}@vN {alias}, once evaluated" for alias in gated]
-    return {alias: generation for alias, generation in expected.items() if alias not in gated}, warnings
+def _move_for_job(
+    session: Session,
+    adapter: Adapter,
+    base: Base,
+    version: Version,
+    expected: dict[str, int],
+    author: str,
+    wishes: Wishes,
+    now: datetime,
+) -> str | None:
+    """Move one alias to a job's result; an alias that cannot move is a warning, for the work is done."""
+    [alias] = expected
+    series = SeriesName(adapter.namespace, adapter.name)
+    if _gated(session, series, [alias]):
+        return f"alias '{alias}' is gated: loractl promote {series}@v{version.number} {alias}, once evaluated"
+    try:
+        with session.begin_nested():
+            _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
+    except (AliasMoved, EvidenceTooWeak) as error:
+        return error.message
+    return None
 
 
 def _author(session: Session, push: Push) -> str:

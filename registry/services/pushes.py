@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlmodel import Session, col, select, update
+from sqlmodel import Session, col, or_, select, update
 
 from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
@@ -31,7 +31,6 @@ from registry.core.errors import (
     PushExpired,
     PushNotFound,
     PushRejected,
-    ScopeMissing,
     UploadNotFound,
 )
 from registry.core.lifecycle import PUSH, PushState
@@ -75,7 +74,8 @@ def open_push(
     ``series`` is the adapter, dataset or suite; for bases `base_series` of the wished line. A worker pushes
     only for a job that it claimed (``job``), whose planning checked the rights of who asked for it.
     """
-    manifest, wishes = Manifest.parse(request.manifest), request.wishes
+    manifest = Manifest.parse(request.manifest)
+    wishes = request.wishes if job is None else wishes_of_job(request.wishes, kind, job)
     if manifest.kind != kind:
         raise BadManifest(reason=f"its kind is '{manifest.kind}'; here goes '{kind}'")
     if len(manifest.canonical()) > MAX_MANIFEST_BYTES:
@@ -84,8 +84,11 @@ def open_push(
         _allow(caller, kind, series)
     check_files(manifest, settings)
     _check_wishes(kind, wishes)
-    if found := committed(session, kind, series, str(manifest.digest)):
-        commits.wish_again(session, found, manifest, wishes, caller.token_id, now)
+    if kind == "adapter" and job is None:
+        commits.require_ungated(session, series, manifest, wishes)
+    if found := committed(session, kind, series, manifest):
+        if job is None:
+            commits.wish_again(session, found, wishes, caller.token_id, now)
         return found
     table = _table(request, manifest) if kind == "base" else None
     if kind == "adapter":
@@ -132,23 +135,36 @@ def open_push(
     return push
 
 
+def wishes_of_job(wishes: Wishes, kind: str, job: Job) -> Wishes:
+    """What the job was planned with; a worker decides nothing about aliases, lines and trust."""
+    output = job.output
+    return Wishes(
+        message=wishes.message,
+        allow_zero=wishes.allow_zero,
+        task=output.get("task"),
+        aliases=output.get("aliases", []) if kind == "adapter" else [],
+        line=output.get("line") if kind == "base" else None,
+    )
+
+
 def base_series(wishes: Wishes) -> SeriesName:
     """Bases are pushed to their line, or to none."""
     return SeriesName(BASES, wishes.line or "")
 
 
-def committed(session: Session, kind: str, series: SeriesName, digest: str) -> Push | None:
-    """The push that made exactly this version, if there is one: one query."""
-    query = select(Push).where(
-        Push.manifest_digest == digest,
-        Push.kind == kind,
-        Push.namespace == series.namespace,
-        Push.state == PushState.COMMITTED,
-    )
+def committed(session: Session, kind: str, series: SeriesName, manifest: Manifest) -> Push | None:
+    """The push that made exactly this version, if there is one: one query.
+
+    A base is its content: once its weights were read completely, other files of the same base bring nothing.
+    """
+    query = select(Push).where(Push.kind == kind, Push.state == PushState.COMMITTED)
+    digest = str(manifest.digest)
     if kind == "base":
         query = query.join(Base, col(Base.manifest) == Push.manifest_digest)
+        query = query.where(Base.digest == manifest.base, or_(Base.manifest == digest, Base.weights == "full"))
     else:
-        query = query.where(Push.name == series.name)
+        mine = (Push.namespace == series.namespace, Push.name == series.name)
+        query = query.where(Push.manifest_digest == digest, *mine)
     return session.exec(query.order_by(col(Push.created_at).desc()).limit(1)).first()
 
 
@@ -158,7 +174,7 @@ def check_files(manifest: Manifest, settings: Settings) -> None:
     for entry in manifest.files:
         if entry.path.lower().endswith(_PICKLES):
             raise PickleRefused(path=entry.path)
-        streamed = entry.path.lower().endswith((".safetensors", ".jsonl")) or manifest.kind == "files"
+        streamed = entry.path.lower().endswith((".safetensors", ".jsonl"))
         limit = settings.max_file_bytes if streamed else min(MAX_SMALL_FILE, settings.max_file_bytes)
         if entry.size > limit:
             raise FileTooLarge(path=entry.path, size=entry.size, limit=limit)
@@ -167,8 +183,6 @@ def check_files(manifest: Manifest, settings: Settings) -> None:
 
 
 def _allow(caller: Caller, kind: Kind, series: SeriesName) -> None:
-    if kind == "files":
-        raise ScopeMissing(scope="publish", namespace=series.namespace, granted="'files' belong to jobs")
     if kind != "base":
         SeriesName.parse(str(series), kind)
     caller.require("publish", series.namespace)

@@ -288,10 +288,6 @@ def _read(database: Database, store: BlobStore, claim: Claim, read_first: int) -
                 return {"table": table, "verified": "parts"}
             model = read_base(reading, pushes.read_table(table))
             return {"table": base64.b64encode(model.to_compressed()).decode(), "verified": "full"}
-        case "files":
-            for entry in manifest.files:
-                _read_plain(reading, entry, sniffed=False)
-            return {"verified": "full"}
         case _:
             return _read_dataset(reading, suite=push.kind == "suite")
 
@@ -342,10 +338,9 @@ def sniff(start: bytes, entry: FileEntry) -> None:
         raise PickleRefused(path=entry.path)
 
 
-def _read_plain(reading: Reading, entry: FileEntry, *, sniffed: bool = True) -> None:
+def _read_plain(reading: Reading, entry: FileEntry) -> None:
     with reading.open(entry) as reader:
-        if sniffed and entry.size:
-            sniff(reader.read(0, min(64, entry.size)), entry)
+        sniff(reader.read(0, min(64, entry.size)), entry)
         Stream(reader, entry, reading.tick).finish()
 
 

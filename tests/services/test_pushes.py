@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from sqlmodel import select
 
+from registry.core.digest import Digest
 from registry.core.errors import (
     AdapterDoesNotFit,
     AliasMoved,
@@ -19,9 +21,11 @@ from registry.core.errors import (
     BadManifest,
     BadName,
     BadPath,
+    BadRequest,
     BadTensor,
     BaseNotFound,
     BlobsMissing,
+    DatabaseDown,
     EvidenceContradicts,
     FileTooLarge,
     GateNotPassed,
@@ -36,6 +40,7 @@ from registry.core.errors import (
     PushNotFound,
     RevisionTaken,
     ScopeMissing,
+    StorageDown,
     ZeroUpdate,
 )
 from registry.core.manifest import Manifest
@@ -57,7 +62,8 @@ from registry.db.models import (
 )
 from registry.schemas import PartsRequest, PartWanted, PushRequest
 from registry.services import aliases, blobs, commits, pushes, verification
-from tests.factories import adapter_config, tiny_adapter, tiny_base, write_json, write_safetensors
+from registry.services.tokens import Caller
+from tests.factories import adapter_config, base_of, tiny_adapter, tiny_base, write_json, write_safetensors
 from tests.world import ADMIN, World, adapter_push, base_push, caller, files_push, put
 
 ALICE = caller("alice", team=["read", "publish"])
@@ -131,6 +137,23 @@ def test_opening_again_is_resuming(world: World, base: Path, adapter: Path) -> N
     assert again.id == info.id
     assert {found.digest: found.state for found in again.blobs}[blob.digest] == "arrived"
     assert world.open("adapter", "team/bot", request, ALICE).id != info.id
+
+
+def test_whoever_publishes_learns_that_the_version_exists(world: World, base: Path, adapter: Path) -> None:
+    world.push_base(base)
+    outcome = world.push_adapter(adapter, "team/bot", base)
+    info = world.open("adapter", "team/bot", adapter_push(adapter, base)[0], ALICE)
+    assert (info.state, info.outcome, info.blobs) == ("committed", outcome, [])
+
+
+def test_a_base_is_its_content_and_other_files_of_it_bring_nothing(world: World, tmp_path: Path, base: Path) -> None:
+    sharded = tiny_base(tmp_path / "sharded", shards=3)
+    first = world.push_base(base, line="demo")
+    request, _ = base_push(sharded, line="twin")
+    info = world.open("base", None, request)
+    assert (info.state, info.blobs, info.version_digest) == ("committed", [], first["digest"])
+    assert info.outcome is not None
+    assert info.outcome["ref"] == "twin@r1"
 
 
 def test_versions_are_numbered_and_only_the_newest_per_base_is_latest(
@@ -230,8 +253,6 @@ def _die(patch: pytest.MonkeyPatch, world: World, moment: str) -> None:
 def test_a_store_that_is_down_rejects_nothing(
     world: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from registry.core.errors import StorageDown
-
     world.push_base(base)
     request, contents = adapter_push(adapter, base)
     info = world.open("adapter", "team/bot", request)
@@ -253,8 +274,6 @@ def test_a_store_that_is_down_rejects_nothing(
 def test_a_database_that_goes_away_during_verification_rejects_nothing(
     world: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from registry.core.errors import DatabaseDown
-
     world.push_base(base)
     request, contents = adapter_push(adapter, base)
     info = world.open("adapter", "team/bot", request)
@@ -293,14 +312,10 @@ def _in_parts(world: World, tmp_path: Path, base: Path) -> tuple[World, PushRequ
 
 
 def _with_saved_head(rows: Any, folder: Path) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
     return load_file(folder / "adapter_model.safetensors") | {"base_model.model.model.embed_tokens.weight": rows}
 
 
 def _wanted(data: bytes) -> list[PartWanted]:
-    from registry.core.digest import Digest
-
     return [
         PartWanted(number=number, sha256=str(Digest.sha256(data[start : start + PART])))
         for number, start in enumerate(range(0, len(data), PART), 1)
@@ -359,53 +374,53 @@ def test_two_who_begin_the_same_upload_share_one(world: World, tmp_path: Path, b
 # ── rights and ends ──────────────────────────────────────────────────────────
 
 
-def test_publishing_needs_the_scope_of_the_namespace(world: World, base: Path, adapter: Path) -> None:
-    world.push_base(base)
+def test_publishing_needs_the_scope_of_the_namespace(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
     request, _ = adapter_push(adapter, base)
     with pytest.raises(ScopeMissing):
-        world.open("adapter", "team/bot", request, BOB)
+        embedded.open("adapter", "team/bot", request, BOB)
     with pytest.raises(ScopeMissing):
-        world.open("base", None, base_push(base)[0], ALICE)
+        embedded.open("base", None, base_push(base)[0], ALICE)
 
 
-def test_a_push_is_seen_by_its_author_and_admins_only(world: World, base: Path, adapter: Path) -> None:
-    world.push_base(base)
-    info = world.open("adapter", "team/bot", adapter_push(adapter, base)[0], ALICE)
-    world.describe(info.id, ADMIN)
+def test_a_push_is_seen_by_its_author_and_admins_only(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
+    info = embedded.open("adapter", "team/bot", adapter_push(adapter, base)[0], ALICE)
+    embedded.describe(info.id, ADMIN)
     with pytest.raises(PushNotFound):
-        world.describe(info.id, BOB)
+        embedded.describe(info.id, BOB)
     with pytest.raises(PushNotFound):
-        world.ask(info.id, BOB)
+        embedded.ask(info.id, BOB)
 
 
-def test_an_expired_push_is_gone_and_says_since_when(world: World, base: Path, adapter: Path) -> None:
-    world.push_base(base)
+def test_an_expired_push_is_gone_and_says_since_when(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
     request, contents = adapter_push(adapter, base)
-    info = world.open("adapter", "team/bot", request)
-    world.send(info, contents)
-    world.later(hours=25)
-    assert world.describe(info.id).state == "expired"
+    info = embedded.open("adapter", "team/bot", request)
+    embedded.send(info, contents)
+    embedded.later(hours=25)
+    assert embedded.describe(info.id).state == "expired"
     with pytest.raises(PushExpired):
-        world.ask(info.id)
-    assert world.open("adapter", "team/bot", request).id != info.id
+        embedded.ask(info.id)
+    assert embedded.open("adapter", "team/bot", request).id != info.id
 
 
-def test_an_aborted_push_stays_aborted(world: World, base: Path, adapter: Path) -> None:
-    world.push_base(base)
-    info = world.open("adapter", "team/bot", adapter_push(adapter, base)[0])
-    with world.database.write() as session:
-        pushes.abort(session, ADMIN, info.id, world.now)
+def test_an_aborted_push_stays_aborted(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
+    info = embedded.open("adapter", "team/bot", adapter_push(adapter, base)[0])
+    with embedded.database.write() as session:
+        pushes.abort(session, ADMIN, info.id, embedded.now)
     with pytest.raises(PushExpired):
-        world.ask(info.id)
-    with world.database.write() as session, pytest.raises(MoveNotAllowed):
-        pushes.abort(session, ADMIN, info.id, world.now)
+        embedded.ask(info.id)
+    with embedded.database.write() as session, pytest.raises(MoveNotAllowed):
+        pushes.abort(session, ADMIN, info.id, embedded.now)
 
 
-def test_a_commit_names_the_blobs_that_have_not_arrived(world: World, base: Path, adapter: Path) -> None:
-    world.push_base(base)
-    info = world.open("adapter", "team/bot", adapter_push(adapter, base)[0])
+def test_a_commit_names_the_blobs_that_have_not_arrived(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
+    info = embedded.open("adapter", "team/bot", adapter_push(adapter, base)[0])
     with pytest.raises(BlobsMissing) as refused:
-        world.ask(info.id)
+        embedded.ask(info.id)
     assert refused.value.count == len(info.blobs)
 
 
@@ -474,85 +489,84 @@ def test_a_gated_alias_cannot_come_with_a_push(world: World, tmp_path: Path, bas
 # ── binding ──────────────────────────────────────────────────────────────────
 
 
-def test_evidence_is_recorded_resolved_or_declared(world: World, tmp_path: Path, base: Path) -> None:
-    world.push_base(base, names=["org/tiny"])
+def test_evidence_is_recorded_resolved_or_declared(embedded: World, tmp_path: Path, base: Path) -> None:
+    embedded.push_base(base, names=["org/tiny"])
     recorded = tiny_adapter(tmp_path / "recorded", base, record_base=True)
     resolved = tiny_adapter(tmp_path / "resolved", base, base_model_name_or_path="org/tiny")
     declared = tiny_adapter(tmp_path / "declared", base)
     found = [
-        world.push_adapter(folder, f"team/{folder.name}", base)["evidence"] for folder in (recorded, resolved, declared)
+        embedded.push_adapter(folder, f"team/{folder.name}", base)["evidence"]
+        for folder in (recorded, resolved, declared)
     ]
     assert found == ["recorded", "resolved", "declared"]
 
 
 def test_the_same_shapes_with_other_weights_contradict_what_training_recorded(
-    world: World, tmp_path: Path, base: Path, adapter: Path
+    embedded: World, tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     other = tiny_base(tmp_path / "other", seed=1)
-    world.push_base(base, line="demo")
-    world.push_base(other, line="twin")
+    embedded.push_base(base, line="demo")
+    embedded.push_base(other, line="twin")
     request, contents = adapter_push(adapter, other)
-    info = world.open("adapter", "team/bot", request)
-    world.send(info, contents)
+    info = embedded.open("adapter", "team/bot", request)
+    embedded.send(info, contents)
     with pytest.raises(EvidenceContradicts, match="demo@r1"):
-        world.commit(info.id)
-    assert world.describe(info.id).state == "rejected"
-    outcome = world.push_adapter(adapter, "team/bot", other, trust_base=True)
+        embedded.commit(info.id)
+    assert embedded.describe(info.id).state == "rejected"
+    outcome = embedded.push_adapter(adapter, "team/bot", other, trust_base=True)
     assert any("trusted on record" in warning for warning in outcome["warnings"])
-    assert world.one(select(Version)).binding["trusted_by"] == "admin"
+    assert embedded.one(select(Version)).binding["trusted_by"] == "admin"
 
 
 def test_a_declared_name_that_stands_for_other_weights_is_refused_before_any_byte(
-    world: World, tmp_path: Path, base: Path
+    embedded: World, tmp_path: Path, base: Path
 ) -> None:
     other = tiny_base(tmp_path / "other", seed=1)
-    world.push_base(base, names=["org/tiny"])
-    world.push_base(other)
+    embedded.push_base(base, names=["org/tiny"])
+    embedded.push_base(other)
     folder = tiny_adapter(tmp_path / "a", other, base_model_name_or_path="org/tiny")
     with pytest.raises(EvidenceContradicts, match="org/tiny"):
-        world.open("adapter", "team/bot", adapter_push(folder, other)[0])
+        embedded.open("adapter", "team/bot", adapter_push(folder, other)[0])
 
 
 def test_other_shapes_do_not_fit_and_the_refusal_names_the_base_that_would(
-    world: World, tmp_path: Path, base: Path
+    embedded: World, tmp_path: Path, base: Path
 ) -> None:
     wide = tiny_base(tmp_path / "wide", width=32)
-    world.push_base(base, line="small")
-    world.push_base(wide, line="wide")
+    embedded.push_base(base, line="small")
+    embedded.push_base(wide, line="wide")
     request, contents = adapter_push(tiny_adapter(tmp_path / "a", wide), base)
-    info = world.open("adapter", "team/bot", request)
-    world.send(info, contents)
+    info = embedded.open("adapter", "team/bot", request)
+    embedded.send(info, contents)
     with pytest.raises(AdapterDoesNotFit, match="wide@r1") as refused:
-        world.commit(info.id)
+        embedded.commit(info.id)
     assert "q_proj" in refused.value.reasons
 
 
-def test_an_adapter_may_be_bound_to_a_base_without_weights(world: World, tmp_path: Path, base: Path) -> None:
-    from tests.factories import base_of
-
-    world.register(base_of(base), ALICE)
-    outcome = world.push_adapter(tiny_adapter(tmp_path / "a", base), "team/bot", base, ALICE)
+def test_an_adapter_may_be_bound_to_a_base_without_weights(embedded: World, tmp_path: Path, base: Path) -> None:
+    embedded.register(base_of(base), ALICE)
+    outcome = embedded.push_adapter(tiny_adapter(tmp_path / "a", base), "team/bot", base, ALICE)
     assert any("without its weights" in warning for warning in outcome["warnings"])
 
 
-def test_an_unknown_peft_type_is_stored_and_marked(world: World, tmp_path: Path, base: Path) -> None:
-    world.push_base(base)
+def test_an_unknown_peft_type_is_stored_and_marked(embedded: World, tmp_path: Path, base: Path) -> None:
+    embedded.push_base(base)
     folder = tiny_adapter(tmp_path / "a", base, peft_type="VERA")
-    outcome = world.push_adapter(folder, "team/bot", base)
+    outcome = embedded.push_adapter(folder, "team/bot", base)
     assert any("not runnable here" in warning for warning in outcome["warnings"])
-    version = world.one(select(Version))
+    version = embedded.one(select(Version))
     assert (version.runnable, version.target_set_id, version.peft_type) == (False, None, "VERA")
 
 
-def test_lineage_is_kept_by_digest(world: World, tmp_path: Path, base: Path) -> None:
-    world.push_base(base)
-    first = world.push_adapter(tiny_adapter(tmp_path / "a", base), "team/bot", base)
-    data = world.push_rows("dataset", "team/rows", b'{"prompt": "a", "completion": "b"}\n')
+def test_lineage_is_kept_by_digest(embedded: World, tmp_path: Path, base: Path) -> None:
+    embedded.push_base(base)
+    first = embedded.push_adapter(tiny_adapter(tmp_path / "a", base), "team/bot", base)
+    data = embedded.push_rows("dataset", "team/rows", b'{"prompt": "a", "completion": "b"}\n')
     request, contents = adapter_push(tiny_adapter(tmp_path / "b", base, seed=1), base)
     lineage = {"parents": [first["digest"]], "datasets": [data["digest"]], "recipe": None}
     request = request.model_copy(update={"manifest": request.manifest | {"lineage": lineage}})
-    world.push("adapter", "team/bot", request, contents)
-    found = {(row.parent, row.relation) for row in world.all(select(VersionParent))}
+    embedded.push("adapter", "team/bot", request, contents)
+    found = {(row.parent, row.relation) for row in embedded.all(select(VersionParent))}
     assert found == {(first["digest"], "parent"), (data["digest"], "dataset")}
 
 
@@ -564,8 +578,6 @@ def _weights(folder: Path) -> bytes:
 
 
 def _edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
     tensors: dict[str, Any] = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     return tensors
@@ -785,7 +797,8 @@ def test_bytes_that_are_not_the_promised_ones_do_not_enter_the_store(embedded: W
 def _job(world: World) -> Job:
     job = Job(
         id="j1", kind="finetune", queue="cpu", state="running", namespace="team", recipe={},
-        recipe_digest="sha256:" + "0" * 64, key="k", output={}, base="b3:" + "0" * 64, attempt=1,
+        recipe_digest="sha256:" + "0" * 64, key="k",
+        output={"adapter": "team/bot", "aliases": ["live"]}, base="b3:" + "0" * 64, attempt=1,
         lease_until=world.now + timedelta(minutes=1), token_id="worker", created_by="alice", created_at=world.now,
     )  # fmt: skip
     with world.database.write() as session:
@@ -794,8 +807,6 @@ def _job(world: World) -> Job:
 
 
 def test_a_jobs_push_waits_verified_for_the_jobs_end(world: World, base: Path, adapter: Path) -> None:
-    from registry.services.tokens import Caller
-
     world.push_base(base)
     job, worker = _job(world), Caller("worker", "worker", "worker", {"queues": ["cpu"]})
     request, contents = adapter_push(adapter, base)
@@ -811,8 +822,6 @@ def test_a_jobs_push_waits_verified_for_the_jobs_end(world: World, base: Path, a
 
 
 def test_a_jobs_pushes_are_committed_all_or_none(world: World, base: Path, adapter: Path) -> None:
-    from registry.services.tokens import Caller
-
     world.push_base(base)
     job, worker = _job(world), Caller("worker", "worker", "worker", {"queues": ["cpu"]})
     request, contents = adapter_push(adapter, base)
@@ -832,16 +841,50 @@ def test_a_jobs_pushes_are_committed_all_or_none(world: World, base: Path, adapt
     assert world.describe(done.id).state == "verified"
 
 
-def test_files_of_a_job_need_no_version(world: World) -> None:
-    from registry.services.tokens import Caller
-
+def test_equal_work_is_committed_once_and_grants_what_the_second_job_wished(
+    world: World, base: Path, adapter: Path
+) -> None:
+    world.push_base(base)
     job, worker = _job(world), Caller("worker", "worker", "worker", {"queues": ["cpu"]})
-    request, contents = files_push("files", {"step-10/state.bin.safetensors": b"any bytes"})
-    info = world.open("files", "team/j1", request, worker, job=job)
+    first = world.push_adapter(adapter, "team/bot", base, ALICE)
+    info = world.open("adapter", "team/bot", adapter_push(adapter, base)[0], worker, job=job)
+    assert (info.state, info.blobs) == ("committed", [])
+    with world.database.write() as session:
+        assert commits.commit_verified(session, info.id, job, world.now)["ref"] == first["ref"]
+    assert _alias(world, "live").generation == 1
+    elsewhere = world.push_adapter(adapter, "team/other", base, ALICE)
+    other = world.one(select(Push).where(Push.name == "other"))
+    assert other.outcome == elsewhere
+    with world.database.write() as session, pytest.raises(BadRequest):
+        commits.commit_verified(session, other.id, job, world.now)
+
+
+def test_a_worker_decides_nothing_about_aliases_and_trust(world: World, tmp_path: Path, base: Path) -> None:
+    other = tiny_base(tmp_path / "other", seed=1)
+    world.push_base(base)
+    world.push_base(other)
+    job, worker = _job(world), Caller("worker", "worker", "worker", {"queues": ["cpu"]})
+    folder = tiny_adapter(tmp_path / "a", base, record_base=True)
+    request, contents = adapter_push(folder, other, aliases=["prod"], trust_base=True)
+    info = world.open("adapter", "team/bot", request, worker, job=job)
+    assert world.one(select(Push).where(Push.id == info.id)).wishes["aliases"] == ["live"]
     world.send(info, contents)
-    assert world.commit(info.id, worker).state == "verified"
-    with pytest.raises(ScopeMissing):
-        world.open("files", "team/j1", request)
+    with pytest.raises(EvidenceContradicts):
+        world.commit(info.id, worker)
+
+
+def test_a_jobs_result_is_not_lost_to_an_alias_that_moved_meanwhile(world: World, tmp_path: Path, base: Path) -> None:
+    world.push_base(base)
+    job, worker = _job(world), Caller("worker", "worker", "worker", {"queues": ["cpu"]})
+    request, contents = adapter_push(tiny_adapter(tmp_path / "a", base), base)
+    info = world.open("adapter", "team/bot", request, worker, job=job)
+    world.send(info, contents)
+    world.commit(info.id, worker)
+    world.push_adapter(tiny_adapter(tmp_path / "b", base, seed=1), "team/bot", base, aliases=["live"])
+    with world.database.write() as session:
+        outcome = commits.commit_verified(session, info.id, job, world.now)
+    assert (outcome["ref"], outcome["aliases"]) == ("team/bot@v2", [])
+    assert any("moved in between" in warning for warning in outcome["warnings"])
 
 
 # ── the rest ─────────────────────────────────────────────────────────────────
