@@ -113,8 +113,8 @@ class TokenRequest(Request):
     """namespace or ``*`` -> scopes; a user token cannot give more than it has."""
     queues: list[str] = Field(default_factory=list)
     """A worker token: the queues it may claim from."""
-    expires_in: Annotated[float, Field(gt=0)] | None = None
-    """Seconds; None for no expiry."""
+    expires_in: Annotated[float, Field(gt=0, le=3_200_000_000)] | None = None
+    """Seconds, a century at most; None for no expiry."""
 
 
 class TokenInfo(WhoAmI):
@@ -501,8 +501,8 @@ class ClaimRequest(Request):
     worker: Annotated[str, Field(min_length=1, max_length=200)]
     capabilities: dict[str, Any] = Field(default_factory=dict)
     """device, memory, version of loractl"""
-    bases: list[BaseDigest] = Field(default_factory=list)
-    """Bases already cached: their jobs are preferred."""
+    cached: Annotated[list[Sha256], Field(max_length=1000)] = Field(default_factory=list)
+    """Manifests that the worker has on its disk: jobs on bases among them are preferred."""
 
 
 class ClaimInfo(Answer):
@@ -534,13 +534,22 @@ class JobPushRequest(Request):
     push: PushRequest
 
 
+class ScoredInfo(Request):
+    """What an evaluation found about one adapter, or about the bare base."""
+
+    adapter: Sha256 | None
+    records: str
+    """The records' JSONL."""
+    harness: Sha256
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class FinishRequest(Request):
     attempt: int
     result: dict[str, Any]
     pushes: list[str] = Field(default_factory=list)
     """Verified pushes to commit in the transaction that ends the job."""
-    evaluations: list[dict[str, Any]] = Field(default_factory=list)
-    """{adapter: digest or null, records: the records' JSONL as text, harness, seconds}"""
+    evaluations: list[ScoredInfo] = Field(default_factory=list)
 
 
 class FailRequest(Request):
@@ -600,6 +609,8 @@ class CampaignInfo(Answer):
 class ApproveRequest(Request):
     adapter: str
     alias: str = "prod"
+    approved: bool = True
+    """False: the old base keeps serving."""
 
 
 class ScheduleRequest(Request):

@@ -1,15 +1,19 @@
 """The Celery app of a worker: ``celery -A workers.app worker -Q cpu``.
 
 A message only wakes (docs/adr/0001-the-database-is-the-truth.md): early acks, prefetch 1, no result
-backend, no times of arrival. The worker needs a URL, a token and a broker; nothing else of the registry.
+backend, no times of arrival, and no remote control, so that whoever reaches the broker can wake us and
+nothing else. The worker needs a URL, a token and a broker; nothing else of the registry.
 """
 
 import os
 
 from celery import Celery
+from celery.signals import worker_process_init
 
 from registry import logs
 from registry.settings import WorkerSettings
+
+from .jobs import die_with
 
 settings = WorkerSettings.from_environment(os.environ)
 app = Celery("workers", broker=settings.broker_url, include=["workers.tasks"])
@@ -18,9 +22,22 @@ app.conf.update(
     task_acks_late=False,
     worker_prefetch_multiplier=1,
     worker_concurrency=1,
+    worker_enable_remote_control=False,
     worker_hijack_root_logger=False,
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,  # a broker that is away for a night comes back to waiting workers
     accept_content=["json"],
 )
+if settings.broker_url.startswith("sqla"):
+    from kombu.transport.sqlalchemy import Transport
+
+    # How often an idle worker looks (docs/adr/0005). As a transport option it would be passed on to SQLAlchemy.
+    Transport.polling_interval = 0.25
 logs.configure(settings.log_level)
+
+
+@worker_process_init.connect
+def _bound(**_: object) -> None:
+    """A pool process ends with its worker: none goes on alone beside the worker that is started next."""
+    die_with(os.getppid())()

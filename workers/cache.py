@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from registry.core.digest import Digest
+from registry.files import refuse_os_error
 from registry.schemas import Download
 from registry.transfer import Progress, fetch, silent
 
@@ -26,39 +28,50 @@ class Cache:
         self.root, self.quota = root, quota
         self.root.mkdir(parents=True, exist_ok=True)
 
-    def holds(self) -> list[str]:
-        """Manifest digests of complete entries."""
-        return [str(Digest("sha256", path.parent.name)) for path in self.root.glob(f"*/{_COMPLETE}")]
+    def holds(self, limit: int = 1000) -> list[str]:
+        """Manifest digests of complete entries, the last used first."""
+        ages = [(_age(path.parent), path.parent.name) for path in self.root.glob(f"*/{_COMPLETE}")]
+        return [str(Digest("sha256", name)) for _, name in sorted(ages, reverse=True)[:limit]]
 
     @contextmanager
     def use(
         self, manifest: str, downloads: Callable[[], Sequence[Download]], progress: Progress = silent
     ) -> Iterator[Path]:
         """The folder with the files of ``manifest``, fetched if need be, kept while the block runs."""
-        name = Digest.parse(manifest).hex
-        folder = self.root / name
-        with (self.root / f"{name}.lock").open("w") as lock:
-            if not (folder / _COMPLETE).exists():
+        folder = self.root / Digest.parse(manifest).hex
+        with self._lock(folder) as lock:
+            while not self._mine(folder, lock):
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not (folder / _COMPLETE).exists():
-                    wanted = downloads()
-                    self._make_room(sum(file.size for file in wanted))
-                    fetch(wanted, folder, refresh=downloads, progress=progress)
-                    (folder / _COMPLETE).touch()
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if not (folder / _COMPLETE).exists():  # evicted between the two locks
-                raise FileNotFoundError(folder)
-            os.utime(folder / _COMPLETE)
+                    self._fill(folder, downloads, progress)
             yield folder
 
+    def _mine(self, folder: Path, lock: IO[str]) -> bool:
+        """Whether the entry is complete; then it is locked against eviction from now on."""
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not (folder / _COMPLETE).exists():
+            return False
+        os.utime(folder / _COMPLETE)
+        return True
+
+    def _fill(self, folder: Path, downloads: Callable[[], Sequence[Download]], progress: Progress) -> None:
+        wanted = downloads()
+        self._make_room(sum(file.size for file in wanted))
+        fetch(wanted, folder, refresh=downloads, progress=progress)
+        try:
+            (folder / _COMPLETE).touch()
+        except OSError as error:
+            refuse_os_error(error, folder)
+
     def _make_room(self, size: int) -> None:
-        entries = sorted((path.stat().st_mtime, path.parent) for path in self.root.glob(f"*/{_COMPLETE}"))
-        sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for _, folder in entries}
+        """Remove what was used longest ago, halves of broken downloads too, until ``size`` more fit."""
+        entries = sorted((path for path in self.root.iterdir() if path.is_dir()), key=_age)
+        sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in entries}
         total = sum(sizes.values()) + size
-        for _, folder in entries:
+        for folder in entries:
             if total <= self.quota:
                 return
-            with (self.root / f"{folder.name}.lock").open("w") as lock:
+            with self._lock(folder) as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -66,3 +79,16 @@ class Cache:
                 (folder / _COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 total -= sizes[folder]
+
+    def _lock(self, folder: Path) -> IO[str]:
+        return folder.with_suffix(".lock").open("w")
+
+
+def _age(folder: Path) -> float:
+    """When the entry was used last; 0 for one that goes away at this moment."""
+    for path in (folder / _COMPLETE, folder):
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+    return 0.0

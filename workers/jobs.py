@@ -2,7 +2,8 @@
 
 The child is ``python -m workers.run``: progress comes over a pipe, cancellation goes by signal, and running
 out of memory ends the child and not the worker. A thread keeps the lease; when the registry says that it
-is lost, the child is stopped and nothing is reported, because another attempt owns the job by now.
+is lost, the work is stopped and nothing is reported, because another attempt owns the job by now. While the
+registry does not answer at all, the work goes on: nobody can have taken it.
 """
 
 import contextlib
@@ -15,19 +16,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import structlog
 
 from registry.client import RegistryClient
 from registry.core.digest import Digest
-from registry.core.errors import JobNotFound, LeaseLost, LoractlError, NotYourJob, Unavailable, WorkFailed
+from registry.core.errors import (
+    Forbidden,
+    JobNotFound,
+    LeaseLost,
+    LocalFailure,
+    LoractlError,
+    NotYourJob,
+    Unauthenticated,
+    Unavailable,
+    WorkFailed,
+)
 from registry.core.manifest import Lineage, canonical_json
 from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, parse_recipe
-from registry.files import digest_base, scan_folder
+from registry.files import Scan, digest_base, scan_folder
 from registry.schemas import (
     ClaimInfo,
     ClaimRequest,
@@ -36,6 +48,7 @@ from registry.schemas import (
     FinishRequest,
     HeartbeatRequest,
     JobPushRequest,
+    ScoredInfo,
     Wishes,
 )
 from registry.settings import WorkerSettings
@@ -43,9 +56,14 @@ from registry.transfer import finish_push, request_of, table_of
 
 from .cache import Cache
 
+_BEAT_S = 5.0
+"""The longest time between two words with the registry: so soon is a cancellation heard."""
 _STOP_GRACE_S = 20.0
 _EVENT_EVERY_S = 1.0
 _MAX_LOG_LINES = 400
+_MAX_LINE = 1 << 16
+_KEPT_S = 7 * 24 * 3600
+"""How long the checkpoints of a job that did not succeed are kept for a retry."""
 _PR_SET_PDEATHSIG = 1
 log = structlog.get_logger()
 
@@ -61,51 +79,69 @@ class Worker:
         self.jobs = settings.cache / "jobs"
 
     def work(self, queue: str) -> int:
-        """Claim and run jobs of ``queue`` until there are none; how many ran."""
+        """Claim and run jobs of ``queue`` until there are none, or one failed here; how many ran.
+
+        After a failure that may be this machine's (a full disk, a killed child) the next wake-up is waited for,
+        so that the attempts of a job are not used up in a moment, and another worker may have it.
+        """
         ran = 0
         while True:
-            claimed = self.client.claim(ClaimRequest(queue=queue, worker=self.settings.name, bases=self._bases()))
+            wanted = ClaimRequest(queue=queue, worker=self.settings.name, cached=self.cache.holds())
+            try:
+                claimed = self.client.claim(wanted)
+            except (Unavailable, Unauthenticated, Forbidden) as error:
+                log.warning("claim-failed", queue=queue, code=error.code, reason=error.message)
+                return ran
             if claimed.job is None:
                 return ran
-            self.run(claimed)
             ran += 1
+            if not self.run(claimed):
+                return ran
 
-    def run(self, claimed: ClaimInfo) -> None:
-        """Run one claimed job to its end, whatever that is."""
+    def run(self, claimed: ClaimInfo) -> bool:
+        """Run one claimed job to its end, whatever that is; whether this machine can take the next one at once."""
         assert claimed.job is not None
         with _Lease(self.client, claimed) as lease:
             try:
                 self._attempt(claimed, lease)
+                return True
             except (LeaseLost, NotYourJob, JobNotFound):
                 log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
+                return True
+            except _Cancelled:
+                self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
+                return True
             except LoractlError as error:
-                self._fail(lease, error, retryable=isinstance(error, Unavailable))
+                passing = isinstance(error, Unavailable | LocalFailure)
+                self._fail(lease, error, retryable=passing)
+                return not passing
             except Exception as error:  # whatever it was, the registry must hear of it
                 log.error("attempt-failed", job=lease.id, exc_info=error)
                 reason = f"{type(error).__name__}: {error}"
                 self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
+                return False
 
-    def _bases(self) -> list[str]:
-        remembered = self.jobs / "bases.json"
-        known: dict[str, str] = json.loads(remembered.read_text()) if remembered.exists() else {}
-        held = set(self.cache.holds())
-        return [base for base, manifest in known.items() if manifest in held][:100]
-
-    def _remember(self, base: str, manifest: str) -> None:
-        remembered = self.jobs / "bases.json"
-        known = json.loads(remembered.read_text()) if remembered.exists() else {}
-        partial = remembered.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**known, base: manifest}))
-        partial.replace(remembered)
+    def _home(self, job: str) -> Path:
+        """The job's folder: its checkpoints, and nothing of earlier attempts; what lies here for long goes."""
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        for old in self.jobs.iterdir():
+            if old.stat().st_mtime < time.time() - _KEPT_S:
+                shutil.rmtree(old, ignore_errors=True)
+        home = self.jobs / job
+        for left in home.glob("attempt-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        home.mkdir(exist_ok=True)
+        os.utime(home)
+        return home
 
     def _attempt(self, claimed: ClaimInfo, lease: "_Lease") -> None:
         assert claimed.job is not None
         recipe = parse_recipe(claimed.job.recipe)
-        home = self.jobs / claimed.job.id
+        home = self._home(claimed.job.id)
         out = home / f"attempt-{lease.attempt}"
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir()
         with ExitStack() as stack:
+            stack.callback(shutil.rmtree, out, ignore_errors=True)
             folders = {
                 role: stack.enter_context(
                     self.cache.use(manifest, lambda manifest=manifest: self._downloads(lease, manifest), lease.transfer)  # type: ignore[misc]
@@ -114,26 +150,17 @@ class Worker:
             }
             for role, spec in claimed.specs.items():
                 folders[role] = _with_spec(folders[role], spec, out / role)
-            if "base" in claimed.inputs:
-                self._remember(recipe.base, claimed.inputs["base"])
             (out / "recipe.json").write_bytes(canonical_json(recipe.model_dump(mode="json")))
             status = self._child(out, folders, home / "checkpoint", lease)
-        if lease.lost:
-            raise LeaseLost(id=lease.id, attempt=lease.attempt, state="another attempt's")
-        if lease.cancelled:
-            self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
-        elif status == 0:
+            lease.check()
+            if (out / "error.json").exists():
+                raise LoractlError.from_problem(json.loads((out / "error.json").read_text()))
+            if status != 0:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                reason = f"the process {how}: {' | '.join(lease.tail()) or 'it said nothing'}"
+                raise WorkFailed(id=lease.id, reason=reason)
             self._finish(recipe, out, lease)
-            shutil.rmtree(home, ignore_errors=True)
-            return
-        elif (out / "error.json").exists():
-            problem = LoractlError.from_problem(json.loads((out / "error.json").read_text()))
-            self._fail(lease, problem, retryable=False)
-        else:
-            killed = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            reason = f"the process {killed}: {' | '.join(lease.tail()) or 'it said nothing'}"
-            self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
 
     def _downloads(self, lease: "_Lease", manifest: str) -> list[Download]:
         return self.client.job_inputs(lease.id, lease.attempt).files[manifest]
@@ -152,8 +179,8 @@ class Worker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={key: value for key, value in os.environ.items() if not key.startswith("LORACTL_")},
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # one prctl call, no locks are taken
+            env=_without_secrets(os.environ),
+            preexec_fn=die_with(os.getpid()),  # noqa: PLW1509  # two system calls, no locks are taken
         )
         os.close(writing)
         assert child.stdout is not None
@@ -177,7 +204,7 @@ class Worker:
     def _finish(self, recipe: Any, out: Path, lease: "_Lease") -> None:
         result = json.loads((out / "result.json").read_text())
         pushes: list[str] = []
-        evaluations: list[dict[str, Any]] = []
+        evaluations: list[ScoredInfo] = []
         match recipe:
             case FineTune() | Rebase():
                 pushes.append(self._push_adapter(recipe, out / "adapter", lease))
@@ -185,15 +212,16 @@ class Worker:
                 pushes.append(self._push_base(recipe, out / "base", lease))
             case Evaluate():
                 evaluations = [
-                    {
-                        "adapter": recipe.adapters[int(name)] if name != "bare" else None,
-                        "records": (out / f"records-{name}.jsonl").read_text(),
-                        "harness": result["harness"],
-                        "seconds": result["seconds"] / max(1, len(result["metrics"])),
-                    }
+                    ScoredInfo(
+                        adapter=recipe.adapters[int(name)] if name != "bare" else None,
+                        records=(out / f"records-{name}.jsonl").read_text(),
+                        harness=result["harness"],
+                        seconds=result["seconds"] / max(1, len(result["metrics"])),
+                    )
                     for name in result["metrics"]
                 ]
         lease.check()
+        lease.tell()
         request = FinishRequest(attempt=lease.attempt, result=result, pushes=pushes, evaluations=evaluations)
         self.client.finish(lease.id, request)
 
@@ -215,7 +243,7 @@ class Worker:
         wishes = Wishes(line=lease.output.get("line"), parent=recipe.base, parent_kind="merged")
         return self._push(scan, wishes, table_of(base), lease)
 
-    def _push(self, scan: Any, wishes: Wishes, table: str | None, lease: "_Lease") -> str:
+    def _push(self, scan: Scan, wishes: Wishes, table: str | None, lease: "_Lease") -> str:
         request = JobPushRequest(attempt=lease.attempt, push=request_of(scan, wishes, table))
         opened = self.client.job_push(lease.id, request)
         return finish_push(self.client, opened, scan, progress=lease.transfer).id
@@ -224,10 +252,15 @@ class Worker:
         request = FailRequest(
             attempt=lease.attempt, problem=problem.problem(), retryable=retryable, cancelled=cancelled
         )
+        lease.tell()
         try:
             self.client.fail(lease.id, request)
         except (LeaseLost, NotYourJob, JobNotFound, Unavailable) as error:
             log.warning("failure-not-reported", job=lease.id, code=error.code)
+
+
+class _Cancelled(Exception):  # noqa: N818  # a word, not a failure
+    """Somebody asked for the job to end."""
 
 
 class _Lease:
@@ -238,13 +271,13 @@ class _Lease:
         self.client = client
         self.id, self.attempt, self.output = claimed.job.id, claimed.job.attempt, claimed.job.output
         self.cancelled = self.lost = False
-        self._every = min(10.0, claimed.lease_s / 4)
-        self._until = time.monotonic() + claimed.lease_s
-        self._life = claimed.lease_s
+        self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []
-        self._lines: list[str] = []
+        self._lines = 0
+        self._tail: deque[str] = deque(maxlen=3)
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._wake = threading.Event()
         self._ended = False
         self._noted = 0.0
@@ -260,9 +293,11 @@ class _Lease:
         self._thread.join(timeout=30)
 
     def check(self) -> None:
-        """`LeaseLost` when it is."""
+        """`LeaseLost` when it is; `_Cancelled` when somebody asked for the end."""
         if self.lost:
             raise LeaseLost(id=self.id, attempt=self.attempt, state="another attempt's")
+        if self.cancelled:
+            raise _Cancelled
 
     def progressed(self, line: str) -> None:
         """A line of progress from the child: the newest one travels with every beat, some as events."""
@@ -280,17 +315,19 @@ class _Lease:
     def said(self, line: str) -> None:
         """A line of the child's output, for ``loractl jobs logs``."""
         with self._lock:
-            if len(self._lines) < _MAX_LOG_LINES:
+            if self._lines < _MAX_LOG_LINES:
                 self._events.append({"kind": "log", "line": line.rstrip()[:2000]})
-            self._lines.append(line.rstrip()[:500])
+            self._lines += 1
+            self._tail.append(line.rstrip()[:500])
 
     def tail(self) -> list[str]:
         """The last lines that the child said."""
         with self._lock:
-            return self._lines[-3:]
+            return list(self._tail)
 
     def transfer(self, what: str, done: int, total: int) -> None:
-        """Progress of a download or an upload."""
+        """Progress of a download or an upload; ends it as `check` does."""
+        self.check()
         with self._lock:
             self._progress = {"doing": what, "done": done, "total": total}
 
@@ -300,26 +337,27 @@ class _Lease:
             if self._wake.is_set() and not self._ended:
                 time.sleep(0.1)  # several lines in one beat
             self._wake.clear()
-            self._send()
+            if not self._ended:
+                self.tell()
 
-    def _send(self) -> None:
-        with self._lock:
-            progress, events = self._progress, self._events[:1000]
-        try:
-            answer = self.client.heartbeat(
-                self.id, HeartbeatRequest(attempt=self.attempt, progress=progress, events=events)
-            )
-        except (LeaseLost, NotYourJob, JobNotFound):
-            self.lost = not self._ended
-            return
-        except LoractlError as error:
-            log.warning("heartbeat-failed", job=self.id, code=error.code)
-            self.lost = self.lost or time.monotonic() > self._until
-            return
-        self._until = time.monotonic() + self._life
-        with self._lock:
-            del self._events[: len(events)]
-        self.cancelled = self.cancelled or answer.cancel
+    def tell(self) -> None:
+        """One beat: say what there is to say, and hear whether to stop."""
+        with self._telling:
+            with self._lock:
+                progress, events = self._progress, self._events[:1000]
+            try:
+                answer = self.client.heartbeat(
+                    self.id, HeartbeatRequest(attempt=self.attempt, progress=progress, events=events)
+                )
+            except (Forbidden, JobNotFound, LeaseLost, Unauthenticated) as error:
+                log.warning("heartbeat-refused", job=self.id, code=error.code)
+                self.lost = True
+            except Exception as error:  # noqa: BLE001  # the next beat may do better; the lease says how long
+                log.warning("heartbeat-failed", job=self.id, reason=f"{type(error).__name__}: {error}"[:500])
+            else:
+                with self._lock:
+                    del self._events[: len(events)]
+                self.cancelled = self.cancelled or answer.cancel
 
 
 def _wishes(lease: _Lease) -> dict[str, Any]:
@@ -340,15 +378,10 @@ def _with_spec(folder: Path, spec: dict[str, Any], out: Path) -> Path:
     return out
 
 
-def _follow(stream: Any, tell: Any) -> None:
+def _follow(stream: IO[str], tell: Callable[[str], None]) -> None:
     with stream:
-        for line in _lines(stream):
+        while line := stream.readline(_MAX_LINE):
             tell(line)
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    while line := stream.readline():
-        yield line
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:
@@ -360,6 +393,21 @@ def _stop(child: "subprocess.Popen[str]") -> None:
         child.wait()
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _without_secrets(env: Mapping[str, str]) -> dict[str, str]:
+    """What a child is told: neither our token nor the broker; and that it has no business with any network."""
+    kept = {key: value for key, value in env.items() if not key.startswith(("LORACTL_", "CELERY_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def die_with(parent: int) -> Callable[[], None]:
+    """To be called in a fresh child: from now on it is killed when its parent ends, however that comes about."""
+    if sys.platform != "linux":
+        return lambda: None
+    prctl = ctypes.CDLL(None).prctl
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it ended in between
+
+    return bind

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from registry.core.errors import LoractlError
 from registry.core.lifecycle import JobState
 from registry.schemas import (
     ClaimInfo,
@@ -25,11 +27,11 @@ from registry.schemas import (
 )
 from registry.services import downloads, jobs, pushes
 
-from .deps import Parts, User, Worker
+from .deps import Parts, User, Worker, anyone, user
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-_POLL_S = 0.25
+_POLL_S = 0.5
 _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -90,14 +92,15 @@ async def watch_job(
     identity: str,
     request: Request,
     parts: Parts,
-    caller: User,
+    _: User,
     last_event_id: Annotated[str | None, Header()] = None,
     follow: bool = True,
 ) -> Response:
     """Events of a job as they come (server-sent events), from behind ``Last-Event-ID``; ends with the job."""
-    start = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+    start = int(last_event_id) if last_event_id and re.fullmatch(r"\d{1,18}", last_event_id, re.ASCII) else 0
 
     def look(after: int) -> tuple[list[tuple[int, str]], bool]:
+        caller = user(anyone(request))  # a token that was revoked meanwhile sees no more
         with parts.database.read() as session:
             ended = jobs.get(session, caller, identity).state in _FINAL
             found = jobs.events(session, identity, after=after)
@@ -115,7 +118,10 @@ async def watch_job(
     async def stream() -> AsyncIterator[str]:
         seen = start
         while not await request.is_disconnected():
-            lines, ended = await asyncio.to_thread(look, seen)
+            try:
+                lines, ended = await asyncio.to_thread(look, seen)
+            except LoractlError:
+                return  # the client comes back behind its last event, and is told then
             for seen, line in lines:
                 yield f"id: {seen}\nevent: job\ndata: {line}\n\n"
             if ended or not (follow or lines):
@@ -200,9 +206,6 @@ def finish_job(identity: str, request: FinishRequest, parts: Parts, caller: Work
 
 @router.post("/{identity}/fail")
 def fail_job(identity: str, request: FailRequest, parts: Parts, caller: Worker) -> JobInfo:
-    """The attempt ended without a result."""
+    """The attempt ended without a result; the reconciler wakes for the next one, after a breath."""
     with parts.database.write() as session:
-        info = jobs.info(jobs.fail(session, caller, identity, **request.model_dump(), now=parts.clock()))
-    if info.state == JobState.QUEUED:
-        parts.broker.wake(info.queue)
-    return info
+        return jobs.info(jobs.fail(session, caller, identity, **request.model_dump(), now=parts.clock()))

@@ -9,7 +9,7 @@ def step(parts: Parts) -> bool:
     with parts.database.write() as session:
         jobs.requeue_expired(session, parts.clock())
     with parts.database.read() as session:
-        waiting = jobs.waiting_queues(session)
-    for queue in waiting:
-        parts.broker.wake(queue)
+        waiting = jobs.waiting(session)
+    for queue, count in waiting.items():
+        parts.broker.wake_for(queue, count)
     return False

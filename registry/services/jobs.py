@@ -7,13 +7,15 @@ lease, numbered by attempt; every later word of that worker names the attempt, a
 is refused. What a job made is committed in the transaction that ends it, so nothing is made twice.
 """
 
+import json
+import math
 import secrets
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import TypeAdapter
-from sqlalchemy import case
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import case, func
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
@@ -26,6 +28,7 @@ from registry.core.errors import (
     NotRunnable,
     NotYourJob,
     WeightsAbsent,
+    WorkFailed,
 )
 from registry.core.lifecycle import JOB, JobState
 from registry.core.manifest import canonical_json
@@ -35,7 +38,7 @@ from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, inputs_of, 
 from registry.core.records import parse_records
 from registry.db import queries
 from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Job, JobEvent, StoredManifest, Version
-from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest
+from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, ScoredInfo, Wishes
 from registry.storage.base import BlobStore
 
 from . import bases, blobs, commits, evaluations, fits
@@ -46,7 +49,12 @@ from .references import find_adapter, find_dataset, find_version
 from .tokens import Caller
 
 AnyRecipe = FineTune | Evaluate | Merge | Rebase | CompareRecipe
-MAX_EVENTS_KEPT = 10_000
+MAX_EVENTS = 10_000
+"""Events kept of one job's attempts together; what a worker reports beyond is dropped."""
+MAX_EVENT_BYTES = 4096
+PATIENCE = timedelta(hours=1)
+"""How long a job may be overtaken by others whose base is cached."""
+_FIRST_ATTEMPTS = 3
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -64,9 +72,12 @@ def submit(
 ) -> tuple[Job, bool]:
     """The job that does what ``request`` asks, and whether it was there before.
 
-    Equal work (recipe and output) is one job while it is queued or running; a succeeded one is reused unless
-    ``fresh``, or unless ``salt`` (a schedule's firing) makes it another. `WeightsAbsent` before anything runs.
+    Equal work (recipe, output, namespace) is one job while it is queued or running; a succeeded one is reused
+    unless ``fresh``, or unless ``salt`` (a schedule's firing) makes it another. Whatever would make the result
+    unwelcome is refused here, before hours are spent on it.
     """
+    if (told := request.model_dump(mode="json")) != plain(told):
+        raise BadRequest(problems="text with NUL or half a surrogate pair, or a number that is not finite")
     recipe = _planned(session, caller, request.recipe)
     namespace = request.namespace or _namespace(session, request, recipe)
     check_name(namespace, "namespace")
@@ -76,34 +87,32 @@ def submit(
     output = request.output.model_dump(mode="json")
     where = {"adapter": output["adapter"], "line": output["line"]}
     digest = recipe_digest(recipe)
-    key = str(Digest.sha256(canonical_json([str(digest), where, salt])))
-    found = _equal(session, key, fresh=request.fresh)
-    if found is not None:
-        return found, True
-    job = Job(
-        id=f"j{secrets.token_hex(8)}",
-        kind=recipe.kind,
-        queue=check_name(request.queue, "queue"),
-        state=JobState.QUEUED,
-        namespace=namespace,
-        recipe=recipe.model_dump(mode="json"),
-        recipe_digest=str(digest),
-        key=key,
-        output=output,
-        base=recipe.base,
-        campaign_id=campaign_id,
-        created_by=caller.token_id,
-        created_at=now,
-    )
-    try:
-        with session.begin_nested():
-            session.add(job)
-    except IntegrityError:  # two asked at once
-        again = _equal(session, key, fresh=request.fresh)
-        assert again is not None
-        return again, True
-    _note(session, job, "queued", {"by": caller.name}, now)
-    return job, False
+    key = str(Digest.sha256(canonical_json([str(digest), where, namespace, salt])))
+    while (found := _equal(session, key, fresh=request.fresh)) is None:
+        job = Job(
+            id=f"j{secrets.token_hex(8)}",
+            kind=recipe.kind,
+            queue=check_name(request.queue, "queue"),
+            state=JobState.QUEUED,
+            namespace=namespace,
+            recipe=recipe.model_dump(mode="json"),
+            recipe_digest=str(digest),
+            key=key,
+            output=output,
+            base=recipe.base,
+            max_attempts=_FIRST_ATTEMPTS,
+            campaign_id=campaign_id,
+            created_by=caller.token_id,
+            created_at=now,
+        )
+        try:
+            with session.begin_nested():
+                session.add(job)
+        except IntegrityError:  # two asked at once: the other's row is there now
+            continue
+        _note(session, job, "queued", {"by": caller.name}, now)
+        return job, False
+    return found, True
 
 
 def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
@@ -232,6 +241,11 @@ def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> Non
         caller.require("publish", BASES)
     for alias in output.aliases:
         check_name(alias, "alias")
+    try:
+        Wishes(aliases=output.aliases, message=output.message, task=output.task)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise BadRequest(problems=f"output.{problem['loc'][0]}: {problem['msg']}") from error
 
 
 def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
@@ -276,7 +290,10 @@ def page(
     if campaign is not None:
         query = query.where(Job.campaign_id == campaign)
     if after is not None:
-        when = datetime.fromisoformat(after[0])
+        try:
+            when = datetime.fromisoformat(after[0]).astimezone(UTC)
+        except (ValueError, OverflowError) as error:
+            raise BadRequest(problems="the cursor is not one of this list") from error
         query = query.where((col(Job.created_at) < when) | ((col(Job.created_at) == when) & (col(Job.id) < after[1])))
     return session.exec(query.order_by(col(Job.created_at).desc(), col(Job.id).desc()).limit(limit)).all()
 
@@ -298,13 +315,15 @@ def info(job: Job, *, reused: bool = False) -> JobInfo:
 def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: float, now: datetime) -> Job | None:
     """The next job of a queue for this worker, leased; None when there is none.
 
-    Jobs on bases that the worker has cached come first within a priority. Two that claim at once get two jobs.
+    Jobs on bases that the worker has cached come first within a priority, unless others have waited for long.
+    Two that claim at once get two jobs.
     """
     if request.queue not in caller.queues():
-        raise NotYourJob(id=f"queue {request.queue}")
+        raise NotYourJob(id=f"queue {request.queue[:64]}")
+    here = select(Base.digest).where(col(Base.manifest).in_(request.cached))
+    turn = case((col(Job.created_at) < now - PATIENCE, 0), (col(Job.base).in_(here), 1), else_=2)
     query = select(Job).where(Job.queue == request.queue, Job.state == JobState.QUEUED)
-    cached = case((col(Job.base).in_(request.bases), 0), else_=1)
-    query = query.order_by(col(Job.priority).desc(), cached, col(Job.created_at), col(Job.id)).limit(1)
+    query = query.order_by(col(Job.priority).desc(), turn, col(Job.created_at), col(Job.id)).limit(1)
     job = session.exec(query.with_for_update(skip_locked=True)).first()
     if job is None:
         return None
@@ -349,9 +368,9 @@ def output_series(job: Job, kind: str) -> SeriesName:
 
 def held(session: Session, caller: Caller, identity: str, attempt: int) -> Job:
     """The caller's running job, locked; `NotYourJob` for somebody else's, `LeaseLost` for an attempt that is over."""
-    job = session.exec(select(Job).where(Job.id == identity).with_for_update()).first()
+    job = _row(session, identity)
     if job is None or job.token_id != caller.token_id:
-        raise NotYourJob(id=identity)
+        raise NotYourJob(id=identity[:64])
     if job.state != JobState.RUNNING or job.attempt != attempt:
         raise LeaseLost(id=identity, attempt=attempt, state=job.state)
     return job
@@ -372,9 +391,12 @@ def heartbeat(
     job = held(session, caller, identity, attempt)
     job.lease_until = now + timedelta(seconds=lease_s)
     if progress is not None:
-        job.progress = progress
-    for event in reported:
-        _note(session, job, str(event.get("kind", "progress"))[:12], event, now)
+        job.progress = plain(progress)
+    if reported:
+        known = session.exec(select(func.count()).where(JobEvent.job_id == job.id)).one()
+        for event in reported[: max(0, MAX_EVENTS - known)]:
+            if len(json.dumps(event)) <= MAX_EVENT_BYTES:
+                _note(session, job, "log" if event.get("kind") == "log" else "progress", event, now)
     session.add(job)
     return job
 
@@ -382,43 +404,60 @@ def heartbeat(
 def finish(
     session: Session, store: BlobStore, caller: Caller, identity: str, request: FinishRequest, now: datetime
 ) -> Job:
-    """End the job with what it made, in this one transaction; the same words again change nothing."""
-    done = session.get(Job, identity)
+    """End the job with what it made, in this one transaction; the same words again change nothing.
+
+    A job whose cancellation was asked for ends cancelled, and nothing of it is kept.
+    """
+    job = _row(session, identity)
     if (
-        done is not None
-        and done.token_id == caller.token_id
-        and done.state == JobState.SUCCEEDED
-        and done.attempt == request.attempt
+        job is not None
+        and job.token_id == caller.token_id
+        and job.state == JobState.SUCCEEDED
+        and job.attempt == request.attempt
     ):
-        return done
+        return job
     job = held(session, caller, identity, request.attempt)
+    if job.cancel_requested:
+        stopped = WorkFailed(id=identity, reason="cancelled")
+        _ended(session, job, stopped.problem(), now, retryable=False, cancelled=True)
+        return job
     recipe = parse_recipe(job.recipe)
-    made = [commits.commit_verified(session, push, job, now) for push in request.pushes]
+    made = _made(session, job, recipe, request.pushes, now)
     if isinstance(recipe, Evaluate):
         _keep_evaluations(session, store, job, recipe, request.evaluations, now)
     if isinstance(recipe, CompareRecipe):
         _keep_comparison(session, job, recipe, request.result, now)
     job.state = JOB.after("succeed", job.state, identity)
     job.lease_until, job.finished_at = None, now
-    job.result = {**request.result, "made": made}
+    job.result = plain({**request.result, "made": made})
     session.add(job)
     _note(session, job, "succeeded", {"made": made}, now)
     return job
 
 
+def _made(
+    session: Session, job: Job, recipe: AnyRecipe, pushed: Sequence[str], now: datetime
+) -> list[dict[str, Any]]:
+    """Commit the one push of a job that makes something; the outcome of each."""
+    wanted = "adapter" if isinstance(recipe, FineTune | Rebase) else "base" if isinstance(recipe, Merge) else None
+    if len(pushed) != (wanted is not None):
+        raise BadRequest(problems=f"pushes: a job of kind '{job.kind}' makes {f'one {wanted}' if wanted else 'none'}")
+    return [commits.commit_verified(session, identity, job, now) for identity in pushed]
+
+
 def _keep_evaluations(
-    session: Session, store: BlobStore, job: Job, recipe: Evaluate, found: Iterable[dict[str, Any]], now: datetime
+    session: Session, store: BlobStore, job: Job, recipe: Evaluate, found: Iterable[ScoredInfo], now: datetime
 ) -> None:
     base = queries.base_by_digest(session, recipe.base)
     suite = session.exec(select(DatasetVersion).where(DatasetVersion.digest == recipe.suite)).first()
     assert base is not None and suite is not None
     scored: set[str | None] = set()
     for item in found:
-        adapter = item.get("adapter")
-        if adapter is not None and adapter not in recipe.adapters:
-            raise BadRequest(problems=f"evaluation of {adapter}, which the job was not asked to score")
+        adapter = item.adapter
+        if (adapter not in recipe.adapters if adapter else not recipe.bare) or adapter in scored:
+            raise BadRequest(problems=f"evaluation of {adapter or 'the base'}, which the job was not asked to score")
         scored.add(adapter)
-        body = str(item["records"]).encode()
+        body = item.records.encode()
         records = parse_records(body)
         digest = Digest.sha256(body)
         blobs.put(session, store, digest, body, now)
@@ -430,11 +469,11 @@ def _keep_evaluations(
                 base=base,
                 version=version,
                 suite=suite,
-                harness=str(item["harness"]),
+                harness=item.harness,
                 records=records,
                 blob=digest,
                 job_id=job.id,
-                seconds=float(item.get("seconds", 0.0)),
+                seconds=item.seconds,
                 now=now,
             )
     wanted = {*recipe.adapters, *((None,) if recipe.bare else ())}
@@ -481,10 +520,10 @@ def _ended(
     again = retryable and job.attempt < job.max_attempts
     move = "cancel" if cancelled else "requeue" if again else "fail"
     job.state = JOB.after(move, job.state, job.id)
-    job.lease_until, job.error = None, problem
+    job.lease_until, job.error = None, plain(problem)
     job.finished_at = None if move == "requeue" else now
     session.add(job)
-    _note(session, job, {"requeue": "requeued", "cancel": "cancelled", "fail": "failed"}[move], problem, now)
+    _note(session, job, {"requeue": "requeued", "cancel": "cancelled", "fail": "failed"}[move], job.error, now)
 
 
 # ── a person's side ──────────────────────────────────────────────────────────
@@ -513,23 +552,31 @@ def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job
     if job.state == JobState.QUEUED:
         return job
     active = session.exec(select(Job).where(Job.key == job.key, col(Job.state).in_(_ACTIVE), Job.id != job.id)).first()
-    if active is not None:
+    if active is not None:  # two at once: the unique index refuses the second
         raise MoveNotAllowed(
             noun="job", id=identity, state=f"replaced by {active.id}", move="retry", allowed="failed, cancelled"
         )
     job.state = JOB.after("retry", job.state, identity)
-    job.max_attempts = job.attempt + 3
+    job.max_attempts = job.attempt + _FIRST_ATTEMPTS
     job.cancel_requested, job.finished_at = False, None
     session.add(job)
+    session.flush()
     _note(session, job, "queued", {"by": caller.name}, now)
     return job
 
 
 def _locked(session: Session, caller: Caller, identity: str) -> Job:
     get(session, caller, identity)
-    job = session.exec(select(Job).where(Job.id == identity).with_for_update()).one()
+    job = _row(session, identity)
+    assert job is not None
     caller.require("run", job.namespace)
     return job
+
+
+def _row(session: Session, identity: str) -> Job | None:
+    """The job as it is now, held until the end of the transaction, whatever the session saw of it before."""
+    query = select(Job).where(Job.id == identity).with_for_update().execution_options(populate_existing=True)
+    return session.exec(query).first()
 
 
 # ── the reconciler's side ────────────────────────────────────────────────────
@@ -545,10 +592,25 @@ def requeue_expired(session: Session, now: datetime, limit: int = 100) -> list[J
     return list(expired)
 
 
-def waiting_queues(session: Session) -> Sequence[str]:
-    """Queues that have work."""
-    return session.exec(select(Job.queue).where(Job.state == JobState.QUEUED).distinct()).all()
+def waiting(session: Session) -> dict[str, int]:
+    """Queues that have work, and how many jobs wait there."""
+    query = select(Job.queue, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.queue)
+    return dict(session.exec(query).all())
 
 
-def _note(session: Session, job: Job, kind: str, data: dict[str, Any], now: datetime) -> None:
-    session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=kind, data=data, at=now))
+def _note(session: Session, job: Job, kind: str, data: dict[str, Any] | None, now: datetime) -> None:
+    session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=kind, data=plain(data or {}), at=now))
+
+
+def plain(value: Any) -> Any:
+    """``value`` as any database keeps it: no NUL, no lone surrogate, no number that is not finite (None)."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {plain(str(key)): plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+    return value

@@ -2,6 +2,7 @@
 
 A firing is a row with a unique key (the due time, the revision, the dataset version), written in the
 transaction that starts the work, so two schedulers cannot both start it and a crash starts it not half.
+What fires may do what the token that made the schedule may do by then, and no more.
 """
 
 import secrets
@@ -13,13 +14,13 @@ from croniter import croniter
 from pydantic import ValidationError
 from sqlmodel import Session, col, select
 
-from registry.core.errors import BadRequest, CampaignExists, LoractlError, ScheduleNotFound
+from registry.core.errors import BadRequest, CampaignExists, LoractlError, ScheduleNotFound, Unavailable
 from registry.core.names import Reference, SeriesName, check_name
 from registry.db.models import Base, Dataset, DatasetVersion, Firing, Line, Revision, Schedule
 from registry.schemas import JobRequest, ScheduleInfo, ScheduleRequest, UpgradeRequest
 
 from . import campaigns, jobs
-from .tokens import EVERYWHERE, Caller
+from .tokens import Caller, acting
 
 Due = tuple[str, dict[str, Any]]
 """The key of a firing, and the facts that its action needs."""
@@ -34,9 +35,11 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
         caller.require("promote", request.namespace)
     next_at = None
     if request.trigger == "cron":
-        if not croniter.is_valid(request.subject):
-            raise BadRequest(problems=f"'{request.subject}' is not a cron expression, such as '0 3 * * 1'")
-        next_at = _next(request.subject, now)
+        try:
+            next_at = _next(request.subject, now)
+        except ValueError as error:
+            reason = f"'{request.subject}' is not a cron expression with a next time, such as '0 3 * * 1'"
+            raise BadRequest(problems=reason) from error
     elif request.trigger == "base-upgrade":
         check_name(request.subject, "line")
     else:
@@ -123,6 +126,8 @@ def fire(session: Session, identity: str, now: datetime) -> set[str]:
         if error.facts.get("id") is not None and schedule.trigger == "base-upgrade":
             return set()  # the older campaign is superseded and ends by itself; look again then
         raise
+    except Unavailable:
+        raise
     except LoractlError as error:
         outcome, queues = {"refused": error.problem()}, set()
     session.add(Firing(schedule_id=identity, key=key, outcome=outcome, at=now))
@@ -184,7 +189,7 @@ def _fed(session: Session, schedule: Schedule, now: datetime) -> Due | None:
 def _act(
     session: Session, schedule: Schedule, facts: dict[str, Any], key: str, now: datetime
 ) -> tuple[dict[str, Any], set[str]]:
-    caller = Caller(schedule.created_by, f"schedule {schedule.id}", "user", {EVERYWHERE: ["admin"]})
+    caller = acting(session, schedule.created_by, now)
     if "upgrade" in schedule.action:
         request = UpgradeRequest(
             line=schedule.subject,
