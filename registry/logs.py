@@ -20,24 +20,39 @@ _SECRET_TEXT = re.compile(
 
 def without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """``event`` with secret values replaced by ``***``."""
-    return {key: "***" if _SECRET_KEYS.search(key) and value else redact(value) for key, value in event.items()}
+    return {key: _clean(key, value) for key, value in event.items()}
+
+
+def _clean(key: object, value: object) -> object:
+    return "***" if isinstance(key, str) and _SECRET_KEYS.search(key) and value else redact(value)
 
 
 def redact(value: object) -> object:
-    """Text without tokens, signatures and passwords of URLs; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    return _SECRET_TEXT.sub(lambda m: f"{m[1] or m[2] or m[3]}***{'@' if m[3] else ''}", value)
+    """Text without tokens, signatures and passwords of URLs, inside lists and mappings too."""
+    match value:
+        case str():
+            return _SECRET_TEXT.sub(lambda m: f"{m[1] or m[2] or m[3]}***{'@' if m[3] else ''}", value)
+        case dict():
+            return {key: _clean(key, part) for key, part in value.items()}
+        case list() | tuple():
+            return [redact(part) for part in value]
+        case _:
+            return value
 
 
-class _Redacting(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), None
-        return True
+class _Redacting(logging.Formatter):
+    """Lines of libraries: the whole text is cleaned, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(redact(super().format(record)))
 
 
 def configure(level: str = "info") -> None:
-    """Log as JSON lines on stderr from ``level`` on; called once by each process's edge."""
+    """Log as JSON lines on stderr from ``level`` on; called once by each process's edge.
+
+    Libraries log from warnings on, through the same cleaning; so do uvicorn's loggers, whose own handlers
+    would print the query strings of signed URLs.
+    """
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
@@ -53,5 +68,10 @@ def configure(level: str = "info") -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_Redacting())
+    handler.setFormatter(_Redacting("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
+import httpx
+
 from .broker import Broker
 from .db.engine import Database
 from .settings import BadSetting, Settings
@@ -30,6 +32,10 @@ class Parts:
     def of(cls, settings: Settings) -> Self:
         """The parts that ``settings`` name."""
         return cls(settings, Database(settings.database_url), open_store(settings), Broker(settings.broker_url))
+
+    def http(self) -> httpx.Client:
+        """A client for the store's signed URLs, as people outside use them; the caller closes it."""
+        return httpx.Client(timeout=10)
 
     def close(self) -> None:
         """Give connections back."""

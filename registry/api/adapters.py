@@ -23,9 +23,8 @@ from registry.schemas import (
     RollbackRequest,
     VersionInfo,
 )
-from registry.services import adapters, aliases, bases, downloads, evaluations, gates, policies
+from registry.services import adapters, aliases, bases, downloads, evaluations
 from registry.services.adapters import BY_DEFAULT, Filter
-from registry.services.gates import Scored
 from registry.services.references import find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
 
@@ -194,29 +193,19 @@ def set_alias(
     expected = _generation(if_match)
     with parts.database.write() as session:
         version, adapter = _version(session, caller, namespace, name, request.version)
-        base = session.get_one(Base, version.base_id)
-        policy = policies.effective(session, namespace, name)
-        serving = aliases.serving(session, adapter, base, alias, other_than=version)
         aliases.set_alias(
             session,
+            parts.store,
             caller,
             adapter=adapter,
-            base=base,
-            alias=alias,
             version=version,
+            alias=alias,
             expected=expected,
-            policy=policy,
-            judge=lambda: gates.verdict(
-                session,
-                parts.store,
-                policy,
-                candidate=Scored(base, version),
-                serving=Scored(base, serving) if serving else None,
-            ),
             force=request.force,
             reason=request.reason,
             now=parts.clock(),
         )
+        base = session.get_one(Base, version.base_id)
         return _alias_info(session, adapter, base, alias)
 
 
@@ -252,7 +241,7 @@ def list_compatible(
     fit: str | None = None,
     engine: str | None = None,
     alias: str | None = None,
-    max_rank: int | None = None,
+    max_rank: Annotated[int | None, Query(ge=1, le=1 << 31)] = None,
     evidence: Literal["recorded", "resolved", "behavioural", "declared"] | None = None,
     namespace: str | None = None,
     task: str | None = None,

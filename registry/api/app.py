@@ -31,7 +31,11 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
         logs.configure(settings.log_level)
         parts = AppParts.of(settings)
     app = FastAPI(
-        title="loractl", version=importlib.metadata.version("loractl"), lifespan=_lifespan, redirect_slashes=False
+        title="loractl",
+        version=importlib.metadata.version("loractl"),
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        openapi_url=None,  # every route but health needs a token, this one too: `meta.openapi`
     )
     app.state.parts = parts
     problems.install(app)
@@ -78,7 +82,7 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        identity = sent if sent.isalnum() and len(sent) <= 64 else uuid4().hex
+        identity = sent if sent.isascii() and sent.isalnum() and len(sent) <= 64 else uuid4().hex
         scope["request_id"] = identity
         structlog.contextvars.bind_contextvars(request=identity)
         began, status = time.perf_counter(), 0

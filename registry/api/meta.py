@@ -1,11 +1,13 @@
-"""Routes about the registry itself: health, who am I, doctor."""
+"""Routes about the registry itself: health, who am I, doctor, the description of all routes."""
 
-from fastapi import APIRouter, Request
+from typing import Any
 
-from registry.db import migrate
-from registry.schemas import DoctorReport, Finding, Health, WhoAmI
+from fastapi import APIRouter, Depends, FastAPI, Request
 
-from .deps import Anyone, Parts, User
+from registry.schemas import DoctorReport, Health, WhoAmI
+from registry.services import doctor
+
+from .deps import Anyone, Parts, User, anyone
 
 router = APIRouter(tags=["meta"])
 
@@ -26,24 +28,15 @@ def whoami(caller: Anyone) -> WhoAmI:
 
 
 @router.get("/v1/doctor")
-def doctor(parts: Parts, caller: User) -> DoctorReport:
+def look(parts: Parts, caller: User) -> DoctorReport:
     """Look at the usual misconfigurations; needs admin everywhere."""
     caller.require("admin", "*")
-    lacking = migrate.missing(parts.database)
-    reached = parts.broker.ping()
-    findings = [
-        Finding(check="database", ok=True, detail=parts.database.dialect),
-        Finding(
-            check="migrations",
-            ok=not lacking,
-            detail=f"missing: {', '.join(lacking)}" if lacking else "up to date",
-            help="Run: python -m registry.db.migrate" if lacking else "",
-        ),
-        Finding(
-            check="broker",
-            ok=reached is None,
-            detail=reached or "answers",
-            help="" if reached is None else "Jobs wait until the broker is back; nothing is lost.",
-        ),
-    ]
-    return DoctorReport(findings=findings)
+    with parts.http() as http:
+        return DoctorReport(findings=doctor.findings(parts.database, parts.store, parts.broker, http))
+
+
+@router.get("/openapi.json", include_in_schema=False, dependencies=[Depends(anyone)])
+def openapi(request: Request) -> dict[str, Any]:
+    """The routes, described."""
+    app: FastAPI = request.app
+    return app.openapi()

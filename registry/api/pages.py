@@ -23,8 +23,10 @@ def behind(text: str | None, start: tuple[Any, ...]) -> tuple[Any, ...]:
         return start
     try:
         key = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (binascii.Error, ValueError) as error:
+    except (binascii.Error, ValueError, RecursionError) as error:
         raise BadRequest(problems=f"'{text[:50]}' is not a cursor of this registry") from error
     if not isinstance(key, list) or [type(part) for part in key] != [type(part) for part in start]:
+        raise BadRequest(problems=f"'{text[:50]}' is not a cursor of this list")
+    if any(isinstance(part, int) and not 0 <= part < 1 << 63 for part in key):
         raise BadRequest(problems=f"'{text[:50]}' is not a cursor of this list")
     return tuple(key)

@@ -77,6 +77,10 @@ def install(app: FastAPI) -> None:
             return respond(errors.RouteNotFound(method=request.method, path=request.url.path), request)
         return respond(errors.BadRequest(problems=str(error.detail)), request)
 
+    @app.exception_handler(UnicodeEncodeError)
+    def unwritable(request: Request, error: UnicodeEncodeError) -> Response:
+        return respond(errors.BadRequest(problems=f"text that is not Unicode: {error.reason}"), request)
+
     @app.exception_handler(Exception)
     def failed(request: Request, error: Exception) -> Response:
         identity = request.scope.get("request_id", "?")

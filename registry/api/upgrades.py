@@ -32,7 +32,7 @@ def create_upgrade(request: UpgradeRequest, parts: Parts, caller: User) -> Campa
 def list_upgrades(parts: Parts, caller: User, line: str | None = None, limit: Limit = 20) -> Page[CampaignInfo]:
     """Campaigns, newest first."""
     with parts.database.read() as session:
-        rows = campaigns.newest(session, line=line, limit=limit)
+        rows = campaigns.newest(session, caller, line=line, limit=limit)
         return Page(items=[campaigns.info(session, caller, row) for row in rows])
 
 
@@ -47,7 +47,10 @@ def show_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
 def start_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
     """Let it run."""
     with parts.database.write() as session:
-        return campaigns.info(session, caller, campaigns.start(session, caller, identity, parts.clock()))
+        campaign = campaigns.start(session, caller, identity, parts.clock())
+        info = campaigns.info(session, caller, campaign)
+    parts.broker.wake(campaign.queue)
+    return info
 
 
 @router.post("/{identity}/abort")
@@ -61,7 +64,15 @@ def abort_upgrade(
 
 @router.post("/{identity}/approve")
 def approve(identity: str, request: ApproveRequest, parts: Parts, caller: User) -> CampaignInfo:
-    """Say yes to an adapter whose policy asks."""
+    """Say yes or no to an adapter whose policy asks."""
     with parts.database.write() as session:
-        campaign = campaigns.approve(session, caller, identity, request.adapter, request.alias, parts.clock())
+        campaign = campaigns.approve(
+            session,
+            caller,
+            identity,
+            request.adapter,
+            request.alias,
+            parts.clock(),
+            approved=request.approved,
+        )
         return campaigns.info(session, caller, campaign)

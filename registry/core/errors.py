@@ -520,6 +520,12 @@ class DatabaseDown(Unavailable):
     help = "Nothing was changed; try again. Operators: loractl doctor"
 
 
+class WriteConflict(Unavailable):
+    code = "write-conflict"
+    says = "Somebody else changed the same thing at the same moment: {reason}"
+    help = "Nothing was changed; try again."
+
+
 class StorageDown(Unavailable):
     code = "storage-down"
     says = "The blob store does not answer: {reason}"

@@ -16,6 +16,7 @@ import structlog
 from registry import logs
 from registry.core.errors import Unavailable
 from registry.parts import Parts
+from registry.services import doctor
 from registry.settings import Settings
 
 from . import gc, reconciler, scheduler, verifier
@@ -73,6 +74,14 @@ def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMO
     log.info("daemons-stopped")
 
 
+def probe(parts: Parts) -> None:
+    """Say in the log what an operator should know; nothing of it is a reason not to start."""
+    with parts.http() as http:
+        for finding in doctor.findings(parts.database, parts.store, parts.broker, http):
+            if not finding.ok:
+                log.warning("doctor", check=finding.check, detail=finding.detail, help=finding.help)
+
+
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
     settings = Settings.from_environment(os.environ)
@@ -82,6 +91,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     parts = Parts.of(settings)
     try:
+        probe(parts)
         run(parts, stop)
     finally:
         parts.close()

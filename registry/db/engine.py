@@ -2,7 +2,12 @@
 
 A write block is one transaction: it commits at its end and rolls back on any exception. SQLite writers
 begin immediate, so that two of them queue instead of failing late. Read blocks run in autocommit: each
-statement sees a consistent state, and no round trip is spent on BEGIN and ROLLBACK.
+statement sees a consistent state, no reader waits for a writer, and no round trip is spent on BEGIN and
+ROLLBACK.
+
+What the database says goes out as a refusal: not there, locked or deadlocked is `DatabaseDown`; a unique key
+that another transaction took in between is `WriteConflict` (both 503: nothing was changed, try again); a
+value it cannot hold, such as NUL in text, is `BadRequest`.
 """
 
 from collections.abc import Iterator
@@ -11,11 +16,11 @@ from sqlite3 import Connection as SqliteConnection
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
-from registry.core.errors import DatabaseDown
+from registry.core.errors import BadRequest, DatabaseDown, WriteConflict
 
 
 class Database:
@@ -68,7 +73,7 @@ def make_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        if connection.get_isolation_level() != "AUTOCOMMIT":
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
@@ -80,10 +85,25 @@ def _reachable() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         raise DatabaseDown(reason=_reason(error)) from error
+    except DataError as error:
+        raise BadRequest(problems=f"the database cannot hold a value: {_reason(error)}") from error
+    except IntegrityError as error:
+        if not _unique(error):
+            raise
+        raise WriteConflict(reason=_reason(error)) from error
     except DBAPIError as error:
         if error.connection_invalidated:
             raise DatabaseDown(reason=_reason(error)) from error
         raise
+
+
+def _unique(error: IntegrityError) -> bool:
+    """Whether a unique key was taken: by somebody else, in between."""
+    cause = error.orig
+    return getattr(cause, "sqlstate", None) == "23505" or getattr(cause, "sqlite_errorname", "") in (
+        "SQLITE_CONSTRAINT_UNIQUE",
+        "SQLITE_CONSTRAINT_PRIMARYKEY",
+    )
 
 
 def _reason(error: SQLAlchemyError) -> str:

@@ -49,8 +49,8 @@ def upgrade(database: Database) -> None:
 def missing(database: Database) -> list[str]:
     """Revisions that the database lacks, oldest first; empty when it is up to date."""
     script = ScriptDirectory.from_config(config())
-    with database.engine.connect() as connection:
-        have = MigrationContext.configure(connection).get_current_heads()
+    with database.read() as session:
+        have = MigrationContext.configure(session.connection()).get_current_heads()
     known = {revision for head in have for revision in _ancestry(script, head)}
     return [r.revision for r in reversed(list(script.walk_revisions())) if r.revision not in known]
 

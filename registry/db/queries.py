@@ -157,12 +157,14 @@ def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dic
 
 
 def newest_evaluation(
-    session: Session, *, base_id: int, version_id: int | None, suite_id: int, harness: str | None = None
+    session: Session, *, base_id: int, digest: str | None, suite_id: int, harness: str | None = None
 ) -> Evaluation | None:
-    """The newest scoring of a version (None: the bare base) on a suite, by one harness where given."""
-    query = select(Evaluation).where(
-        Evaluation.base_id == base_id, Evaluation.version_id == version_id, Evaluation.suite_id == suite_id
-    )
+    """The newest scoring of a version's content (None: the bare base) on a suite, by one harness where given."""
+    query = select(Evaluation).where(Evaluation.base_id == base_id, Evaluation.suite_id == suite_id)
+    if digest is None:
+        query = query.where(col(Evaluation.version_id).is_(None))
+    else:
+        query = query.where(col(Evaluation.version_id).in_(select(Version.id).where(Version.digest == digest)))
     if harness is not None:
         query = query.where(Evaluation.harness == harness)
     return session.exec(query.order_by(col(Evaluation.id).desc()).limit(1)).first()
@@ -197,6 +199,14 @@ def dataset_version(
     return session.exec(query.order_by(col(DatasetVersion.number).desc()).limit(1)).first()
 
 
+def dataset_names(session: Session, kind: str, namespaces: Sequence[str] | None) -> list[str]:
+    """Names of the series of a kind in ``namespaces`` (None: all), for suggestions."""
+    query = select(Dataset.namespace, Dataset.name).where(Dataset.kind == kind).limit(5000)
+    if namespaces is not None:
+        query = query.where(col(Dataset.namespace).in_(namespaces))
+    return [f"{namespace}/{name}" for namespace, name in session.exec(query)]
+
+
 def dataset_refs(session: Session, ids: Iterable[int]) -> dict[int, str]:
     """dataset version id -> ``namespace/name@vN``."""
     query = (
@@ -218,6 +228,9 @@ def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy |
 
 
 # ── compatibility ────────────────────────────────────────────────────────────
+
+_RANGES = 200
+"""Ranges of one statement: SQLite takes 500 at most."""
 
 
 def fits_to(session: Session, new_id: int, classes: Sequence[str]) -> Sequence[TargetFit]:
@@ -271,15 +284,12 @@ def compatible_versions(
                 query = query.where(col(Adapter.task) == task)
         return query.order_by(col(Version.id)).limit(limit).subquery()
 
-    ids = union_all(*[columns(narrowed(within).c.id) for within in ranges]).subquery()
-    query = (
-        select(Version, Adapter)
-        .join(Adapter, col(Adapter.id) == Version.adapter_id)
-        .where(col(Version.id).in_(select(ids.c.id)))
-        .order_by(col(Version.id))
-        .limit(limit)
-    )
-    return session.exec(query).all()
+    ids: list[int] = []
+    for first in range(0, len(ranges), _RANGES):
+        parts = [columns(narrowed(within).c.id) for within in ranges[first : first + _RANGES]]
+        ids += session.execute(union_all(*parts)).scalars()
+    query = select(Version, Adapter).join(Adapter, col(Adapter.id) == Version.adapter_id)
+    return session.exec(query.where(col(Version.id).in_(sorted(ids)[:limit])).order_by(col(Version.id))).all()
 
 
 def adapters_page(

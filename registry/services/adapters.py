@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlmodel import Session, col, select
 
 from registry.core.engines import ENGINES
-from registry.core.errors import BadRequest, NoCompatibleVersion, VersionNotFound
+from registry.core.errors import AliasNotFound, BadRequest, NoCompatibleVersion
 from registry.core.fit import FitClass
 from registry.core.names import Reference
 from registry.core.policy import Evidence
@@ -32,8 +32,8 @@ from registry.db.models import (
 )
 from registry.schemas import AdapterInfo, AliasInfo, FitInfo, LineageInfo, LineageNode, LogEntry, VersionInfo
 
-from . import evaluations
-from .references import find_adapter, find_version
+from . import bases, evaluations
+from .references import find_adapter, find_version, nearest
 from .tokens import Caller
 
 BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
@@ -43,18 +43,10 @@ BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
 # ── show ─────────────────────────────────────────────────────────────────────
 
 
-def base_names(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
-    """base id -> (digest, newest ``line@rN`` or short digest)."""
-    wanted = set(ids)
-    revisions = queries.revision_names(session, wanted)
-    rows = session.exec(select(Base.id, Base.digest).where(col(Base.id).in_(wanted)))
-    return {i: (digest, (revisions.get(i) or [digest[:15]])[-1]) for i, digest in rows if i is not None}
-
-
 def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[VersionInfo]:
     """Versions in the words of the wire, with aliases and newest evaluations; a few queries for any number."""
     ids = [version.id for version, _ in rows if version.id is not None]
-    bases = base_names(session, {version.base_id for version, _ in rows})
+    called = bases.named(session, {version.base_id for version, _ in rows})
     aliases = queries.alias_names_of_versions(session, ids)
     found = queries.newest_evaluations_of(session, ids)
     scored: dict[int | None, list[int]] = {}
@@ -65,7 +57,7 @@ def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[
         _info(
             version,
             adapter,
-            bases[version.base_id],
+            called[version.base_id],
             aliases.get(version.id or 0, []),
         ).model_copy(update={"evaluations": [infos[i] for i in scored.get(version.id, [])]})
         for version, adapter in rows
@@ -98,14 +90,14 @@ def _info(version: Version, adapter: Adapter, base: tuple[str, str], aliases: li
 def describe_aliases(session: Session, adapter_ids: Iterable[int]) -> dict[int, list[AliasInfo]]:
     """adapter id -> its aliases on every base."""
     rows = queries.aliases_of(session, adapter_ids)
-    bases = base_names(session, {base.id for *_, base in rows if base.id is not None})
+    called = bases.named(session, {base.id for *_, base in rows if base.id is not None})
     found: dict[int, list[AliasInfo]] = {}
     for alias, last, version, base in rows:
         found.setdefault(alias.adapter_id, []).append(
             AliasInfo(
                 alias=alias.name,
                 base=base.digest,
-                base_ref=bases[base.id or 0][1],
+                base_ref=called[base.id or 0][1],
                 version=version.number,
                 digest=version.digest,
                 generation=alias.generation,
@@ -281,10 +273,9 @@ def resolve(
     for fit, version in graded:
         if fit.fit in classes and (bit is None or version.engines & bit):
             return Resolved(version, adapter, base, fit, assumed)
-    base_ref = base_names(session, [base.id or 0])[base.id or 0][1]
     raise NoCompatibleVersion(
         ref=str(reference),
-        base=base_ref,
+        base=bases.labels(session, [base])[base.id or 0],
         digest=base.digest,
         wanted=" or ".join(classes) + (f" for {engine}" if engine else ""),
         nearest=_nearest(session, graded[:3], engine, bit),
@@ -314,19 +305,23 @@ def _candidates(session: Session, adapter: Adapter, reference: Reference, base: 
     else:
         query = query.where(col(Version.latest))
     found = session.exec(query.order_by(col(Version.number).desc())).all()
-    if not found and reference.alias is None:
-        raise VersionNotFound(ref=str(reference), name=str(reference.series), nearest="")
+    if not found and reference.alias is not None:
+        others = session.exec(select(Alias.name).where(Alias.adapter_id == adapter.id).distinct()).all()
+        raise AliasNotFound(
+            name=str(reference.series),
+            alias=reference.alias,
+            base=bases.labels(session, [base])[base.id],
+            nearest=nearest(reference.alias, others),
+        )
     return found
 
 
-def _nearest(
-    session: Session, graded: Sequence[tuple[FitInfo, Version]], engine: str | None, bit: int | None
-) -> str:
+def _nearest(session: Session, graded: Sequence[tuple[FitInfo, Version]], engine: str | None, bit: int | None) -> str:
     if not graded:
         return ""
-    bases = base_names(session, {version.base_id for _, version in graded})
+    called = bases.named(session, {version.base_id for _, version in graded})
     listed = "; ".join(
-        f"v{version.number} on {bases[version.base_id][1]} is {fit.fit}"
+        f"v{version.number} on {called[version.base_id][1]} is {fit.fit}"
         + (f", not loadable by {engine}" if bit is not None and not version.engines & bit else "")
         for fit, version in graded
     )
@@ -343,15 +338,16 @@ def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]
     moves = session.exec(
         select(AliasMove).where(AliasMove.adapter_id == adapter.id).order_by(col(AliasMove.id).desc()).limit(limit)
     ).all()
-    numbers = {v.id: v.number for v in session.exec(select(Version).where(Version.adapter_id == adapter.id))}
-    bases = base_names(session, {v.base_id for v in versions} | {m.base_id for m in moves})
+    named = {i for m in moves for i in (m.from_version_id, m.to_version_id) if i is not None}
+    numbers = dict(session.exec(select(Version.id, Version.number).where(col(Version.id).in_(named))).all())
+    called = bases.named(session, {v.base_id for v in versions} | {m.base_id for m in moves})
     names = _actor_names(session, {v.created_by for v in versions} | {m.actor for m in moves})
     entries = [
         LogEntry(
             at=version.created_at,
             actor=names.get(version.created_by, version.created_by),
             event="version",
-            detail=f"v{version.number} on {bases[version.base_id][1]} ({version.evidence})"
+            detail=f"v{version.number} on {called[version.base_id][1]} ({version.evidence})"
             + (f": {version.message}" if version.message else ""),
             facts={"version": version.number, "digest": version.digest, "job": version.job_id},
         )
@@ -362,7 +358,7 @@ def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]
             at=moved.at,
             actor=names.get(moved.actor, moved.actor),
             event="alias",
-            detail=f"{moved.name} on {bases[moved.base_id][1]}: "
+            detail=f"{moved.name} on {called[moved.base_id][1]}: "
             + (f"v{numbers[moved.from_version_id]}" if moved.from_version_id else "unset")
             + f" → v{numbers[moved.to_version_id]}"
             + (f" ({moved.reason})" if moved.reason else ""),
@@ -387,7 +383,7 @@ def lineage(session: Session, caller: Caller, version: Version) -> LineageInfo:
         digest = waiting.pop()
         if digest in nodes:
             continue
-        node, row = _node(session, caller, digest)
+        node, row = _node(session, caller, digest, version if digest == version.digest else None)
         nodes[digest] = node
         if row is None:
             continue
@@ -397,22 +393,24 @@ def lineage(session: Session, caller: Caller, version: Version) -> LineageInfo:
     return LineageInfo(root=version.digest, nodes=list(nodes.values()), edges=edges)
 
 
-def _node(session: Session, caller: Caller, digest: str) -> tuple[LineageNode, Version | None]:
-    found = session.exec(
-        select(Version, Adapter, Base).join(Adapter).join(Base, col(Base.id) == Version.base_id)
-        .where(Version.digest == digest).order_by(col(Version.id))
-    ).all()
-    for version, adapter, base in found:
+def _node(
+    session: Session, caller: Caller, digest: str, root: Version | None
+) -> tuple[LineageNode, Version | None]:
+    query = (
+        select(Version, Adapter, Base)
+        .join(Adapter)
+        .join(Base, col(Base.id) == Version.base_id)
+        .where(Version.digest == digest)
+        .order_by(col(Version.id))
+    )
+    for version, adapter, base in session.exec(query if root is None else query.where(Version.id == root.id)).all():
         if caller.can("read", adapter.namespace):
             recipe = json.loads(manifest_body(session, digest))["lineage"]["recipe"]
             ref = f"{adapter.namespace}/{adapter.name}@v{version.number}"
             return LineageNode(digest=digest, ref=ref, kind="adapter", base=base.digest, recipe=recipe), version
-    data = session.exec(
-        select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == digest)
-    ).all()
+    data = session.exec(select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == digest)).all()
     for row, dataset in data:
         if caller.can("read", dataset.namespace):
             ref = f"{dataset.namespace}/{dataset.name}@v{row.number}"
             return LineageNode(digest=digest, ref=ref, kind=dataset.kind, base=None, recipe=None), None
     return LineageNode(digest=digest, ref=None, kind="unknown", base=None, recipe=None), None
-

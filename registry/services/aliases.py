@@ -4,12 +4,11 @@ An alias that the adapter's policy gates moves only with a passing verdict on th
 (`registry.services.gates`), or by force of an admin, on record.
 """
 
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, col, select, update
+from sqlmodel import Session, select
 
 from registry.core.errors import (
     AliasMoved,
@@ -21,13 +20,23 @@ from registry.core.errors import (
 from registry.core.gate import Verdict, Zone
 from registry.core.names import SeriesName, check_name
 from registry.core.policy import Evidence, Policy
-from registry.db import queries
 from registry.db.models import Adapter, Alias, AliasMove, Base, Version
+from registry.storage.base import BlobStore
 
+from . import bases, gates, policies
+from .gates import Lacking, Scored
+from .references import nearest
 from .tokens import Caller
 
 ANY = -1
 """Expected generation of a move that takes whatever is there."""
+_REASON = 2000
+
+
+def locked(session: Session, adapter: Adapter, base: Base, alias: str) -> Alias | None:
+    """The alias as it is now, held until the end of the transaction: what is judged against it stays true."""
+    query = select(Alias).where(Alias.adapter_id == adapter.id, Alias.base_id == base.id, Alias.name == alias)
+    return session.exec(query.with_for_update().execution_options(populate_existing=True)).first()
 
 
 def move(
@@ -51,12 +60,10 @@ def move(
     """
     assert adapter.id is not None and base.id is not None and version.id is not None
     check_name(alias, "alias")
-    row = queries.alias_row(session, adapter.id, base.id, alias)
-    generation = row.generation if row else 0
+    row = locked(session, adapter, base, alias)
     if row is not None and row.version_id == version.id:
         return row
-    if expected not in (ANY, generation):
-        raise _moved(session, adapter, alias, row)
+    _expect(session, adapter, alias, row, expected)
     before = row.version_id if row else None
     if row is None:
         row = Alias(adapter_id=adapter.id, base_id=base.id, name=alias, version_id=version.id, generation=1)
@@ -64,27 +71,21 @@ def move(
             with session.begin_nested():
                 session.add(row)
         except IntegrityError as error:  # two made it at once
-            raise _moved(session, adapter, alias, queries.alias_row(session, adapter.id, base.id, alias)) from error
+            raise _moved(session, adapter, alias, locked(session, adapter, base, alias)) from error
     else:
-        moved = session.exec(
-            update(Alias)
-            .where(col(Alias.id) == row.id, col(Alias.generation) == generation)
-            .values(version_id=version.id, generation=generation + 1)
-            .execution_options(synchronize_session=False)
-        )
-        session.refresh(row)
-        if moved.rowcount == 0:
-            raise _moved(session, adapter, alias, row)
+        row.version_id = version.id
+        row.generation += 1
+        session.add(row)
     session.add(
         AliasMove(
             adapter_id=adapter.id,
             base_id=base.id,
             name=alias,
-            generation=generation + 1,
+            generation=row.generation,
             from_version_id=before,
             to_version_id=version.id,
             actor=actor,
-            reason=reason,
+            reason=reason[:_REASON],
             verdict=verdict,
             campaign_id=campaign_id,
             at=now,
@@ -96,32 +97,38 @@ def move(
 
 def set_alias(
     session: Session,
+    store: BlobStore,
     caller: Caller,
     *,
     adapter: Adapter,
-    base: Base,
-    alias: str,
     version: Version,
+    alias: str,
     expected: int,
-    policy: Policy,
-    judge: Callable[[], Verdict | str | None],
     force: bool,
     reason: str,
     now: datetime,
 ) -> Alias:
-    """A person's move: gated by the policy where it names the alias, else open to whoever may publish.
+    """A person's move, on the version's base: gated where the policy names the alias, else for whoever may publish.
 
-    ``judge`` gives the verdict on ``version`` on ``base``, a text saying what is missing for one, or None where
-    the policy has no gates. `GateNotPassed`, `EvidenceTooWeak`, `ScopeMissing`.
+    `GateNotPassed`, `EvidenceTooWeak`, `ScopeMissing`, `AliasMoved`. The verdict is against what the alias
+    points to in this very transaction.
     """
-    gated = alias in policy.aliases and bool(policy.gates or policy.evidence)
-    caller.require("promote" if gated else "publish", adapter.namespace)
+    check_name(alias, "alias")
+    base = session.get_one(Base, version.base_id)
+    policy = policies.effective(session, adapter.namespace, adapter.name)
+    gated = _require(caller, adapter, alias, policy)
+    row = locked(session, adapter, base, alias)
+    if row is not None and row.version_id == version.id:
+        return row
+    _expect(session, adapter, alias, row, expected)
     verdict: Verdict | None = None
     if gated and force:
         caller.require("admin", adapter.namespace)
         reason = f"forced: {reason}" if reason else "forced"
     elif gated:
-        verdict = passing_verdict(judge(), adapter, alias, version)
+        serving = Scored(base, session.get_one(Version, row.version_id)) if row else None
+        found = gates.verdict(session, store, policy, candidate=Scored(base, version), serving=serving)
+        verdict = _passing(found, adapter, alias, version)
         require_evidence(policy, adapter, alias, version)
     return move(
         session,
@@ -129,7 +136,7 @@ def set_alias(
         base=base,
         alias=alias,
         version=version,
-        expected=expected,
+        expected=row.generation if row else 0,
         actor=caller.token_id,
         reason=reason,
         now=now,
@@ -137,21 +144,25 @@ def set_alias(
     )
 
 
-def serving(session: Session, adapter: Adapter, base: Base, alias: str, *, other_than: Version) -> Version | None:
-    """What the alias points to on ``base`` now, unless that is ``other_than``."""
-    assert adapter.id is not None and base.id is not None
-    row = queries.alias_row(session, adapter.id, base.id, alias)
-    return None if row is None or row.version_id == other_than.id else session.get(Version, row.version_id)
+def _require(caller: Caller, adapter: Adapter, alias: str, policy: Policy) -> bool:
+    """Whether the policy gates the alias; `ScopeMissing` when the caller may not move it."""
+    gated = alias in policy.aliases and bool(policy.gates or policy.evidence)
+    caller.require("promote" if gated else "publish", adapter.namespace)
+    return gated
 
 
-def passing_verdict(found: Verdict | str | None, adapter: Adapter, alias: str, version: Version) -> Verdict | None:
+def _expect(session: Session, adapter: Adapter, alias: str, row: Alias | None, expected: int) -> None:
+    if expected not in (ANY, row.generation if row else 0):
+        raise _moved(session, adapter, alias, row)
+
+
+def _passing(found: Verdict | Lacking | None, adapter: Adapter, alias: str, version: Version) -> Verdict | None:
     """``found`` when it allows the move; `GateNotPassed` with the deciding criterion, or what is missing."""
-    reason = found if isinstance(found, str) else None if found is None or found.zone is Zone.PASS else found.reason
-    if reason is not None:
-        raise GateNotPassed(
-            alias=alias, name=f"{adapter.namespace}/{adapter.name}", version=f"v{version.number}", reason=reason
-        )
-    return found if isinstance(found, Verdict) else None
+    if found is None or (isinstance(found, Verdict) and found.zone is Zone.PASS):
+        return found
+    raise GateNotPassed(
+        alias=alias, name=f"{adapter.namespace}/{adapter.name}", version=f"v{version.number}", reason=found.reason
+    )
 
 
 def require_evidence(policy: Policy, adapter: Adapter, alias: str, version: Version) -> None:
@@ -171,11 +182,13 @@ def roll_back(
 ) -> Alias:
     """Point the alias to where it pointed before its last move; `NothingToRollBack` when there was none."""
     assert adapter.id is not None and base.id is not None
-    caller.require("promote", adapter.namespace)
+    _require(caller, adapter, alias, policies.effective(session, adapter.namespace, adapter.name))
     name = SeriesName(adapter.namespace, adapter.name)
-    row = queries.alias_row(session, adapter.id, base.id, alias)
+    called = bases.labels(session, [base])[base.id]
+    row = locked(session, adapter, base, alias)
     if row is None:
-        raise AliasNotFound(name=str(name), alias=alias, base=base.digest[:15], nearest="")
+        others = session.exec(select(Alias.name).where(Alias.adapter_id == adapter.id, Alias.base_id == base.id)).all()
+        raise AliasNotFound(name=str(name), alias=alias, base=called, nearest=nearest(alias, others))
     last = session.exec(
         select(AliasMove).where(
             AliasMove.adapter_id == adapter.id,
@@ -186,7 +199,7 @@ def roll_back(
     ).one()
     before = session.get(Version, last.from_version_id) if last.from_version_id else None
     if before is None:
-        raise NothingToRollBack(alias=alias, name=str(name), base=base.digest[:15])
+        raise NothingToRollBack(alias=alias, name=str(name), base=called)
     return move(
         session,
         adapter=adapter,

@@ -218,6 +218,13 @@ def labels(session: Session, bases: Iterable[Base]) -> dict[int, str]:
     }
 
 
+def named(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
+    """base id -> its digest, and what people call it."""
+    rows = session.exec(select(Base).where(col(Base.id).in_(set(ids)))).all()
+    called = labels(session, rows)
+    return {row.id: (row.digest, called[row.id]) for row in rows if row.id is not None}
+
+
 def meant_by(session: Session, name: str | None, revision: str | None) -> list[Base]:
     """The registered bases that a declared name and revision stand for: by their names elsewhere, or by line."""
     if not name:

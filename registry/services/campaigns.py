@@ -11,23 +11,28 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import or_
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, func, select
+from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core import campaign as machine
 from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
 from registry.core.errors import (
+    AliasMoved,
     BadRequest,
+    BaseNotFound,
     CampaignExists,
     CampaignNotFound,
+    EvidenceTooWeak,
     LoractlError,
     MoveNotAllowed,
     ScopeMissing,
 )
+from registry.core.gate import Verdict
 from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.names import SeriesName
 from registry.core.policy import Gate, Policy
-from registry.core.recipes import Tier
 from registry.db import queries
 from registry.db.models import (
     Adapter,
@@ -42,16 +47,22 @@ from registry.db.models import (
     Revision,
     Version,
 )
-from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, UpgradeRequest
+from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, Scope, UpgradeRequest
 from registry.storage.base import BlobStore
 
 from . import aliases, bases, gates, jobs, policies
-from .adapters import base_names, fit_of
-from .gates import Scored
+from .adapters import fit_of
+from .gates import Lacking, Scored, every_gate, suite_of
+from .references import nearest
 from .tokens import EVERYWHERE, Caller
 
 _STEPS_AT_ONCE = 8
 """Actions that need no waiting (a verdict, a promotion, its settling) follow one another in one call."""
+_SCORINGS = 3
+"""How often one thing is scored for a campaign before its differing harnesses are given up."""
+_NEEDED: tuple[Scope, ...] = ("run", "promote")
+"""What a campaign does in a namespace in its creator's name."""
+_ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
 # ── plan ─────────────────────────────────────────────────────────────────────
@@ -61,11 +72,18 @@ def plan(
     session: Session, caller: Caller, request: UpgradeRequest, now: datetime
 ) -> tuple[Campaign, list[CampaignItem]]:
     """What an upgrade would do, as rows that nobody has stored."""
+    for namespace in request.namespaces or ():
+        for scope in _NEEDED:
+            caller.require(scope, namespace)
+    if not all(caller.can_somewhere(scope) for scope in _NEEDED):
+        raise ScopeMissing(scope="promote", namespace=EVERYWHERE, granted="neither run nor promote anywhere")
     line = session.exec(select(Line).where(Line.name == request.line)).first()
+    if line is None or line.id is None:
+        known = queries.line_names(session)
+        raise BaseNotFound(ref=request.line[:100], nearest=nearest(request.line, known))
     new = bases.find(session, request.to)
     old = bases.find(session, request.old) if request.old else _before(session, request.line, new)
-    if line is None or line.id is None or new.id is None or old.id is None:
-        raise BadRequest(problems=f"line '{request.line}' has no revisions; push a base to it first")
+    assert new.id is not None and old.id is not None
     if new.id == old.id:
         raise BadRequest(problems=f"{request.to} is what the line had before: nothing changes")
     campaign = Campaign(
@@ -82,9 +100,7 @@ def plan(
     for adapter, alias in _gated(session, old):
         if request.namespaces is not None and adapter.namespace not in request.namespaces:
             continue
-        if not (caller.can("run", adapter.namespace) and caller.can("promote", adapter.namespace)):
-            if request.namespaces is not None:
-                raise ScopeMissing(scope="promote", namespace=adapter.namespace, granted="not enough there")
+        if not all(caller.can(scope, adapter.namespace) for scope in _NEEDED):
             continue
         assert adapter.id is not None
         item = CampaignItem(
@@ -158,18 +174,27 @@ def _exists(session: Session, campaign: Campaign) -> CampaignExists:
 
 def get(session: Session, caller: Caller, identity: str) -> Campaign:
     """A campaign; `CampaignNotFound`. Its items are shown as far as the caller reads their namespaces."""
-    campaign = session.get(Campaign, identity)
-    if campaign is None or not caller.can_somewhere("read"):
-        raise CampaignNotFound(id=identity)
+    campaign = session.exec(_visible(caller).where(Campaign.id == identity)).first()
+    if campaign is None:
+        raise CampaignNotFound(id=identity[:64])
     return campaign
 
 
-def newest(session: Session, *, line: str | None, limit: int) -> Sequence[Campaign]:
-    """Campaigns, newest first."""
-    query = select(Campaign)
+def newest(session: Session, caller: Caller, *, line: str | None, limit: int) -> Sequence[Campaign]:
+    """Campaigns that the caller may see, newest first."""
+    query = _visible(caller)
     if line is not None:
         query = query.join(Line).where(Line.name == line)
-    return session.exec(query.order_by(col(Campaign.created_at).desc()).limit(limit)).all()
+    return session.exec(query.order_by(col(Campaign.created_at).desc(), col(Campaign.id)).limit(limit)).all()
+
+
+def _visible(caller: Caller) -> SelectOfScalar[Campaign]:
+    """Campaigns of the caller's own, and those with an adapter that the caller may read."""
+    namespaces = caller.readable()
+    if namespaces is None:
+        return select(Campaign)
+    items = select(CampaignItem.campaign_id).join(Adapter).where(col(Adapter.namespace).in_(namespaces))
+    return select(Campaign).where(or_(col(Campaign.created_by) == caller.token_id, col(Campaign.id).in_(items)))
 
 
 def start(session: Session, caller: Caller, identity: str, now: datetime) -> Campaign:
@@ -191,18 +216,22 @@ def abort(session: Session, caller: Caller, identity: str, reason: str, now: dat
         return campaign
     campaign.state = CAMPAIGN.after("abort", campaign.state, identity)
     campaign.finished_at, campaign.reason = now, reason or "by hand"
-    for item in _items(session, campaign):
+    for item in _items(session, campaign, lock=True):
         if not State(item.state).final:
             item.state, item.reason, item.changed_at = State.ABORTED, f"ended by hand: {campaign.reason}", now
             item.revision += 1
             session.add(item)
-    _cancel_jobs(session, campaign, None, now)
+    query = select(Job).where(Job.campaign_id == campaign.id, col(Job.state).in_(_ACTIVE))
+    for job in session.exec(query.order_by(col(Job.id))).all():
+        jobs.cancel(session, _actor(campaign), job.id, now)
     session.add(campaign)
     return campaign
 
 
-def approve(session: Session, caller: Caller, identity: str, adapter: str, alias: str, now: datetime) -> Campaign:
-    """Say yes to an adapter whose policy asks."""
+def approve(
+    session: Session, caller: Caller, identity: str, adapter: str, alias: str, now: datetime, *, approved: bool = True
+) -> Campaign:
+    """Say yes or no to an adapter whose policy asks."""
     campaign = get(session, caller, identity)
     series = SeriesName.parse(adapter)
     caller.require("promote", series.namespace)
@@ -218,7 +247,7 @@ def approve(session: Session, caller: Caller, identity: str, adapter: str, alias
     if item.state != State.WAITING:
         raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=State.WAITING)
     facts = Facts.model_validate(item.facts)
-    item.facts = facts.model_copy(update={"approved": True, "decided_by": caller.name}).model_dump(mode="json")
+    item.facts = facts.model_copy(update={"approved": approved, "decided_by": caller.name}).model_dump(mode="json")
     item.revision += 1
     item.changed_at = now
     session.add(item)
@@ -227,24 +256,20 @@ def approve(session: Session, caller: Caller, identity: str, adapter: str, alias
 
 def _locked(session: Session, caller: Caller, identity: str) -> Campaign:
     get(session, caller, identity)
-    campaign = session.exec(select(Campaign).where(Campaign.id == identity).with_for_update()).one()
+    query = select(Campaign).where(Campaign.id == identity).with_for_update()
+    campaign = session.exec(query.execution_options(populate_existing=True)).one()
     if campaign.created_by != caller.token_id:
-        for namespace in {session.get_one(Adapter, item.adapter_id).namespace for item in _items(session, campaign)}:
+        query_ = select(Adapter.namespace).join(CampaignItem).where(CampaignItem.campaign_id == identity)
+        for namespace in sorted(set(session.exec(query_))) or [EVERYWHERE]:
             caller.require("promote", namespace)
     return campaign
 
 
-def _items(session: Session, campaign: Campaign) -> Sequence[CampaignItem]:
+def _items(session: Session, campaign: Campaign, *, lock: bool = False) -> Sequence[CampaignItem]:
     query = select(CampaignItem).where(CampaignItem.campaign_id == campaign.id).order_by(col(CampaignItem.id))
+    if lock:
+        query = query.with_for_update().execution_options(populate_existing=True)
     return session.exec(query).all()
-
-
-def _cancel_jobs(session: Session, campaign: Campaign, adapter: str | None, now: datetime) -> None:
-    states = (JobState.QUEUED, JobState.RUNNING)
-    query = select(Job).where(Job.campaign_id == campaign.id, col(Job.state).in_(states))
-    for job in session.exec(query):
-        if adapter is None or job.output.get("adapter") == adapter:
-            jobs.cancel(session, _actor(campaign), job.id, now)
 
 
 # ── running ──────────────────────────────────────────────────────────────────
@@ -276,13 +301,15 @@ def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set
     """Bring one item as far as it goes without waiting; queues that got work."""
     item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
     campaign = session.get_one(Campaign, item.campaign_id)
-    if campaign.state != CampaignState.RUNNING:
+    if campaign.state != CampaignState.RUNNING or State(item.state).final:
         return set()
     before = (item.state, item.facts, item.reason)
     work = _Work(session, store, campaign, item, now)
     for _ in range(_STEPS_AT_ONCE):
         if not work.once():
             break
+    if State(item.state).final:
+        work.cancel_own()
     if (item.state, item.facts, item.reason) != before:
         item.revision += 1
         item.changed_at = now
@@ -303,48 +330,73 @@ class _Work:
 
     def once(self) -> bool:
         """Take one step; whether another may follow at once."""
-        if State(self.item.state).final:
-            return False
         facts = _facts(self.session, self.campaign, self.item, Facts.model_validate(self.item.facts))
         step = machine.next_actions(State(self.item.state), facts)
-        self.item.state, self.item.reason = step.state, step.reason or self.item.reason
+        self.item.state, self.item.reason = step.state, step.reason
         follow = False
         for action in step.actions:
             facts, again = self._do(action, facts)
             follow = follow or again
         self.item.facts = facts.model_dump(mode="json")
-        return follow
+        return follow and not State(self.item.state).final
+
+    def cancel_own(self) -> None:
+        """Cancel jobs that run for this item alone; what another adapter waits for goes on."""
+        facts = Facts.model_validate(self.item.facts)
+        mine = _things(facts)
+        others = [
+            Facts.model_validate(item.facts)
+            for item in _items(self.session, self.campaign)
+            if item.id != self.item.id and not State(item.state).final
+        ]
+        shared = {thing for other in others for thing in _things(other)}
+        made = {tier.produce.id for tier in facts.tiers} - {t.produce.id for other in others for t in other.tiers}
+        query = select(Job).where(Job.campaign_id == self.campaign.id, col(Job.state).in_(_ACTIVE))
+        for job in self.session.exec(query.order_by(col(Job.id))).all():
+            scored = set(job.recipe.get("adapters", ())) if job.kind == "evaluate" else set()
+            alone = scored <= mine - shared and not (others and job.recipe.get("bare"))
+            if job.id in made or (job.kind == "evaluate" and alone):
+                jobs.cancel(self.session, _actor(self.campaign), job.id, self.now)
 
     def _do(self, action: machine.Action, facts: Facts) -> tuple[Facts, bool]:
         match action:
             case machine.Produce():
                 return self._produce(action, facts), False
             case machine.EvaluateServing():
-                return self._evaluate(facts, self.old, action.version), False
+                self._evaluate(facts, self.old, action.version)
             case machine.EvaluateBareOld():
-                return self._evaluate(facts, self.old, None), False
+                self._evaluate(facts, self.old, None)
             case machine.EvaluateBare():
-                return facts, False  # scored together with the first candidate: the base is loaded once
+                if not self._candidate_comes(facts):  # else scored together with it: the base is loaded once
+                    self._evaluate(facts, self.new, None)
             case machine.EvaluateCandidate():
-                return self._evaluate(facts, self.new, action.version), False
+                self._evaluate(facts, self.new, action.version)
             case machine.Judge():
                 return self._judge(action, facts)
             case machine.Promote():
                 return self._promote(action, facts)
             case machine.Replan():
-                version = queries.version_by_digest(self.session, self.item.adapter_id, action.serving)
-                assert version is not None and version.id is not None
-                self.item.serving_id = version.id
+                self.cancel_own()
+                self.item.serving_id = self._version(action.serving).id or 0
                 return facts.replanned(), True
             case machine.Settle():
-                version = queries.version_by_digest(self.session, self.item.adapter_id, action.version)
-                self.item.final_id = version.id if version else None
-                return facts, False
-            case machine.Abort():
-                _cancel_jobs(self.session, self.campaign, facts.adapter, self.now)
-                return facts, False
-            case _:
-                return facts, False
+                self.item.final_id = self._version(action.version).id
+            case _:  # Wait, WaitForApproval, Freeze, Retire, Fail, Abort: the state says it all
+                pass
+        return facts, False
+
+    def _version(self, digest: str) -> Version:
+        found = queries.version_by_digest(self.session, self.item.adapter_id, digest)
+        assert found is not None
+        return found
+
+    def _candidate_comes(self, facts: Facts) -> bool:
+        """Whether a candidate is being made, or is made and not asked to be scored."""
+        return any(
+            mine.verdict is None and not mine.produce.lost and mine.evaluate.job is None
+            and (mine.produce.job in _ACTIVE or mine.produce.done)
+            for mine in facts.tiers
+        ) or not facts.tiers  # fmt: skip
 
     def _produce(self, action: machine.Produce, facts: Facts) -> Facts:
         assert facts.policy is not None
@@ -355,85 +407,105 @@ class _Work:
             "base": self.new.digest,
         }
         if action.tier != "carry":
-            recipe["suite"] = policies.suite_of(self.session, None, facts.policy.gates[0]).digest
-        message = f"{action.tier} to {base_names(self.session, [self.campaign.new_id])[self.campaign.new_id][1]}"
+            recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
+        message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
         output = Output(adapter=facts.adapter, message=f"{message}, campaign {self.campaign.id}")
-        progress = self._ask(recipe, output)
+        try:
+            progress = self._ask(recipe, output)
+        except LoractlError as error:  # it cannot even be planned: the next tier
+            progress = Progress(job=JobState.FAILED, error=error.message)
         return facts.with_tier(facts.tier(action.tier).model_copy(update={"produce": progress}))
 
-    def _evaluate(self, facts: Facts, base: Base, version: str | None) -> Facts:
+    def _evaluate(self, facts: Facts, base: Base, version: str | None) -> None:
         """Ask for what has no evaluation yet, the bare base in the same job."""
         for suite in _suites(self.session, facts.policy):
             evaluated = _scored_by(self.session, self.campaign, base, suite)
             wanted = [version] if version and version not in evaluated else []
             bare = None not in evaluated
             if wanted or (bare and version is None):
-                self._ask(
-                    {"kind": "evaluate", "base": base.digest, "suite": suite.digest, "adapters": wanted, "bare": bare},
-                    Output(),
-                )
-        return facts
+                self._score(base, suite, wanted, bare=bare)
+
+    def _score(self, base: Base, suite: DatasetVersion, named: list[str], *, bare: bool, fresh: bool = False) -> None:
+        recipe = {"kind": "evaluate", "base": base.digest, "suite": suite.digest, "adapters": named, "bare": bare}
+        try:
+            self._ask(recipe, Output(), fresh=fresh)
+        except LoractlError as error:
+            self.item.state, self.item.reason = State.FAILED, f"it cannot be evaluated: {error.message}"
 
     def _ask(self, recipe: dict[str, Any], output: Output, *, fresh: bool = False) -> Progress:
         request = JobRequest(
             recipe=recipe, output=output, queue=self.campaign.queue, namespace=self.adapter.namespace, fresh=fresh
         )
-        try:
-            with self.session.begin_nested():
-                job, reused = jobs.submit(
-                    self.session, _actor(self.campaign), request, self.now, campaign_id=self.campaign.id
-                )
-        except LoractlError as error:
-            return Progress(job=JobState.FAILED, error=error.message)
+        with self.session.begin_nested():
+            job, reused = jobs.submit(
+                self.session, _actor(self.campaign), request, self.now, campaign_id=self.campaign.id
+            )
         self.asked = self.asked or not reused
         return Progress(job=JobState(job.state), id=job.id)
 
     def _judge(self, action: machine.Judge, facts: Facts) -> tuple[Facts, bool]:
         assert facts.policy is not None
         mine = facts.tier(action.tier)
-        candidate = queries.version_by_digest(self.session, self.item.adapter_id, str(mine.version))
-        serving = self.session.get_one(Version, self.item.serving_id)
         found = gates.verdict(
             self.session,
             self.store,
             facts.policy,
-            candidate=Scored(self.new, candidate),
-            serving=Scored(self.old, serving),
+            candidate=Scored(self.new, self._version(str(mine.version))),
+            serving=Scored(self.old, self.session.get_one(Version, self.item.serving_id)),
             alpha=action.alpha,
         )
-        if isinstance(found, str) or found is None:  # old records of another harness: score the reference again
-            for suite in _suites(self.session, facts.policy):
-                recipe = {
-                    "kind": "evaluate",
-                    "base": self.old.digest,
-                    "suite": suite.digest,
-                    "adapters": [serving.digest],
-                }
-                self._ask(recipe, Output(), fresh=True)
-            self.item.reason = str(found)
+        if isinstance(found, Verdict):
+            return facts.with_tier(mine.model_copy(update={"verdict": found})), True
+        assert found is not None  # without gates the machine froze it
+        if found.evaluations and all(self._tried(*pair) < _SCORINGS for pair in found.evaluations):
+            self._score_again(found)
             return facts, False
-        return facts.with_tier(mine.model_copy(update={"verdict": found})), True
+        lost = Progress(job=JobState.FAILED, error=found.reason)
+        closed = Progress(job=JobState.SUCCEEDED)
+        return facts.with_tier(mine.model_copy(update={"produce": closed, "evaluate": lost})), True
+
+    def _score_again(self, found: Lacking) -> None:
+        """Old records are of another harness than the candidate's: score them anew."""
+        for scored, suite in found.evaluations:
+            named = [scored.digest] if scored.digest else []
+            self._score(scored.base, suite, named, bare=not named, fresh=True)
+        self.item.reason = found.reason
+
+    def _tried(self, scored: Scored, suite: DatasetVersion) -> int:
+        done = [job for job in _scoring(self.session, self.campaign, scored.base, suite) if job.state not in _ACTIVE]
+        return sum(scored.digest in job.recipe["adapters"] if scored.digest else job.recipe["bare"] for job in done)
 
     def _promote(self, action: machine.Promote, facts: Facts) -> tuple[Facts, bool]:
         assert facts.policy is not None
-        version = queries.version_by_digest(self.session, self.item.adapter_id, action.version)
-        assert version is not None
-        verdict = facts.tier(action.tier).verdict
-        aliases.require_evidence(facts.policy, self.adapter, action.alias, version)
-        aliases.move(
-            self.session,
-            adapter=self.adapter,
-            base=self.new,
-            alias=action.alias,
-            version=version,
-            expected=action.expected,
-            actor=self.campaign.created_by,
-            reason=f"{action.tier} passed the gate",
-            now=self.now,
-            verdict=verdict.model_dump(mode="json") if verdict else None,
-            campaign_id=self.campaign.id,
-        )
+        before = aliases.locked(self.session, self.adapter, self.old, action.alias)
+        if before is None or before.version_id != self._version(action.serving).id:
+            return facts, True  # it moved since the facts were read: read them again
+        version, verdict = self._version(action.version), facts.tier(action.tier).verdict
+        try:
+            aliases.require_evidence(facts.policy, self.adapter, action.alias, version)
+            aliases.move(
+                self.session,
+                adapter=self.adapter,
+                base=self.new,
+                alias=action.alias,
+                version=version,
+                expected=action.expected,
+                actor=self.campaign.created_by,
+                reason=f"{action.tier} passed the gate",
+                now=self.now,
+                verdict=verdict.model_dump(mode="json") if verdict else None,
+                campaign_id=self.campaign.id,
+            )
+        except AliasMoved:
+            return facts, True
+        except EvidenceTooWeak as error:
+            self.item.state, self.item.reason = State.FROZEN, error.message
         return facts, True
+
+
+def _things(facts: Facts) -> set[str]:
+    """Versions that are scored for an item."""
+    return {facts.serving, *(mine.version for mine in facts.tiers if mine.version)}
 
 
 def _actor(campaign: Campaign) -> Caller:
@@ -486,7 +558,7 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
         new_weights=new.weights == "full",
         recipe=training is not None,
         datasets=training is not None and _all_there(session, training.datasets),
-        suites=tuple(_suite_facts(session, gate) for gate in _gates(policy)),
+        suites=tuple(_suite_facts(session, gate) for gate in every_gate(policy)),
         superseded_by=_superseded(session, campaign),
         trained_steps=int(made.result.get("steps", 0)) if made and made.result else None,
         trained_seconds=float(made.result.get("seconds", 0.0)) if made and made.result else None,
@@ -501,6 +573,9 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
             "serving_scores": _progress(session, campaign, old, serving.digest, suites),
             "bare_scores": _progress(session, campaign, new, None, suites),
             "bare_old_scores": _progress(session, campaign, old, None, suites),
+            "reference_seconds": _scoring_seconds(session, old, serving.digest)
+            + _scoring_seconds(session, old, None)
+            + _scoring_seconds(session, new, None),
             "tiers": tuple(_tier_facts(session, campaign, item, new, mine, suites) for mine in known.tiers)
             if known
             else (),
@@ -523,22 +598,18 @@ def _original(session: Session, version: Version) -> Version:
     return version
 
 
-def _gates(policy: Policy) -> tuple[Gate, ...]:
-    return (*policy.gates, *((policy.guard,) if policy.guard else ()))
-
-
 def _suite_facts(session: Session, gate: Gate) -> SuiteFacts:
     try:
-        return SuiteFacts(suite=gate.suite, gate_n=policies.suite_of(session, None, gate).gate_rows)
+        return SuiteFacts(suite=gate.suite, gate_n=suite_of(session, gate).gate_rows)
     except LoractlError:
         return SuiteFacts(suite=gate.suite, gate_n=None)
 
 
 def _suites(session: Session, policy: Policy | None) -> list[DatasetVersion]:
     found: dict[int | None, DatasetVersion] = {}
-    for gate in _gates(policy) if policy else ():
+    for gate in every_gate(policy) if policy else ():
         try:
-            suite = policies.suite_of(session, None, gate)
+            suite = suite_of(session, gate)
         except LoractlError:
             continue
         found[suite.id] = suite
@@ -565,7 +636,7 @@ def _scored_by(session: Session, campaign: Campaign, base: Base, suite: DatasetV
     rows = session.exec(query.where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id))
     found: set[str | None] = {digest if version_id is not None else None for version_id, digest in rows}
     for job in _scoring(session, campaign, base, suite):
-        if job.state in (JobState.QUEUED, JobState.RUNNING):
+        if job.state in _ACTIVE:
             found |= set(job.recipe["adapters"]) | ({None} if job.recipe["bare"] else set())
     return found
 
@@ -579,35 +650,27 @@ def _scoring(session: Session, campaign: Campaign, base: Base, suite: DatasetVer
 def _progress(
     session: Session, campaign: Campaign, base: Base, digest: str | None, suites: Sequence[DatasetVersion]
 ) -> Progress:
-    """How far the scoring of a version (None: the bare base) is, on all suites together."""
-    worst = Progress(job=JobState.SUCCEEDED)
+    """How far the scoring of a version (None: the bare base) is, on all suites together.
+
+    The bare base is lost only when a job of its own failed: one that failed on an adapter says nothing of it.
+    """
+    found = Progress(job=JobState.SUCCEEDED)
     for suite in suites:
-        pending = [
+        assert base.id is not None and suite.id is not None
+        if queries.newest_evaluation(session, base_id=base.id, digest=digest, suite_id=suite.id) is not None:
+            continue
+        found = Progress()
+        mine = [
             job
             for job in _scoring(session, campaign, base, suite)
             if (digest in job.recipe["adapters"] if digest else job.recipe["bare"])
         ]
-        last = pending[-1] if pending else None
-        if last is not None and last.state in (JobState.QUEUED, JobState.RUNNING):
-            return Progress(job=JobState(last.state), id=last.id)
-        if _is_scored(session, base, digest, suite):
+        if not mine or mine[-1].state == JobState.SUCCEEDED:
             continue
-        if last is None:
-            worst = Progress()
-        elif last.state == JobState.SUCCEEDED:
-            worst = Progress()  # it scored an equal digest before this version's row was there
-        else:
+        last = mine[-1]
+        if last.state in _ACTIVE or digest or not last.recipe["adapters"]:
             return Progress(job=JobState(last.state), id=last.id, error=str((last.error or {}).get("detail", "")))
-    return worst
-
-
-def _is_scored(session: Session, base: Base, digest: str | None, suite: DatasetVersion) -> bool:
-    query = select(Evaluation.id).where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id)
-    if digest is None:
-        query = query.where(col(Evaluation.version_id).is_(None))
-    else:
-        query = query.join(Version, col(Version.id) == Evaluation.version_id).where(Version.digest == digest)
-    return session.exec(query.limit(1)).first() is not None
+    return found
 
 
 def _tier_facts(
@@ -628,7 +691,7 @@ def _tier_facts(
     digest = str(made[0]["digest"])
     version = queries.version_by_digest(session, item.adapter_id, digest)
     evaluate = _progress(session, campaign, new, digest, suites)
-    seconds = float((job.result or {}).get("seconds", 0.0)) + _scoring_seconds(session, new, version)
+    seconds = float((job.result or {}).get("seconds", 0.0)) + _scoring_seconds(session, new, digest)
     return mine.model_copy(
         update={
             "produce": produce,
@@ -641,11 +704,13 @@ def _tier_facts(
     )
 
 
-def _scoring_seconds(session: Session, base: Base, version: Version | None) -> float:
-    query = select(Evaluation.seconds).where(
-        Evaluation.base_id == base.id, Evaluation.version_id == (version.id if version else None)
-    )
-    return float(sum(session.exec(query)))
+def _scoring_seconds(session: Session, base: Base, digest: str | None) -> float:
+    query = select(func.sum(Evaluation.seconds)).where(Evaluation.base_id == base.id)
+    if digest is None:
+        query = query.where(col(Evaluation.version_id).is_(None))
+    else:
+        query = query.where(col(Evaluation.version_id).in_(select(Version.id).where(Version.digest == digest)))
+    return float(session.exec(query).one() or 0.0)
 
 
 # ── show ─────────────────────────────────────────────────────────────────────
@@ -655,7 +720,7 @@ def info(
     session: Session, caller: Caller, campaign: Campaign, items: Sequence[CampaignItem] | None = None
 ) -> CampaignInfo:
     """A campaign in the words of the wire; items of namespaces that the caller may not read are left out."""
-    names = base_names(session, [campaign.old_id, campaign.new_id])
+    names = bases.named(session, [campaign.old_id, campaign.new_id])
     rows = _items(session, campaign) if items is None else items
     shown = [(row, session.get_one(Adapter, row.adapter_id)) for row in rows]
     return CampaignInfo(
@@ -668,7 +733,7 @@ def info(
         state=campaign.state,
         reason=campaign.reason,
         items=[
-            _item_info(session, campaign, row, adapter)
+            _item_info(session, campaign, row)
             for row, adapter in shown
             if caller.can("read", adapter.namespace)
         ],
@@ -679,7 +744,7 @@ def info(
     )
 
 
-def _item_info(session: Session, campaign: Campaign, item: CampaignItem, adapter: Adapter) -> CampaignItemInfo:
+def _item_info(session: Session, campaign: Campaign, item: CampaignItem) -> CampaignItemInfo:
     facts = Facts.model_validate(item.facts)
     final = session.get(Version, item.final_id) if item.final_id else None
     serving = session.get_one(Version, item.serving_id)
@@ -695,7 +760,7 @@ def _item_info(session: Session, campaign: Campaign, item: CampaignItem, adapter
         final=f"v{final.number}" if final else None,
         reason=item.reason,
         plan={**machine.plan_line(facts).model_dump(mode="json"), "route": machine.plan_line(facts).route},
-        scores=_scores(session, campaign, item, facts, adapter, final),
+        scores=_scores(session, campaign, facts, final),
         cost={
             "tiers": {mine.tier: {"steps": mine.steps, "seconds": round(mine.seconds, 2)} for mine in facts.tiers},
             **spent.model_dump(mode="json"),
@@ -705,9 +770,7 @@ def _item_info(session: Session, campaign: Campaign, item: CampaignItem, adapter
     )
 
 
-def _scores(
-    session: Session, campaign: Campaign, item: CampaignItem, facts: Facts, adapter: Adapter, final: Version | None
-) -> dict[str, Any]:
+def _scores(session: Session, campaign: Campaign, facts: Facts, final: Version | None) -> dict[str, Any]:
     if facts.policy is None or not facts.policy.gates:
         return {}
     gate = facts.policy.gates[0]
@@ -716,21 +779,17 @@ def _scores(
         return {}
     suite_id = suites[0].id
 
-    def mean(base_id: int, version_id: int | None) -> float | None:
+    def mean(base_id: int, digest: str | None) -> float | None:
         assert suite_id is not None
-        row = queries.newest_evaluation(session, base_id=base_id, version_id=version_id, suite_id=suite_id)
+        row = queries.newest_evaluation(session, base_id=base_id, digest=digest, suite_id=suite_id)
         return row.summary.get(gate.metric, {}).get("gate", {}).get("mean") if row else None
 
-    made: dict[Tier, int | None] = {}
-    for mine in facts.tiers:
-        version = queries.version_by_digest(session, adapter.id or 0, mine.version) if mine.version else None
-        made[mine.tier] = version.id if version else None
     return {
         "metric": gate.metric,
         "suite": gate.suite,
-        "serving_old": mean(campaign.old_id, item.serving_id),
+        "serving_old": mean(campaign.old_id, facts.serving),
         "bare_old": mean(campaign.old_id, None),
         "bare_new": mean(campaign.new_id, None),
-        **{tier: mean(campaign.new_id, version_id) for tier, version_id in made.items() if version_id},
-        "final": mean(campaign.new_id, final.id) if final else None,
+        **{mine.tier: mean(campaign.new_id, mine.version) for mine in facts.tiers if mine.version},
+        "final": mean(campaign.new_id, final.digest) if final else None,
     }

@@ -9,6 +9,7 @@ from datetime import datetime
 from sqlmodel import Session, col, select
 
 from registry.core.digest import Digest
+from registry.core.gate import Verdict
 from registry.core.policy import Evidence
 from registry.core.records import Record, summary
 from registry.db import queries
@@ -34,7 +35,10 @@ def record(
     seconds: float,
     now: datetime,
 ) -> Evaluation:
-    """A new evaluation; a merely declared binding becomes behavioural when the version is shown to add value."""
+    """A new evaluation; a merely declared binding becomes behavioural when the version is shown to add value.
+
+    That takes the records of the version and of its bare base, in whichever order they come.
+    """
     assert base.id is not None and suite.id is not None
     row = Evaluation(
         base_id=base.id,
@@ -49,8 +53,14 @@ def record(
     )
     session.add(row)
     session.flush()
-    if version is not None and version.evidence == Evidence.DECLARED and version.base_id == base.id:
-        _strengthen(session, store, base, version)
+    declared = select(Version).where(Version.base_id == base.id, Version.evidence == Evidence.DECLARED)
+    if version is not None:
+        declared = declared.where(Version.id == version.id)
+    else:
+        scored = select(Evaluation.version_id).where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id)
+        declared = declared.where(col(Version.id).in_(scored))
+    for waiting in session.exec(declared).all():
+        _strengthen(session, store, base, waiting)
     return row
 
 
@@ -58,9 +68,10 @@ def _strengthen(session: Session, store: BlobStore, base: Base, version: Version
     adapter = session.get_one(Adapter, version.adapter_id)
     policy = effective(session, adapter.namespace, adapter.name)
     found = verdict(session, store, policy, candidate=Scored(base, version), serving=None)
-    if found is not None and not isinstance(found, str) and found.adds_value:
+    if isinstance(found, Verdict) and found.adds_value:
+        shown = next(str(criterion) for criterion in found.criteria if criterion.name == "adds-value")
         version.evidence = Evidence.BEHAVIOURAL
-        version.binding = {**version.binding, "behavioural": found.reason}
+        version.binding = {**version.binding, "behavioural": shown}
         session.add(version)
 
 

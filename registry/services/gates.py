@@ -1,8 +1,9 @@
 """From stored evaluations to a verdict: the records of candidate, serving version and bare base, judged.
 
-Only evaluations made by a claimed job are stored, so only they count. The serving version's old records
-are used as they are when suite and harness are the same; where something is missing the answer is a text
-that names it with the command that supplies it, never a guess.
+Only evaluations made by a claimed job are stored, so only they count. An evaluation belongs to content (a
+version's digest, a base, a suite), whoever asked for it; old records are used as they are when suite and
+harness are those of the candidate's. Where something is missing the answer names it with the command that
+supplies it, never a guess.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from sqlmodel import Session
 
 from registry.core import gate as gates
+from registry.core.digest import Digest
+from registry.core.errors import DatasetNotFound, GateIncomplete, ItemsDiffer
 from registry.core.policy import Gate, Policy
 from registry.core.records import Record, parse_records
 from registry.db import queries
@@ -17,7 +20,7 @@ from registry.db.models import Base, DatasetVersion, Evaluation, Version
 from registry.storage.base import BlobStore
 
 from .blobs import blob_key
-from .policies import suite_of
+from .references import find_dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +30,32 @@ class Scored:
     base: Base
     version: Version | None
 
+    @property
+    def digest(self) -> str | None:
+        """The version's digest; None of the bare base."""
+        return self.version.digest if self.version else None
+
     def __str__(self) -> str:
-        return f"v{self.version.number} on {self.base.digest[:15]}" if self.version else f"bare {self.base.digest[:15]}"
+        base = Digest.parse(self.base.digest).short
+        return f"v{self.version.number} on {base}" if self.version else f"the bare base {base}"
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """An evaluation that a verdict needs and nobody has made."""
+class Lacking:
+    """Why there can be no verdict, and the evaluations that would give one."""
 
-    scored: Scored
-    suite: DatasetVersion
-    gate: Gate
-
-    def __str__(self) -> str:
-        return f"{self.scored} has no evaluation on {self.gate.suite}"
+    reason: str
+    evaluations: tuple[tuple[Scored, DatasetVersion], ...] = ()
 
 
-def missing(session: Session, wanted: list[Scored], policy: Policy) -> list[Missing]:
-    """Which of ``wanted`` have no evaluation on which suite of the policy."""
-    found = []
-    for gate in (*policy.gates, *((policy.guard,) if policy.guard else ())):
-        suite = suite_of(session, None, gate)
-        found += [Missing(s, suite, gate) for s in wanted if _evaluation(session, s, suite) is None]
-    return found
+def every_gate(policy: Policy) -> tuple[Gate, ...]:
+    """The policy's gates, and its guard."""
+    return (*policy.gates, *((policy.guard,) if policy.guard else ()))
+
+
+def suite_of(session: Session, gate: Gate) -> DatasetVersion:
+    """The suite version that a gate means: the newest where its reference names none; `DatasetNotFound`."""
+    return find_dataset(session, None, "suite", gate.suite)
 
 
 def verdict(
@@ -60,78 +66,86 @@ def verdict(
     candidate: Scored,
     serving: Scored | None,
     alpha: float | None = None,
-) -> gates.Verdict | str | None:
-    """The verdict on ``candidate``; a text when an evaluation is missing; None where the policy has no gates.
+) -> gates.Verdict | Lacking | None:
+    """The verdict on ``candidate``, or what it lacks; None where the policy has no gates.
 
     ``serving`` may be on another base: what a rebase must not be worse than. ``alpha`` is what this
     decision may spend; the policy's without it.
     """
     if not policy.gates:
         return None
-    wanted = [candidate, Scored(candidate.base, None)]
-    if serving is not None:
-        wanted.append(serving)
-        if any(gate.margin.of_gain for gate in policy.gates):
-            wanted.append(Scored(serving.base, None))
-    lacking = missing(session, wanted, policy)
-    if lacking:
-        return "; ".join(sorted({str(item) for item in lacking})) + ". Run: loractl evaluate"
-    verdicts = []
-    for gate in policy.gates:
-        suite = suite_of(session, None, gate)
-        read = _Reader(session, store, suite)
-        own = read(candidate)
-        if serving is not None and read.harness(serving) != read.harness(candidate):
-            return f"{serving} was evaluated by another harness. Run: loractl evaluate"
-        of_gain = serving is not None and gate.margin.of_gain
-        gain = gates.mean_gain(read(serving), read(Scored(serving.base, None)), gate) if serving and of_gain else None
-        guard = None
-        if policy.guard is not None:
-            guarded = _Reader(session, store, suite_of(session, None, policy.guard))
-            guard = (guarded(candidate), guarded(serving or Scored(candidate.base, None)))
-        verdicts.append(
-            gates.judge(
-                own,
-                read(serving) if serving else None,
-                read(Scored(candidate.base, None)),
-                gate=gate,
-                policy=policy,
-                alpha=policy.alpha if alpha is None else alpha,
-                gain=gain,
-                guard=guard,
+    bare = Scored(candidate.base, None)
+    needed = [candidate, bare, *([serving] if serving else [])]
+    if serving is not None and any(gate.margin.of_gain for gate in policy.gates):
+        needed.append(Scored(serving.base, None))
+    try:
+        suites = {gate.suite: suite_of(session, gate) for gate in every_gate(policy)}
+        ledger = _Ledger(session, store, candidate)
+        pairs = [(scored, suite) for suite in suites.values() for scored in needed]
+        if absent := [pair for pair in pairs if not ledger.has(*pair)]:
+            return _lacking(absent, suites)
+        verdicts = []
+        for gate in policy.gates:
+            suite = suites[gate.suite]
+            gain = guard = None
+            if serving is not None and gate.margin.of_gain:
+                gain = gates.mean_gain(ledger.read(serving, suite), ledger.read(needed[-1], suite), gate)
+            first = gate is policy.gates[0]  # the guard is judged once
+            if first and policy.guard is not None:
+                guarded = suites[policy.guard.suite]
+                guard = (ledger.read(candidate, guarded), ledger.read(serving or bare, guarded))
+            verdicts.append(
+                gates.judge(
+                    ledger.read(candidate, suite),
+                    ledger.read(serving, suite) if serving else None,
+                    ledger.read(bare, suite),
+                    gate=gate,
+                    policy=policy if first else policy.model_copy(update={"guard": None}),
+                    alpha=policy.alpha if alpha is None else alpha,
+                    gain=gain,
+                    guard=guard,
+                )
             )
-        )
+    except (DatasetNotFound, GateIncomplete, ItemsDiffer) as error:
+        return Lacking(error.message)
     return gates.together(verdicts)
 
 
-def _evaluation(session: Session, scored: Scored, suite: DatasetVersion) -> Evaluation | None:
-    assert scored.base.id is not None and suite.id is not None
-    return queries.newest_evaluation(
-        session,
-        base_id=scored.base.id,
-        version_id=scored.version.id if scored.version else None,
-        suite_id=suite.id,
-    )
+def _lacking(absent: list[tuple[Scored, DatasetVersion]], suites: dict[str, DatasetVersion]) -> Lacking:
+    called = {suite.id: name for name, suite in suites.items()}
+    told = "; ".join(f"{scored} has no evaluation on {called[suite.id]} in one harness" for scored, suite in absent)
+    return Lacking(f"{told}. Run: loractl evaluate", tuple(absent))
 
 
-class _Reader:
-    """Records of one suite, each blob read once."""
+class _Ledger:
+    """Evaluations in the harness that scored the candidate last; each blob of records is read once."""
 
-    def __init__(self, session: Session, store: BlobStore, suite: DatasetVersion) -> None:
-        self.session, self.store, self.suite = session, store, suite
+    def __init__(self, session: Session, store: BlobStore, candidate: Scored) -> None:
+        self.session, self.store, self.candidate = session, store, candidate
+        self.rows: dict[tuple[int | None, str | None, int | None], Evaluation | None] = {}
         self.known: dict[str, tuple[Record, ...]] = {}
 
-    def __call__(self, scored: Scored) -> tuple[Record, ...]:
-        digest = self._row(scored).records
-        if digest not in self.known:
-            with self.store.open(blob_key(digest)) as reader:
-                self.known[digest] = parse_records(reader.read(0, reader.size))
-        return self.known[digest]
+    def has(self, scored: Scored, suite: DatasetVersion) -> bool:
+        return self._row(scored, suite) is not None
 
-    def harness(self, scored: Scored) -> str:
-        return self._row(scored).harness
+    def read(self, scored: Scored, suite: DatasetVersion) -> tuple[Record, ...]:
+        row = self._row(scored, suite)
+        assert row is not None  # `has` was asked before
+        if row.records not in self.known:
+            with self.store.open(blob_key(row.records)) as reader:
+                self.known[row.records] = parse_records(reader.read(0, reader.size))
+        return self.known[row.records]
 
-    def _row(self, scored: Scored) -> Evaluation:
-        found = _evaluation(self.session, scored, self.suite)
-        assert found is not None  # `missing` was asked before
-        return found
+    def _row(self, scored: Scored, suite: DatasetVersion) -> Evaluation | None:
+        key = (scored.base.id, scored.digest, suite.id)
+        if key not in self.rows:
+            own = None if scored is self.candidate else self._row(self.candidate, suite)
+            assert scored.base.id is not None and suite.id is not None
+            self.rows[key] = queries.newest_evaluation(
+                self.session,
+                base_id=scored.base.id,
+                digest=scored.digest,
+                suite_id=suite.id,
+                harness=own.harness if own else None,
+            )
+        return self.rows[key]

@@ -4,15 +4,17 @@ from datetime import datetime
 
 from sqlmodel import Session
 
-from registry.core.errors import DatasetNotFound, GateImpossible, PolicyNotFound
-from registry.core.gate import smallest_n
-from registry.core.names import Reference, SeriesName, check_name
-from registry.core.policy import Gate, Policy
-from registry.core.recipes import FineTune
+from registry.core.errors import BadRequest, PolicyNotFound
+from registry.core.gate import require_possible
+from registry.core.names import check_name
+from registry.core.policy import Policy
+from registry.core.recipes import FineTune, parse_recipe
 from registry.core.records import CONTINUOUS
 from registry.db import queries
-from registry.db.models import DatasetVersion, StoredPolicy
+from registry.db.models import StoredPolicy
 
+from .gates import every_gate
+from .references import find_dataset
 from .tokens import Caller
 
 
@@ -42,33 +44,31 @@ def put(
 ) -> tuple[StoredPolicy, list[str]]:
     """A new revision, and notes such as the smallest suite that can pass.
 
-    `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass.
+    `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass,
+    `BadRequest` for a guard or a recipe that is none.
     """
-    caller.require("promote", namespace)
     check_name(namespace, "namespace")
     if name:
         check_name(name, "adapter name")
+    caller.require("promote", namespace)
+    for alias in policy.aliases:
+        check_name(alias, "alias")
+    if policy.guard is not None and policy.guard.margin.of_gain:
+        raise BadRequest(problems="guard.margin: a guard has no gain; its margin must be absolute")
+    if policy.recipe is not None:
+        _check_recipe(policy.recipe)
     notes = []
-    for gate in (*policy.gates, *((policy.guard,) if policy.guard else ())):
-        suite = suite_of(session, caller, gate)
-        needed = smallest_n(gate, policy)
-        if needed is None or suite.gate_rows < needed:
-            raise GateImpossible(
-                suite=gate.suite,
-                n=suite.gate_rows,
-                margin=str(gate.margin),
-                needed=needed or "any number of items",
-                name=f"{namespace}/{name}" if name else namespace,
-            )
+    for gate in every_gate(policy):
+        suite = find_dataset(session, caller, "suite", gate.suite)
+        subject = f"{namespace}/{name}" if name else namespace
+        needed = require_possible(gate, policy, n=suite.gate_rows, name=subject)
         kind = "at least" if gate.metric in CONTINUOUS else "without a flip, at least"
         notes.append(f"{gate.suite}: {suite.gate_rows} gate items; {kind} {needed} are needed at margin {gate.margin}")
-    if policy.recipe is not None:
-        FineTune.model_validate_json(policy.recipe)
-    newest = queries.newest_policy(session, namespace, name)
+    before = queries.newest_policy(session, namespace, name)
     row = StoredPolicy(
         namespace=namespace,
         name=name,
-        revision=newest.revision + 1 if newest else 1,
+        revision=before.revision + 1 if before else 1,
         body=policy.model_dump(mode="json"),
         created_by=caller.token_id,
         created_at=now,
@@ -78,15 +78,6 @@ def put(
     return row, notes
 
 
-def suite_of(session: Session, caller: Caller | None, gate: Gate) -> DatasetVersion:
-    """The suite version a gate means: the newest where its reference names none; `DatasetNotFound`."""
-    reference = Reference.parse(gate.suite, "suite")
-    series: SeriesName = reference.series
-    visible = caller is None or caller.can("read", series.namespace)
-    found = queries.dataset_version(
-        session, "suite", series.namespace, series.name, reference.version,
-        str(reference.digest) if reference.digest else None,
-    ) if visible else None
-    if found is None:
-        raise DatasetNotFound(kind="suite", ref=gate.suite, nearest="")
-    return found
+def _check_recipe(text: str) -> None:
+    if not isinstance(parse_recipe(text.encode()), FineTune):
+        raise BadRequest(problems="recipe: expected one of kind 'finetune'")

@@ -34,7 +34,7 @@ def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapte
 def find_version(session: Session, adapter: Adapter, reference: Reference) -> Version:
     """The version that ``@vN`` or a digest names, else the newest; `VersionNotFound`.
 
-    An alias needs a base too: `registry.services.resolve`.
+    An alias needs a base too: `registry.services.adapters.resolve`.
     """
     assert adapter.id is not None
     if reference.version is not None:
@@ -55,18 +55,17 @@ def parse_version(series: SeriesName, text: str) -> Reference:
     return Reference.parse(f"{series}@{text}")
 
 
-def find_dataset(session: Session, caller: Caller, kind: str, text: str) -> DatasetVersion:
-    """The version of a dataset or suite that a reference names, the newest by default; `DatasetNotFound`."""
+def find_dataset(session: Session, caller: Caller | None, kind: str, text: str) -> DatasetVersion:
+    """The version of a dataset or suite that a reference names, the newest by default; `DatasetNotFound`.
+
+    Without a caller the registry itself asks: for what a policy names, whose author could read it.
+    """
     reference = Reference.parse(text, kind)
     series = reference.series
-    row = queries.dataset_version(
-        session,
-        kind,
-        series.namespace,
-        series.name,
-        reference.version,
-        str(reference.digest) if reference.digest else None,
-    )
-    if row is None or not caller.can("read", series.namespace):
-        raise DatasetNotFound(kind=kind, ref=text, nearest="")
+    digest = str(reference.digest) if reference.digest else None
+    row = queries.dataset_version(session, kind, series.namespace, series.name, reference.version, digest)
+    if row is None or (caller is not None and not caller.can("read", series.namespace)):
+        known = queries.dataset_names(session, kind, caller.readable() if caller else None)
+        others = [name for name in known if name != str(series)]
+        raise DatasetNotFound(kind=kind, ref=text[:200], nearest=nearest(str(series), others))
     return row
