@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        cli.main(arguments, prog_name="loractl", standalone_mode=False)
+        status = cli.main(arguments, prog_name="loractl", standalone_mode=False)
         sys.stdout.flush()
     except errors.LoractlError as error:
         _report(error, error.problem(), error.message, error.hint, as_json, debug)
@@ -92,8 +92,6 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         _report(error, _problem("interrupted", "Interrupted.", ""), "Interrupted.", "", as_json, debug)
         return INTERRUPTED
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the flush at exit must not fail
         return 1
@@ -102,7 +100,7 @@ def run(arguments: list[str]) -> int:
         hint = "Repeat with --debug to see where, and report it."
         _report(error, _problem("internal-error", detail, hint), detail, hint, as_json, debug)
         return 1
-    return 0
+    return status if isinstance(status, int) else 0  # what a command left with by click's Exit
 
 
 def exit_code(error: errors.LoractlError) -> int:

@@ -223,8 +223,8 @@ def _gates(plan: dict[str, Any]) -> str:
     return "; ".join(f"{name} ({n} items, {least} needed)" for name, n, least in suites) or "none"
 
 
-def _cost_of_retraining(plan: dict[str, Any]) -> str:
-    steps, seconds = plan.get("retrain_steps"), plan.get("retrain_seconds")
+def _cost_of_retraining(found: dict[str, Any]) -> str:
+    steps, seconds = found.get("retrain_steps"), found.get("retrain_seconds")
     return _cost({"steps": steps, "seconds": seconds}) if steps or seconds else ""
 
 
@@ -233,11 +233,11 @@ SCORES = ["bare_old", "serving_old", "bare_new", "carry", "warm-start", "retrain
 
 def _row(item: "CampaignItemInfo") -> list[object]:
     scores = [number(item.scores[key]) if isinstance(item.scores.get(key), int | float) else "" for key in SCORES]
-    cost = "; ".join(
-        f"{tier}: {_cost(spent)}" for tier, spent in item.cost.items() if isinstance(spent, dict)
-    )
+    tiers = item.cost.get("tiers") or {}
+    cost = "; ".join(f"{tier}: {_cost(spent)}" for tier, spent in tiers.items())
+    retraining = _cost_of_retraining(item.cost)
     return [item.adapter, item.alias, item.state, item.tier, item.serving, item.final, item.scores.get("metric"),
-            *scores, cost, item.reason]  # fmt: skip
+            *scores, cost, retraining, item.reason]  # fmt: skip
 
 
 def _cost(spent: dict[str, Any]) -> str:
@@ -246,7 +246,7 @@ def _cost(spent: dict[str, Any]) -> str:
 
 
 HEADINGS = ["adapter", "alias", "state", "tier", "serving", "final", "metric",
-            *(name.replace("_", " ") for name in SCORES), "cost", "why"]  # fmt: skip
+            *(name.replace("_", " ") for name in SCORES), "cost", "retraining", "why"]  # fmt: skip
 
 
 def _status(info: "CampaignInfo") -> None:

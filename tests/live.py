@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.typing import EventDict
 
 from registry.api.app import create_app
 from registry.api.deps import AppParts
@@ -76,6 +78,7 @@ def registry(folder: Path, **changes: Any) -> Iterator[Live]:
         return _counting(create_app(parts), made[0].seen)
 
     stop = threading.Event()
+    structlog.configure(processors=[_say_nothing])  # stdout belongs to the commands under test
     with servers.served(make_app):
         thread = threading.Thread(target=daemons.run, args=(made[0].parts, stop), name="daemons")
         thread.start()
@@ -84,6 +87,11 @@ def registry(folder: Path, **changes: Any) -> Iterator[Live]:
         finally:
             stop.set()
             thread.join()
+            structlog.reset_defaults()
+
+
+def _say_nothing(*_: object) -> EventDict:
+    raise structlog.DropEvent
 
 
 def _counting(app: ASGIApp, seen: list[Seen]) -> ASGIApp:

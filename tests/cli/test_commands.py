@@ -1,0 +1,315 @@
+"""The commands against a real registry: what is typed, what comes out, on stdout one document and nothing else."""
+
+import json
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.main import run
+from tests import live
+from tests.factories import adapter_config, base_of, tiny_adapter, tiny_base, write_json
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[live.Live]:
+    with live.registry(tmp_path_factory.mktemp("registry")) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def home(registry: live.Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORACTL_URL", registry.url)
+    monkeypatch.setenv("LORACTL_TOKEN", registry.token)
+    registry.seen.clear()
+
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command with ``--json``; its document. ``code`` is the exit code that is expected."""
+
+    def called(*arguments: object, code: int = 0) -> Any:
+        capsys.readouterr()
+        status = run([*map(str, arguments), "--json"])
+        said = capsys.readouterr()
+        assert status == code, said.err
+        return json.loads(said.out)
+
+    return called
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command for people; what it printed on stdout."""
+
+    def called(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        status = run([*map(str, arguments)])
+        said = capsys.readouterr()
+        assert status == code, said.err
+        return said.out
+
+    return called
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two bases of the same shapes and other weights."""
+    folder = tmp_path_factory.mktemp("bases")
+    return tiny_base(folder / "one", 1), tiny_base(folder / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def adapter(bases: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_adapter(tmp_path_factory.mktemp("adapter"), bases[0], seed=1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_login_keeps_what_whoami_shows(
+    registry: live.Live, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LORACTL_URL")
+    monkeypatch.delenv("LORACTL_TOKEN")
+    call("whoami", code=2)
+    kept = call("login", registry.url, "--token", registry.token)
+    assert stat.S_IMODE(Path(kept["file"]).stat().st_mode) == 0o600
+    who = call("whoami")
+    assert (who["name"], who["url"], who["source"]) == ("admin", registry.url, kept["file"])
+
+
+def test_a_wrong_token_is_refused_and_not_kept(registry: live.Live, call: Call, tmp_path: Path) -> None:
+    refused = call("login", registry.url, "--token", f"lora_0123_{'x' * 40}", code=1)
+    assert refused["error"]["code"] == "token-refused"
+    assert not (tmp_path / "config").exists()
+
+
+def test_the_story_of_an_adapter(
+    call: Call, told: Callable[..., str], bases: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    old, new = bases
+    pushed = call("push", adapter, "story/bot", "--base", old, "--alias", "prod", "-m", "first")
+    assert pushed["outcome"]["ref"] == "story/bot@v1"
+    assert pushed["outcome"]["base"] == str(base_of(old).digest)
+    assert call("base", "push", old, "--line", "story")["outcome"]["ref"] == "story@r1"
+    assert call("base", "show", "story@r1")["weights"] == "full"
+
+    found = call("pull", "story/bot:prod", "--for", old, "--out", tmp_path / "out")
+    assert (found["ref"], found["fit"]["fit"], found["base_assumed"]) == ("story/bot@v1", "exact", False)
+    assert contents(tmp_path / "out") == contents(adapter)
+    assert call("pull", "story/bot:prod", "--for", "story@r1", "--out", tmp_path / "out")["fetched"] == []
+
+    assert call("base", "push", new, "--line", "story")["outcome"]["ref"] == "story@r2"
+    refused = call("pull", "story/bot:prod", "--for", "story@r2", "--out", tmp_path / "other", code=1)
+    assert refused["error"]["code"] == "no-compatible-version"
+    assert not (tmp_path / "other").exists()
+    forced = call("pull", "story/bot@v1", "--for", new, "--fit", "same-shape", "--out", tmp_path / "other")
+    assert forced["fit"]["fit"] == "same-shape"
+
+    assert [item["version"]["ref"] for item in call("list", "--fits", "story@r1")] == ["story/bot@v1"]
+    assert call("list", "--fits", "story@r2") == []
+    assert [item["fit"]["fit"] for item in call("list", "--fits", new, "--class", "same-shape")] == ["same-shape"]
+    assert [item["name"] for item in call("list", "--namespace", "story")] == ["story/bot"]
+
+    difference = call("base", "diff", "story@r1", "story@r2")
+    assert difference["added"] == difference["removed"] == []
+    assert "story/bot@v1" in told("log", "story/bot")
+    assert "story@r1" in told("show", "story/bot")
+    assert "vllm" in told("show", "story/bot@v1")
+    assert "prod" in told("alias", "list", "story/bot")
+    assert "story@r1" in told("list")
+    assert "story@r2" in told("base", "list", "--line", "story")
+
+
+def test_pushing_again_with_the_base_as_a_folder_is_one_request(
+    registry: live.Live, call: Call, bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tiny_adapter(tmp_path / "adapter", bases[0], seed=2)
+    call("push", folder, "again/bot", "--base", bases[0])
+    registry.seen.clear()
+    call("push", folder, "again/bot", "--base", bases[0])
+    assert [request.path for request in registry.seen] == ["/v1/adapters/again/bot/pushes"]
+
+
+def test_an_adapter_against_a_base_of_other_shapes_is_refused_with_what_does_not_fit(
+    call: Call, adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny_base(tmp_path / "wide", width=32)
+    refused = call("push", adapter, "wrong/bot", "--base", other, code=1)["error"]
+    assert refused["code"] == "does-not-fit"
+    assert "q_proj" in refused["detail"]
+
+
+def test_aliases_move_and_roll_back(
+    call: Call, told: Callable[..., str], bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        call("push", tiny_adapter(tmp_path / str(seed), bases[0], seed=seed), "moves/bot", "--base", bases[0])
+    assert call("alias", "set", "moves/bot@v1", "prod")["generation"] == 1
+    stale = call("alias", "set", "moves/bot@v2", "prod", "--generation", 0, code=1)
+    assert stale["error"]["code"] == "alias-moved"
+    assert call("promote", "moves/bot@v2", "prod", "-m", "better")["version"] == 2
+    assert call("rollback", "moves/bot", "prod", "--for", bases[0])["version"] == 1
+    assert "is now v2" in told("alias", "set", "moves/bot", "prod")
+    difference = call("diff", "moves/bot@v1", "moves/bot@v2")["differing"]
+    assert "file adapter_model.safetensors" in difference
+    assert "base" not in difference
+
+
+def test_a_gate_that_has_not_passed_exits_with_4(call: Call, bases: tuple[Path, Path], tmp_path: Path) -> None:
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text("".join(f'{{"prompt": "{i}+1=", "completion": " {i + 1}"}}\n' for i in range(700)))
+    assert call("suite", "push", suite, "gated/sums", "--metric", "likelihood")["outcome"]["ref"] == "gated/sums@v1"
+    policy = call("policy", "set", "gated", "--suite", "gated/sums", "--metric", "likelihood", "--margin", "2%gain")
+    assert policy["policy"]["gates"][0]["margin"] == {"value": 0.02, "of_gain": True}
+    call("push", tiny_adapter(tmp_path / "a", bases[0], seed=9), "gated/bot", "--base", bases[0])
+    refused = call("promote", "gated/bot@v1", "prod", code=4)["error"]
+    assert refused["code"] == "gate-not-passed"
+    assert "loractl evaluate" in refused["detail"]
+    changed = call("policy", "set", "gated/bot", "--action", "ask")["policy"]
+    assert (changed["action"], len(changed["gates"])) == ("ask", 1)  # what is not named stays
+    assert call("policy", "show", "gated/bot")["inherited"] is False
+
+
+@pytest.mark.parametrize("margin", ["x", "0", "2", "-1%gain"])
+def test_a_margin_that_is_none_is_wrong_usage(call: Call, margin: str) -> None:
+    arguments = ["policy", "set", "gated", "--suite", "a/b", "--metric", "accuracy", f"--margin={margin}"]
+    assert call(*arguments, code=2)["error"]["code"] == "usage"
+
+
+def test_work_that_cannot_run_is_refused_at_planning(
+    call: Call, bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    absent = tiny_base(tmp_path / "absent", 77)
+    call("base", "push", absent, "--line", "absent", "--no-weights")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    call("dataset", "push", data, "work/data")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('base = "absent@r1"\ndatasets = ["work/data"]\nsteps = 1\n[output]\nadapter = "work/bot"\n')
+    assert call("train", recipe, "--no-wait", code=1)["error"]["code"] == "weights-absent"
+    recipe.write_text("base = [\n")
+    assert call("train", recipe, code=1)["error"]["code"] == "bad-config"
+    recipe.write_text('base = "absent@r1"\n[output]\nsurprise = 1\n')
+    assert call("train", recipe, code=1)["error"]["code"] == "bad-config"
+
+
+def test_jobs_are_asked_for_listed_cancelled_and_retried(
+    call: Call, told: Callable[..., str], bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    call("base", "push", bases[0], "--line", "jobs")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    call("dataset", "push", data, "jobs/data")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('base = "jobs@r1"\ndatasets = ["jobs/data"]\nsteps = 3\n[output]\nadapter = "jobs/bot"\n')
+    job = call("train", recipe, "--no-wait")
+    assert job["state"] == "queued"
+    assert call("train", recipe, "--no-wait")["id"] == job["id"]
+    assert job["id"] in told("jobs", "list")
+    assert call("jobs", "cancel", job["id"])["state"] == "cancelled"
+    assert [event["kind"] for event in call("jobs", "logs", job["id"])] == ["queued", "cancelled"]
+    assert call("jobs", "watch", job["id"], code=1)["error"]["code"] == "work-failed"
+    assert call("jobs", "retry", job["id"], "--no-wait")["state"] == "queued"
+    assert "finetune" in told("jobs", "show", job["id"])
+    call("jobs", "cancel", job["id"])
+
+
+def test_tokens_are_made_listed_and_revoked(registry: live.Live, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = call("token", "create", "reader", "--scope", "read", "--namespace", "story", "--days", 1)
+    assert made["token"] not in json.dumps(call("token", "list"))
+    monkeypatch.setenv("LORACTL_TOKEN", made["token"])
+    assert call("whoami")["scopes"] == {"story": ["read"]}
+    assert call("token", "create", "more", "--scope", "admin", "--namespace", "story", code=1)["error"]["code"] == (
+        "scope-missing"
+    )
+    monkeypatch.setenv("LORACTL_TOKEN", registry.token)
+    call("token", "revoke", made["id"])
+    monkeypatch.setenv("LORACTL_TOKEN", made["token"])
+    registry.parts.callers.clear()
+    assert call("whoami", code=1)["error"]["code"] == "token-refused"
+
+
+def test_schedules_are_added_listed_and_removed(call: Call, told: Callable[..., str], bases: tuple[Path, Path]) -> None:
+    call("base", "push", bases[0], "--line", "nightly")
+    made = call("schedule", "add", "base-upgrade", "nightly", "--namespace", "team", "--upgrade")
+    assert made["id"] in told("schedule", "list")
+    assert call("schedule", "rm", made["id"]) == {"removed": made["id"]}
+    assert made["id"] not in told("schedule", "list")
+
+
+def test_an_upgrade_is_planned_started_reported_and_aborted(
+    call: Call, told: Callable[..., str], bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = bases
+    call("base", "push", old, "--line", "upgraded")
+    call("push", tiny_adapter(tmp_path / "a", old, seed=5), "upgraded/bot", "--base", old, "--alias", "prod")
+    call("base", "push", new, "--line", "upgraded")
+    planned = call("upgrade", "plan", "upgraded", "--to", "upgraded@r2", "--from", "upgraded@r1")
+    assert "upgraded/bot" in {item["adapter"] for item in planned["items"]}
+    assert "upgraded/bot" in told("upgrade", "plan", "upgraded", "--to", "upgraded@r2", "--from", "upgraded@r1")
+    started = call("upgrade", "start", "upgraded", "--to", "upgraded@r2", "--namespace", "upgraded", "--no-wait")
+    assert started["id"] in told("upgrade", "status")
+    assert "upgraded/bot" in told("upgrade", "status", started["id"])
+    assert f"# Upgrade {started['id']}: upgraded, upgraded@r1 → upgraded@r2" in told("upgrade", "report", started["id"])
+    assert call("upgrade", "report")["id"] == started["id"]
+
+
+def test_doctor_looks_here_and_there(call: Call) -> None:
+    report = call("doctor")
+    assert report["ok"]
+    assert {"loractl", "disk", "login", "clock", "versions", "database"} <= {f["check"] for f in report["findings"]}
+
+
+def test_doctor_exits_with_1_when_something_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORACTL_TOKEN", "lora_0123_" + "x" * 40)
+    report = call("doctor", code=1)
+    assert [finding["check"] for finding in report["findings"] if not finding["ok"]] == ["registry"]
+
+
+def test_a_base_that_is_no_folder_and_no_reference_is_wrong_usage(call: Call, adapter: Path) -> None:
+    assert call("push", adapter, "team/bot", "--base", "./nowhere", code=1)["error"]["code"] == "path-unusable"
+    assert call("push", adapter, "team/bot", "--base", "No Base", code=2)["error"]["code"] == "bad-reference"
+    assert call("push", adapter, "team/bot@v3", "--base", "x", code=2)["error"]["code"] == "bad-reference"
+
+
+def test_a_pickle_is_refused_with_how_to_convert_it(call: Call, bases: tuple[Path, Path], tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter" / "adapter_config.json", adapter_config(bases[0]))
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x02")
+    refused = call("push", tmp_path / "adapter", "team/bot", "--base", bases[0], code=1)["error"]
+    assert refused["code"] == "pickle-refused"
+    assert "safetensors" in refused["hint"]
+
+
+def test_digest_needs_no_registry(call: Call, bases: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORACTL_URL")
+    assert call("base", "digest", bases[0])["digest"] == str(base_of(bases[0]).digest)
+
+
+def test_merge_here_runs_the_workers_merge_on_folders(
+    call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    merged = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged")
+    assert merged["digest"] == str(base_of(tmp_path / "merged").digest) != str(base_of(bases[0]).digest)
+    assert sorted(path.name for path in tmp_path.iterdir() if "merg" in path.name) == ["merged"]
+    taken = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", code=1)
+    assert taken["error"]["code"] == "path-unusable"
+
+
+def test_no_token_is_ever_printed(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["whoami"], ["doctor"], ["list"], ["show", "no/such", "--debug"], ["base", "list", "--debug"]):
+        for extra in ([], ["--json"]):
+            run([*line, *extra])
+    said = "".join(capsys.readouterr())
+    assert "Traceback" in said
+    assert registry.token not in said
+    assert registry.token.split("_", 2)[2] not in said
