@@ -186,7 +186,10 @@ def training_of(session: Session, version: Version, base: str) -> FineTune | Non
         if written is None:
             return None
         recipe = TypeAdapter(dict[str, Any]).validate_json(written)
-    return FineTune.model_validate({**recipe, "base": base, "start": None, "pull": 0.0})
+    try:
+        return FineTune.model_validate({**recipe, "base": base, "start": None, "pull": 0.0})
+    except ValidationError:  # an author's own words, or those of a newer registry
+        return None
 
 
 def parse_lineage(session: Session, version: Version) -> dict[str, Any]:
