@@ -12,6 +12,8 @@ from kombu.exceptions import ChannelError, OperationalError
 WAKE = "loractl.wake"
 _AT_ONCE = 32
 """Wake-ups sent by one call: enough for any worker that might be idle, soon followed by the next call's."""
+_ONE_TRY = {"max_retries": 0, "socket_timeout": 2, "socket_connect_timeout": 2}
+"""Whoever asked for work waits for this (kombu alone tries for six seconds), and the reconciler repeats."""
 log = structlog.get_logger()
 
 
@@ -26,7 +28,7 @@ class Broker:
             task_serializer="json",
             broker_connection_retry_on_startup=False,
             broker_pool_limit=None,  # a connection a message: none that broke is used again, and messages are few
-            broker_transport_options={"socket_timeout": 2, "socket_connect_timeout": 2} if "redis" in url else {},
+            broker_transport_options=_ONE_TRY if "redis" in url else {},
         )
 
     def wake(self, queue: str) -> bool:
@@ -59,7 +61,7 @@ class Broker:
         """None when the broker answers, else why not."""
         try:
             with self._celery.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=2)
+                connection.ensure_connection(max_retries=0, timeout=2)
         except (OperationalError, OSError) as error:
             return str(error) or type(error).__name__
         return None
