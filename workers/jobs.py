@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import structlog
 
@@ -38,7 +38,7 @@ from registry.core.errors import (
     WorkFailed,
 )
 from registry.core.manifest import Lineage, canonical_json
-from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, parse_recipe
+from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, Recipe, parse_recipe
 from registry.files import Scan, digest_base, scan_folder
 from registry.schemas import (
     ClaimInfo,
@@ -62,6 +62,7 @@ _STOP_GRACE_S = 20.0
 _EVENT_EVERY_S = 1.0
 _MAX_LOG_LINES = 400
 _MAX_LINE = 1 << 16
+_CHECKPOINT_EVERY = 50
 _KEPT_S = 7 * 24 * 3600
 """How long the checkpoints of a job that did not succeed are kept for a retry."""
 _PR_SET_PDEATHSIG = 1
@@ -77,6 +78,12 @@ class Worker:
         self.client = client or RegistryClient(settings.url, settings.token)
         self.cache = Cache(settings.cache / "inputs", settings.cache_bytes)
         self.jobs = settings.cache / "jobs"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
 
     def work(self, queue: str) -> int:
         """Claim and run jobs of ``queue`` until there are none, or one failed here; how many ran.
@@ -150,7 +157,7 @@ class Worker:
             }
             for role, spec in claimed.specs.items():
                 folders[role] = _with_spec(folders[role], spec, out / role)
-            (out / "recipe.json").write_bytes(canonical_json(recipe.model_dump(mode="json")))
+            (out / "recipe.json").write_bytes(canonical_json(_with_checkpoints(recipe).model_dump(mode="json")))
             status = self._child(out, folders, home / "checkpoint", lease)
             lease.check()
             if (out / "error.json").exists():
@@ -201,7 +208,7 @@ class Worker:
             reader.join(timeout=5)
         return child.returncode
 
-    def _finish(self, recipe: Any, out: Path, lease: "_Lease") -> None:
+    def _finish(self, recipe: Recipe, out: Path, lease: "_Lease") -> None:
         result = json.loads((out / "result.json").read_text())
         pushes: list[str] = []
         evaluations: list[ScoredInfo] = []
@@ -358,6 +365,16 @@ class _Lease:
                 with self._lock:
                     del self._events[: len(events)]
                 self.cancelled = self.cancelled or answer.cancel
+
+
+def _with_checkpoints(recipe: Recipe) -> Recipe:
+    """The recipe with checkpoints, where its author asked for none: they change time and nothing else."""
+    match recipe:
+        case FineTune(checkpoint_every=0):
+            return recipe.model_copy(update={"checkpoint_every": _CHECKPOINT_EVERY})
+        case Rebase(training=FineTune() as training):
+            return recipe.model_copy(update={"training": _with_checkpoints(training)})
+    return recipe
 
 
 def _wishes(lease: _Lease) -> dict[str, Any]:

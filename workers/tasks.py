@@ -7,4 +7,5 @@ from .jobs import Worker
 @app.task(name="loractl.wake")
 def wake(queue: str) -> None:
     """There may be work on this queue: take it until there is none."""
-    Worker(settings).work(queue)
+    with Worker(settings) as worker:
+        worker.work(queue)

@@ -24,6 +24,8 @@ from .tokens import Caller, acting
 
 Due = tuple[str, dict[str, Any]]
 """The key of a firing, and the facts that its action needs."""
+_BEFORE = "before"
+"""In the outcome of the one firing that stands for what was there when the schedule was made."""
 
 
 def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetime) -> Schedule:
@@ -56,6 +58,9 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
     )
     session.add(schedule)
     session.flush()
+    if found := _NEWEST[request.trigger](session, schedule):
+        # What was there before is no news, whatever the clocks of those who made it say.
+        session.add(Firing(schedule_id=schedule.id, key=found[0], outcome={_BEFORE: True}, at=now))
     return schedule
 
 
@@ -92,7 +97,8 @@ def info(session: Session, schedule: Schedule) -> ScheduleInfo:
     """A schedule in the words of the wire."""
     query = select(Firing).where(Firing.schedule_id == schedule.id).order_by(col(Firing.id).desc()).limit(1)
     last = session.exec(query).first()
-    told = {"key": last.key, "at": last.at.isoformat(), **last.outcome} if last else None
+    fired = last is not None and _BEFORE not in last.outcome
+    told = {"key": last.key, "at": last.at.isoformat(), **last.outcome} if last and fired else None
     return ScheduleInfo.model_validate({**schedule.model_dump(), "last": told})
 
 
@@ -109,10 +115,7 @@ def fire(session: Session, identity: str, now: datetime) -> set[str]:
     schedule = session.exec(select(Schedule).where(Schedule.id == identity).with_for_update()).first()
     if schedule is None or not schedule.enabled:
         return set()
-    find: dict[str, Callable[[Session, Schedule, datetime], Due | None]] = {
-        "cron": _cron, "base-upgrade": _upgraded, "new-data": _fed,
-    }  # fmt: skip
-    due = find[schedule.trigger](session, schedule, now)
+    due = _cron(session, schedule, now) if schedule.trigger == "cron" else _NEWEST[schedule.trigger](session, schedule)
     if due is None:
         return set()
     key, facts = due
@@ -149,9 +152,8 @@ def _next(expression: str, now: datetime) -> datetime:
     return found
 
 
-def _upgraded(session: Session, schedule: Schedule, now: datetime) -> Due | None:
-    """The newest revision of the line, if it came after the schedule and its weights are here and verified."""
-    _ = now
+def _upgraded(session: Session, schedule: Schedule) -> Due | None:
+    """The newest revision of the line, if it has one before it, and its weights are here and verified."""
     query = (
         select(Revision, Base)
         .join(Line, col(Line.id) == Revision.line_id)
@@ -164,14 +166,13 @@ def _upgraded(session: Session, schedule: Schedule, now: datetime) -> Due | None
     if row is None:
         return None
     revision, base = row
-    if revision.number < 2 or revision.created_at < schedule.created_at or base.weights != "full":
+    if revision.number < 2 or base.weights != "full":
         return None
     return f"r{revision.number}", {"base": base.digest}
 
 
-def _fed(session: Session, schedule: Schedule, now: datetime) -> Due | None:
-    """The newest version of the dataset, if it came after the schedule."""
-    _ = now
+def _fed(session: Session, schedule: Schedule) -> Due | None:
+    """The newest version of the dataset."""
     series = SeriesName.parse(schedule.subject, "dataset")
     query = (
         select(DatasetVersion)
@@ -181,9 +182,12 @@ def _fed(session: Session, schedule: Schedule, now: datetime) -> Due | None:
         .limit(1)
     )
     row = session.exec(query).first()
-    if row is None or row.created_at < schedule.created_at:
-        return None
-    return f"v{row.number}", {"dataset": row.digest}
+    return (f"v{row.number}", {"dataset": row.digest}) if row else None
+
+
+_NEWEST: dict[str, Callable[[Session, Schedule], Due | None]] = {
+    "cron": lambda _session, _schedule: None, "base-upgrade": _upgraded, "new-data": _fed,
+}  # fmt: skip
 
 
 def _act(

@@ -1,0 +1,295 @@
+"""A worker against a real registry: every kind of job, and what a kill, a cancellation or a full disk changes."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from registry.client import RegistryClient
+from registry.schemas import ClaimRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
+from registry.settings import WorkerSettings
+from registry.transfer import push_base, push_dataset
+from tests import live
+from tests.factories import tiny_llama
+from workers.jobs import Worker
+
+PATIENCE_S = 90.0
+ROWS = "".join(json.dumps({"prompt": f"{i}+1=", "completion": f" {i + 1}"}) + "\n" for i in range(24))
+ITEMS = "".join(
+    json.dumps({"prompt": f"{i} is ", "choices": ["even", "odd"], "answer": i % 2}) + "\n" for i in range(24)
+)
+TRAINING = {
+    "kind": "finetune", "base": "demo@r1", "datasets": ["team/rows"], "rank": 2, "batch_tokens": 32, "steps": 3,
+    "max_length": 32, "precision": "fp32", "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+@dataclass
+class House:
+    """A registry behind a socket with a base, a dataset and a suite; and what a worker of it is told."""
+
+    registry: live.Live
+    client: RegistryClient
+    worker: WorkerSettings
+
+    def submit(self, recipe: dict[str, Any], *, fresh: bool = False, **output: Any) -> JobInfo:
+        return self.client.submit(JobRequest(recipe=recipe, output=Output(**output), fresh=fresh))
+
+    def train(self, name: str = "team/bot", *, fresh: bool = False, **changes: Any) -> JobInfo:
+        return self.submit(TRAINING | changes, fresh=fresh, adapter=name)
+
+    def await_state(self, job: JobInfo, *states: str) -> JobInfo:
+        return self.wait(job, lambda now: now.state in states)
+
+    def wait(self, job: JobInfo, until: Callable[[JobInfo], bool]) -> JobInfo:
+        deadline = time.monotonic() + PATIENCE_S
+        while not until(now := self.client.job(job.id)):
+            assert time.monotonic() < deadline, now
+            time.sleep(0.05)
+        return now
+
+    def logged(self, job: JobInfo, attempt: int, kind: str) -> list[dict[str, Any]]:
+        told = self.client.events(job.id, follow=False)
+        return [event.data for event in told if (event.attempt, event.kind) == (attempt, kind)]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A worker in a thread, until it finds nothing more to do."""
+        with Worker(self.worker) as worker:
+            thread = threading.Thread(target=worker.work, args=("cpu",))
+            thread.start()
+            yield
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def house(folder: Path, base: Path, broker: str = "memory://") -> Iterator[House]:
+    with live.registry(folder / "registry", broker_url=broker, lease_s=4) as found, found.client() as client:
+        push_base(client, base, Wishes(line="demo"))
+        for kind, text in (("dataset", ROWS), ("suite", ITEMS)):
+            (folder / f"{kind}.jsonl").write_text(text)
+        push_dataset(client, "dataset", folder / "dataset.jsonl", "team/rows")
+        push_dataset(client, "suite", folder / "suite.jsonl", "team/parity")
+        token = client.create_token(TokenRequest(name="w", kind="worker", queues=["cpu"])).token
+        settings = WorkerSettings(found.url, token, broker, folder / "cache", 1 << 30, "w")
+        yield House(found, client, settings)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, base: Path) -> Iterator[House]:
+    (tmp_path / "registry").mkdir()
+    with house(tmp_path, base) as made:
+        yield made
+
+
+def children(parent: int | None = None) -> list[psutil.Process]:
+    """Run children below ``parent``, this process unless named."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if "workers.run" in process.cmdline():
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def eventually(question: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (answer := question()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return answer
+
+
+# ── every kind ───────────────────────────────────────────────────────────────
+
+
+def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
+    trained = home.train(checkpoint_every=0)
+    with home.working():
+        home.await_state(trained, "succeeded")
+        evaluated = home.submit({"kind": "evaluate", "suite": "team/parity", "adapters": ["team/bot"]})
+        merged = home.submit({"kind": "merge", "adapter": "team/bot"}, line="demo")
+    with home.working():
+        pass
+    assert [home.client.job(job.id).state for job in (evaluated, merged)] == ["succeeded"] * 2
+    rebased = home.submit(
+        {"kind": "rebase", "tier": "carry", "adapter": "team/bot@v1", "base": "demo@r2"}, adapter="team/bot"
+    )
+    with home.working():
+        pass
+    assert home.client.job(rebased.id).state == "succeeded"
+    first, second = home.client.version("team/bot", "v1"), home.client.version("team/bot", "v2")
+    assert (first.evidence, second.evidence, first.job) == ("recorded", "recorded", trained.id)
+    assert second.base == home.client.base("demo@r2").digest != first.base
+    found = home.client.evaluations("team/bot").items
+    assert [row.version for row in found] == ["team/bot@v1"]
+    assert {node.ref for node in home.client.lineage("team/bot", "v2").nodes} >= {"team/bot@v1", "team/bot@v2"}
+    result = home.client.job(trained.id).result
+    assert result is not None
+    assert len(result["loss"]) == 3
+    assert home.logged(trained, 1, "progress")[-1]["step"] == 3
+    assert list((home.worker.cache / "jobs").iterdir()) == []  # nothing of a job that succeeded stays behind
+
+
+# ── what may happen to it ────────────────────────────────────────────────────
+
+
+def test_a_killed_attempt_is_gone_on_with_to_the_same_bytes(home: House) -> None:
+    job = home.train(steps=40, checkpoint_every=1)
+    with home.working():
+        home.wait(job, lambda now: (now.progress or {}).get("step", 0) >= 2)
+        [child] = children()
+        told = child.environ()
+        child.kill()
+        home.await_state(job, "queued")
+    assert not [text for text in (*told, *told.values()) if "LORACTL" in text or home.worker.token in text]
+    error = home.client.job(job.id).error
+    assert error is not None
+    assert "SIGKILL" in error["detail"]
+    with home.working():
+        pass
+    done = home.client.job(job.id)
+    assert (done.state, done.attempt) == ("succeeded", 2)
+    assert home.logged(job, 2, "progress")[0]["step"] > 1
+    again = home.train(steps=40, checkpoint_every=1, fresh=True)
+    with home.working():
+        pass
+    made = home.client.job(again.id).result
+    assert made is not None
+    assert made["made"][0]["ref"] == "team/bot@v1"  # equal bytes are the same version
+
+
+def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home: House) -> None:
+    wrong = home.train("team/wrong", targets=["nothing_proj"])
+    with home.working():
+        failed = home.await_state(wrong, "failed")
+        assert failed.attempt == 1
+        assert failed.error is not None
+        assert failed.error["code"] == "unknown-targets"
+        long = home.train("team/long", steps=100_000)
+    with home.working():
+        home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)
+        home.client.cancel_job(long.id)
+    ended = home.client.job(long.id)
+    assert ended.state == "cancelled"
+    assert children() == []
+    assert list((home.worker.cache / "jobs").glob("*/attempt-*")) == []
+    assert (home.worker.cache / "jobs" / long.id / "checkpoint").is_dir()  # for a retry
+
+
+def test_a_cancellation_ends_a_download_too(home: House) -> None:
+    job = home.train()
+    with Worker(home.worker) as worker:
+        claimed = worker.client.claim(ClaimRequest(queue="cpu", worker="w"))
+        home.client.cancel_job(job.id)
+        assert worker.run(claimed)
+    assert home.client.job(job.id).state == "cancelled"
+
+
+def test_a_full_disk_is_another_attempt_elsewhere(home: House, tmp_path: Path) -> None:
+    job = home.train()
+    script = "import os; from registry.settings import WorkerSettings; from workers.jobs import Worker\n"
+    script += "print(Worker(WorkerSettings.from_environment(os.environ)).work('cpu'))"
+    said = subprocess.run(
+        [sys.executable, "-c", script], env=environment(home), capture_output=True, text=True, check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    now = home.client.job(job.id)
+    assert (said.stdout.strip(), now.state) == ("1", "queued"), said.stderr
+    assert now.error is not None
+    assert now.error["code"] == "disk-full"
+    assert home.worker.token not in said.stdout + said.stderr
+
+
+# ── Celery and brokers ───────────────────────────────────────────────────────
+
+
+def environment(home: House) -> dict[str, str]:
+    return os.environ | {
+        "LORACTL_URL": home.registry.url,
+        "LORACTL_TOKEN": home.worker.token,
+        "LORACTL_BROKER_URL": home.worker.broker_url,
+        "LORACTL_CACHE_DIR": str(home.worker.cache),
+    }
+
+
+@contextmanager
+def celery(home: House, log: Path) -> Iterator[psutil.Process]:
+    """A real Celery worker; killed on leaving if it lives."""
+    command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "INFO"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*command, "--without-mingle", "--without-gossip"], env=environment(home), stdout=output, stderr=output
+        )
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "valkey"])
+def test_killing_the_worker_changes_nothing_but_time(
+    kind: str, tmp_path: Path, base: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "registry").mkdir()
+    broker = f"sqla+sqlite:///{tmp_path / 'broker.db'}" if kind == "sqlite" else request.getfixturevalue("valkey_url")
+    log = tmp_path / "celery.log"
+    with house(tmp_path, base, broker) as home:
+        with celery(home, log) as idle:
+            eventually(lambda: b"ready" in log.read_bytes())
+            idle.kill()
+        job = home.train()
+        with celery(home, log) as busy:
+            [child] = eventually(lambda: children(busy.pid))
+            family = busy.children(recursive=True)
+            busy.kill()
+            psutil.wait_procs(family, timeout=PATIENCE_S)
+            assert not [process for process in family if process.is_running()]
+            assert not child.is_running()
+        with celery(home, log) as third:
+            home.wait(job, lambda now: now.state == "running" and now.attempt == 2)
+            [pool] = [process for process in third.children() if process.children()]
+            [child] = eventually(lambda: children(third.pid))
+            pool.kill()  # Celery starts another one; the job's child goes with its parent
+            psutil.wait_procs([child], timeout=PATIENCE_S)
+            done = home.await_state(job, "succeeded", "failed")
+        assert (done.state, done.attempt) == ("succeeded", 3)
+        assert [row.ref for row in home.client.versions("team/bot").items] == ["team/bot@v1"]
+        assert home.worker.token not in log.read_text()
+        if kind == "valkey":
+            [password] = re.findall(r"://:([^@]+)@", broker)
+            assert password not in log.read_text()
+
+
+def test_a_run_child_ends_with_the_process_that_started_it(home: House, tmp_path: Path) -> None:
+    home.train(steps=100_000)
+    script = "import os; from registry.settings import WorkerSettings; from workers.jobs import Worker\n"
+    script += "Worker(WorkerSettings.from_environment(os.environ)).work('cpu')"
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment(home))
+    [child] = eventually(lambda: children(parent.pid))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs([child], timeout=PATIENCE_S)
+    assert not child.is_running()
