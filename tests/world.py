@@ -161,12 +161,12 @@ def table_of(base: BaseModel) -> str:
 def base_push(folder: Path, **wishes: Any) -> tuple[PushRequest, dict[str, bytes]]:
     base = base_of(folder)
     scan = scan_folder("base", folder, base=base.digest)
-    return _request(scan, Wishes(**wishes), table_of(base))
+    return request_of(scan, Wishes(**wishes), table_of(base))
 
 
 def adapter_push(folder: Path, base: BaseModel | Path, **wishes: Any) -> tuple[PushRequest, dict[str, bytes]]:
     model = base_of(base) if isinstance(base, Path) else base
-    return _request(scan_folder("adapter", folder, base=model.digest), Wishes(**wishes))
+    return request_of(scan_folder("adapter", folder, base=model.digest), Wishes(**wishes))
 
 
 def files_push(
@@ -181,7 +181,10 @@ def files_push(
     return request, {str(Digest.sha256(data)): data for data in files.values()}
 
 
-def _request(scan: Scan, wishes: Wishes, table: str | None = None) -> tuple[PushRequest, dict[str, bytes]]:
+def request_of(
+    scan: Scan, wishes: Wishes | None = None, table: str | None = None
+) -> tuple[PushRequest, dict[str, bytes]]:
+    """The push of what was scanned, and its bytes by digest."""
     contents = {entry.digest: scan.files[entry.path].read_bytes() for entry in scan.manifest.files}
     manifest = scan.manifest.model_dump(mode="json", by_alias=True)
-    return PushRequest(manifest=manifest, wishes=wishes, table=table), contents
+    return PushRequest(manifest=manifest, wishes=wishes or Wishes(), table=table), contents

@@ -219,7 +219,8 @@ def _fit_info(version: Version, base: Base, stored: TargetFit | None) -> FitInfo
     if version.base_id == base.id:
         return FitInfo(fit=FitClass.EXACT, reasons=[])
     if stored is None:
-        return FitInfo(fit=FitClass.UNKNOWN, reasons=[{"why": "this kind of adapter names no tensors that it patches"}])
+        told = {"subject": "", "text": "this kind of adapter names no tensors that it patches"}
+        return FitInfo(fit=FitClass.UNKNOWN, reasons=[told])
     return FitInfo(
         fit=stored.fit, reasons=stored.reasons, vocabulary_changed=stored.vocabulary_changed, drift=stored.drift
     )
@@ -281,6 +282,18 @@ def resolve(
         nearest=_nearest(session, graded[:3], engine, bit),
         candidates=[{"version": version.number, "fit": fit.model_dump()} for fit, version in graded[:10]],
     )
+
+
+def glance(session: Session, caller: Caller, reference: Reference, base: str | None) -> queries.Pointed | None:
+    """All that an answer of `resolve` for an alias on a base by its digest depends on and that may change.
+
+    One statement, so that an answer that was made from the same facts can be given again; None for every other
+    question, and where the alias is not set on that very base.
+    """
+    series, alias = reference.series, reference.alias
+    if alias is None or base is None or not base.startswith("b3:") or not caller.can("read", series.namespace):
+        return None
+    return queries.pointed_at(session, series.namespace, series.name, alias, base)
 
 
 def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> Base:

@@ -552,7 +552,7 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
         generation=now_new.generation if now_new else 0,
         policy=policy,
         fit=fit.fit,
-        fit_reason="; ".join(str(reason.get("why", reason)) for reason in fit.reasons[:2]),
+        fit_reason="; ".join(f"{r['subject']} {r['text']}".strip() for r in fit.reasons[:2]),
         runnable=serving.runnable,
         old_weights=old.weights == "full",
         new_weights=new.weights == "full",
@@ -566,7 +566,7 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
         decided_by=known.decided_by if known else "",
     )
     suites = _suites(session, policy)
-    if len(suites) < len(facts.suites):  # a suite is missing: the machine freezes it with the reason
+    if any(suite.gate_n is None for suite in facts.suites):  # the machine freezes it with the reason
         return facts.model_copy(update={"tiers": known.tiers if known else ()})
     return facts.model_copy(
         update={

@@ -1,0 +1,546 @@
+"""Every way through a campaign and every end of it, on real jobs, pushes, records and alias moves."""
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from sqlmodel import col, select
+
+from registry.core.campaign import Facts, Promote, State
+from registry.core.errors import (
+    BaseNotFound,
+    CampaignExists,
+    CampaignNotFound,
+    MoveNotAllowed,
+    ScopeMissing,
+    Unavailable,
+)
+from registry.core.names import SeriesName
+from registry.core.policy import Evidence, Gate, Margin, Policy
+from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Version
+from registry.schemas import UpgradeRequest
+from registry.services import aliases, campaigns
+from registry.services.references import find_adapter
+from tests.factories import base_of, tiny_base
+from tests.upgrade import GATE, HARNESS, OTHER_HARNESS, POLICY, Upgrade
+from tests.world import ADMIN, World, caller
+
+GOOD = {"serving": 1.0, "bare-old": 0.0, "bare": 0.0}
+
+
+@pytest.fixture
+def upgrade(embedded: World, tmp_path: Path) -> Upgrade:
+    """One adapter in service on the old base, its policy set, the new base not there yet."""
+    made = Upgrade(embedded, tmp_path, dict(GOOD))
+    made.policy(POLICY)
+    made.serve()
+    return made
+
+
+# ── routes ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("skills", "tier", "route"),
+    [
+        ({"carry": 1.0}, "carry", ["carry"]),
+        ({"carry": 0.5, "warm-start": 1.0}, "warm-start", ["carry", "warm-start"]),
+        ({"retrain": 1.0}, "retrain", ["carry", "warm-start", "retrain"]),
+    ],
+)
+def test_the_cheapest_tier_that_passes_is_promoted(
+    upgrade: Upgrade, skills: dict[str, float], tier: str, route: list[str]
+) -> None:
+    upgrade.skills |= skills
+    campaign = upgrade.begin()
+    upgrade.run()
+    item = upgrade.item()
+    assert (item.state, item.tier) == ("promoted", tier), item.reason
+    assert list(item.verdicts) == route
+    assert {name: verdict["zone"] == "pass" for name, verdict in item.verdicts.items()}[tier]
+    assert upgrade.prod(upgrade.new) == tier
+    assert upgrade.prod(upgrade.old) == "serving"
+    assert upgrade.info(campaign).state == "finished"
+    assert upgrade.info(campaign).reason == "1 promoted"
+    assert item.scores[tier] == item.scores["final"] == 1.0
+    assert item.scores["serving_old"] == 1.0
+    assert item.cost["retrain_steps"] is not None or tier != "retrain"
+
+
+def test_both_databases_and_stores_carry_an_upgrade_through(world: World, tmp_path: Path) -> None:
+    upgrade = Upgrade(world, tmp_path, GOOD | {"warm-start": 1.0})
+    upgrade.policy(POLICY)
+    upgrade.serve()
+    upgrade.serve("team/other", seed=1)
+    upgrade.begin()
+    upgrade.run()
+    assert {upgrade.state(name) for name in ("team/bot", "team/other")} == {"promoted"}
+    moved = world.all(select(AliasMove).where(col(AliasMove.campaign_id).is_not(None)))[0]
+    assert moved.verdict["zone"] == "pass"
+
+
+def test_nothing_passes_so_the_old_base_keeps_serving(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 0.6
+    upgrade.begin()
+    upgrade.run()
+    item = upgrade.item()
+    assert item.state == "frozen"
+    assert "no tier passed; nearest was carry" in item.reason
+    assert upgrade.prod(upgrade.new) is None
+
+
+def test_a_base_that_needs_no_adapter_retires_it(upgrade: Upgrade) -> None:
+    upgrade.skills |= {"bare": 1.0, "carry": 1.0}
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "retired"
+    assert upgrade.prod(upgrade.new) is None
+
+
+def test_an_incompatible_base_leaves_only_retraining(upgrade: Upgrade, tmp_path: Path) -> None:
+    wide = tiny_base(tmp_path / "wide", width=32)
+    upgrade.skills["retrain"] = 1.0
+    upgrade.begin(folder=wide)
+    assert upgrade.item().plan["route"] == "retrain"
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().fit) == ("promoted", "incompatible")
+    assert upgrade.prod(str(base_of(wide).digest)) == "retrain"
+    assert {job.recipe["tier"] for job in upgrade.jobs() if job.kind == "rebase"} == {"retrain"}
+
+
+def test_without_a_recipe_only_the_carry_is_tried(upgrade: Upgrade) -> None:
+    upgrade.set_alias(upgrade.push(seed=5, recipe=False))
+    upgrade.begin()
+    assert upgrade.item().plan["route"] == "carry"
+    upgrade.run()
+    assert upgrade.state() == "frozen"
+
+
+# ── frozen from the start ────────────────────────────────────────────────────
+
+
+def _ends_at_once(upgrade: Upgrade, reason: str) -> None:
+    before = len(upgrade.jobs())
+    upgrade.begin()
+    upgrade.tick()
+    item = upgrade.item()
+    assert item.state == "frozen"
+    assert reason in item.reason
+    assert {job.kind for job in upgrade.jobs()[before:]} == {"compare"}
+
+
+def test_an_adapter_without_a_suite_is_frozen(upgrade: Upgrade) -> None:
+    upgrade.policy(Policy(), name="bot")
+    _ends_at_once(upgrade, "no suite gates it")
+
+
+def test_a_suite_that_became_too_small_freezes(upgrade: Upgrade) -> None:
+    upgrade.world.push_rows("suite", "team/suite", b'{"prompt": "1+1=", "choices": [" 1", " 2"], "answer": 1}\n')
+    _ends_at_once(upgrade, "nothing can pass below")
+
+
+def test_a_policy_that_says_frozen_freezes(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY.model_copy(update={"action": "frozen"}), name="bot")
+    _ends_at_once(upgrade, "the policy says frozen")
+
+
+# ── people ───────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def asking(upgrade: Upgrade) -> str:
+    """The campaign of an adapter whose policy asks, once it waits."""
+    upgrade.policy(POLICY.model_copy(update={"action": "ask"}), name="bot")
+    upgrade.skills["carry"] = 1.0
+    campaign = upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "waiting"
+    assert upgrade.prod(upgrade.new) is None
+    return campaign
+
+
+def _answer(upgrade: Upgrade, campaign: str, *, approved: bool = True) -> None:
+    with upgrade.world.database.write() as session:
+        campaigns.approve(session, ADMIN, campaign, "team/bot", "prod", upgrade.world.now, approved=approved)
+
+
+def test_what_is_approved_is_promoted(upgrade: Upgrade, asking: str) -> None:
+    _answer(upgrade, asking)
+    upgrade.run(1)
+    assert upgrade.state() == "promoted"
+    with pytest.raises(MoveNotAllowed):
+        _answer(upgrade, asking)
+
+
+def test_what_is_declined_is_frozen_with_who_said_so(upgrade: Upgrade, asking: str) -> None:
+    _answer(upgrade, asking, approved=False)
+    upgrade.run(1)
+    assert upgrade.state() == "frozen"
+    assert "declined by admin" in upgrade.item().reason
+
+
+def test_an_aborted_campaign_ends_its_items_and_its_jobs(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    assert upgrade.jobs("queued")
+    with upgrade.world.database.write() as session:
+        campaigns.abort(session, ADMIN, campaign, "not today", upgrade.world.now)
+    assert upgrade.state() == "aborted"
+    assert upgrade.item().reason == "ended by hand: not today"
+    assert not upgrade.jobs("queued")
+    upgrade.run(2)
+    assert (upgrade.info(campaign).state, upgrade.state()) == ("aborted", "aborted")
+
+
+# ── what others do meanwhile ─────────────────────────────────────────────────
+
+
+def test_a_new_version_in_between_is_what_counts(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.tick()
+    assert upgrade.work_one() is not None
+    second = upgrade.serve(seed=7)
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().serving) == ("promoted", "v2")
+    carried = [job for job in upgrade.jobs("succeeded") if job.kind == "rebase"]
+    assert carried[-1].recipe["adapter"] == second
+
+
+def test_a_new_version_while_somebody_is_asked_takes_the_question_back(upgrade: Upgrade, asking: str) -> None:
+    upgrade.serve(seed=7)
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().serving) == ("waiting", "v3")
+    _answer(upgrade, asking)
+    upgrade.run(1)
+    assert upgrade.state() == "promoted"
+
+
+def test_an_alias_that_somebody_set_is_never_overwritten(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.tick()
+    upgrade.serve(seed=9, base=upgrade.v2)
+    upgrade.run()
+    assert upgrade.state() == "aborted"
+    assert "by somebody else" in upgrade.item().reason
+    assert upgrade.prod(upgrade.new) == "serving"
+    assert not upgrade.jobs("queued")
+
+
+def test_an_alias_that_moves_in_the_very_step_is_looked_at_again(upgrade: Upgrade, asking: str) -> None:
+    """The old alias moves after the facts were read and before the promotion: nothing is promoted on old facts."""
+    _answer(upgrade, asking)
+    item = upgrade.items()[0]
+    facts = Facts.model_validate(item.facts)
+    second = upgrade.push(seed=8)
+    upgrade.set_alias(second)
+    with upgrade.world.database.write() as session:
+        row, campaign = session.get_one(CampaignItem, item.id), session.get_one(Campaign, asking)
+        work = campaigns._Work(session, upgrade.world.store, campaign, row, upgrade.world.now)
+        stale = Promote("carry", str(facts.tiers[0].version), "prod", 0, facts.serving)
+        assert work._promote(stale, facts) == (facts, True)
+    assert upgrade.prod(upgrade.new) is None
+
+
+def test_a_newer_revision_supersedes(upgrade: Upgrade, tmp_path: Path) -> None:
+    first = upgrade.begin()
+    upgrade.tick()
+    upgrade.world.push_base(tiny_base(tmp_path / "v3", seed=3), line="demo")
+    upgrade.run(2)
+    assert upgrade.info(first).items[0].state == "aborted"
+    assert "superseded: the line moved on to demo@r3" in upgrade.info(first).items[0].reason
+    assert not [job for job in upgrade.jobs("queued") if job.kind != "compare"]
+
+
+def test_the_old_alias_may_go_back_after_a_promotion(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    again = upgrade.push(seed=11, base=upgrade.v2)
+    upgrade.set_alias(again)
+    with upgrade.world.database.write() as session:
+        adapter = find_adapter(session, ADMIN, SeriesName("team", "bot"))
+        base = session.exec(select(Base).where(Base.digest == upgrade.new)).one()
+        aliases.roll_back(session, ADMIN, adapter=adapter, base=base, alias="prod", reason="", now=upgrade.world.now)
+    upgrade.run(2)
+    assert upgrade.prod(upgrade.new) == "carry"
+    assert upgrade.state() == "promoted"
+
+
+# ── failures ─────────────────────────────────────────────────────────────────
+
+
+def test_tiers_whose_jobs_fail_are_passed_over(upgrade: Upgrade) -> None:
+    upgrade.fails, upgrade.skills["warm-start"] = {"carry"}, 1.0
+    upgrade.begin()
+    upgrade.run()
+    assert (upgrade.state(), upgrade.prod(upgrade.new)) == ("promoted", "warm-start")
+
+
+def test_when_every_tiers_job_fails_the_item_failed(upgrade: Upgrade) -> None:
+    upgrade.fails = {"rebase"}
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "failed"
+    assert "making it it broke" in upgrade.item().reason
+
+
+def test_without_reference_scores_the_item_failed(upgrade: Upgrade) -> None:
+    upgrade.fails = {"evaluate"}
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "failed"
+    assert "could not be evaluated" in upgrade.item().reason
+    assert not upgrade.jobs("queued")
+
+
+def test_a_failed_scoring_of_one_adapter_is_no_news_of_the_bare_base(upgrade: Upgrade) -> None:
+    upgrade.serve("team/other", seed=1)
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    failed: list[str] = []
+    for _ in range(12):
+        upgrade.tick()
+        while job := next(iter(upgrade.jobs("queued")), None):
+            first = not failed and job.kind == "evaluate" and job.base == upgrade.new and job.recipe["bare"]
+            upgrade.fails = {"evaluate"} if first else set()
+            if first:
+                failed.append(job.id)
+            upgrade.work_one()
+    upgrade.tick()
+    assert failed
+    assert "failed" not in {upgrade.state(name) for name in ("team/bot", "team/other")}
+
+
+def test_scores_of_another_harness_are_taken_again(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.harness = lambda job: HARNESS if job.base == upgrade.new or len(upgrade.jobs()) > 5 else OTHER_HARNESS
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "promoted", upgrade.item().reason
+
+
+def test_harnesses_that_never_agree_end_the_tier_not_the_world(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.harness = lambda job: HARNESS if job.base == upgrade.new else OTHER_HARNESS
+    upgrade.begin()
+    upgrade.run(25)
+    assert upgrade.state() == "failed"
+    assert "in one harness" in upgrade.item().reason
+    assert len([job for job in upgrade.jobs() if job.kind == "evaluate" and job.base == upgrade.old]) <= 4
+
+
+def test_a_metric_that_the_suite_does_not_measure_ends_in_words(upgrade: Upgrade) -> None:
+    gate = GATE.model_copy(update={"metric": "exact-match"})
+    upgrade.policy(POLICY.model_copy(update={"gates": (gate,)}), name="bot")
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "failed"
+    assert "lack 'exact-match'" in upgrade.item().reason
+
+
+def test_a_binding_too_weak_for_the_policy_is_frozen_with_the_reason(upgrade: Upgrade, asking: str) -> None:
+    upgrade.policy(POLICY.model_copy(update={"action": "ask", "evidence": Evidence.RECORDED}), name="bot")
+    version = next(i for i in upgrade.items()).facts["tiers"][0]["version"]
+    with upgrade.world.database.write() as session:
+        row = session.exec(select(Version).where(Version.digest == version)).one()
+        row.evidence = "declared"
+        session.add(row)
+    _answer(upgrade, asking)
+    upgrade.run(1)
+    assert upgrade.state() == "frozen"
+    assert "needs evidence 'recorded'" in upgrade.item().reason
+    assert upgrade.prod(upgrade.new) is None
+
+
+def test_what_ends_one_item_leaves_the_jobs_of_another(upgrade: Upgrade) -> None:
+    upgrade.serve("team/other", seed=1)
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.tick()
+    upgrade.serve(seed=9, base=upgrade.v2)
+    upgrade.tick()
+    assert upgrade.state() == "aborted"
+    cancelled = upgrade.jobs("cancelled")
+    assert {job.output["adapter"] for job in cancelled if job.kind == "rebase"} == {"team/bot"}
+    upgrade.run()
+    assert upgrade.state("team/other") == "promoted"
+
+
+# ── crashes and races ────────────────────────────────────────────────────────
+
+
+class _CrashError(Exception):
+    pass
+
+
+def test_a_crash_after_any_step_ends_in_the_same_single_end(upgrade: Upgrade) -> None:
+    """Every step is taken once and lost, once and kept, once again: jobs are made once, the alias moves once."""
+    upgrade.skills["warm-start"] = 1.0
+    upgrade.begin()
+    for _ in range(30):
+        for item in upgrade.items():
+            assert item.id is not None
+            for crash in (True, False, False):
+                with suppress(_CrashError), upgrade.world.database.write() as session:
+                    campaigns.step(session, upgrade.world.store, item.id, upgrade.world.now)
+                    if crash:
+                        raise _CrashError
+        if upgrade.work_one() is None and upgrade.state() == "promoted":
+            break
+    assert upgrade.state() == "promoted"
+    assert [job.recipe["tier"] for job in upgrade.jobs() if job.kind == "rebase"] == ["carry", "warm-start"]
+    moves = upgrade.world.all(select(AliasMove).where(AliasMove.name == "prod"))
+    assert len(moves) == 2
+    assert len({job.key for job in upgrade.jobs()}) == len(upgrade.jobs())
+
+
+def test_two_schedulers_take_a_step_at_once(world: World, tmp_path: Path) -> None:
+    upgrade = Upgrade(world, tmp_path, GOOD | {"carry": 1.0})
+    upgrade.policy(POLICY)
+    upgrade.serve()
+    upgrade.begin()
+    for _ in range(6):
+        crowd = [threading.Thread(target=_patient_tick, args=(upgrade,)) for _ in range(2)]
+        for thread in crowd:
+            thread.start()
+        for thread in crowd:
+            thread.join()
+        upgrade.work()
+    assert upgrade.state() == "promoted"
+    assert len(world.all(select(AliasMove).where(AliasMove.name == "prod"))) == 2
+
+
+def _patient_tick(upgrade: Upgrade) -> None:
+    while True:
+        try:
+            upgrade.tick()
+        except Unavailable:
+            continue
+        return
+
+
+def test_an_abort_and_a_promotion_at_once_agree(world: World, tmp_path: Path) -> None:
+    upgrade = Upgrade(world, tmp_path, GOOD | {"carry": 1.0})
+    upgrade.policy(POLICY)
+    upgrade.serve()
+    campaign = upgrade.begin()
+    for _ in range(8):
+        if upgrade.items()[0].facts.get("tiers") and not upgrade.jobs("queued"):
+            break
+        upgrade.tick()
+        upgrade.work()
+
+    def abort() -> None:
+        with world.database.write() as session:
+            campaigns.abort(session, ADMIN, campaign, "", world.now)
+
+    crowd = [threading.Thread(target=_patient_tick, args=(upgrade,)), threading.Thread(target=abort)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    promoted = upgrade.prod(upgrade.new) == "carry"
+    assert upgrade.state() == ("promoted" if promoted else "aborted")
+
+
+# ── planning and access ──────────────────────────────────────────────────────
+
+
+def test_a_plan_stores_nothing_and_says_the_route(upgrade: Upgrade) -> None:
+    upgrade.world.push_base(upgrade.v2, line="demo")
+    with upgrade.world.database.read() as session:
+        request = UpgradeRequest(line="demo", to="demo")
+        campaign, items = campaigns.plan(session, ADMIN, request, upgrade.world.now)
+        info = campaigns.info(session, ADMIN, campaign, items)
+    assert [item.plan["route"] for item in info.items] == ["carry → warm-start → retrain"]
+    assert upgrade.items() == []
+
+
+def test_a_line_has_one_unfinished_campaign(upgrade: Upgrade) -> None:
+    upgrade.begin()
+    with pytest.raises(CampaignExists):
+        upgrade.begin()
+
+
+def test_a_line_that_is_not_there_is_named_with_the_nearest(upgrade: Upgrade) -> None:
+    with upgrade.world.database.write() as session, pytest.raises(BaseNotFound, match="Did you mean 'demo'"):
+        campaigns.create(session, ADMIN, UpgradeRequest(line="demoo", to="demo"), upgrade.world.now)
+
+
+def test_a_campaign_takes_only_what_its_creator_may_run_and_promote(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY, namespace="other")
+    upgrade.serve("other/bot", seed=1)
+    alice = caller("alice", team=["run", "promote", "read"])
+    with pytest.raises(ScopeMissing):
+        upgrade.begin(alice, namespaces=["other"])
+    with pytest.raises(ScopeMissing):
+        upgrade.begin(alice, namespaces=["nothing-there"])
+    with pytest.raises(ScopeMissing):
+        upgrade.begin(caller("reader", team=["read"]))
+    campaign = upgrade.begin(alice)
+    assert [item.adapter for item in upgrade.info(campaign).items] == ["team/bot"]
+    with pytest.raises(CampaignNotFound):
+        upgrade.info(campaign, caller("bob", other=["admin"]))
+    with upgrade.world.database.write() as session, pytest.raises(ScopeMissing):
+        campaigns.abort(session, caller("carol", team=["read"]), campaign, "", upgrade.world.now)
+
+
+def test_two_gated_aliases_share_their_work(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY.model_copy(update={"aliases": ("prod", "canary")}), name="bot")
+    serving = next(digest for digest, tier in upgrade.tiers.items() if tier == "serving")
+    upgrade.set_alias(serving, alias="canary")
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    assert {item.state for item in upgrade.items()} == {State.PROMOTED}
+    assert len([job for job in upgrade.jobs() if job.kind == "rebase"]) == 1
+
+
+def test_a_carried_version_is_rebased_from_its_original(upgrade: Upgrade, tmp_path: Path) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    original = next(digest for digest, tier in upgrade.tiers.items() if tier == "serving")
+    upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3))
+    upgrade.run()
+    last = [job for job in upgrade.jobs("succeeded") if job.kind == "rebase"][-1]
+    assert (last.recipe["adapter"], last.recipe["old"]) == (original, upgrade.old)
+    facts = Facts.model_validate(upgrade.items()[-1].facts)
+    assert facts.serving != facts.source == original
+
+
+def test_a_margin_of_gain_scores_the_bare_old_base_and_a_guard_is_held(upgrade: Upgrade) -> None:
+    gate = GATE.model_copy(update={"margin": Margin(value=0.2, of_gain=True)})
+    guard = Gate(suite="team/suite", metric="accuracy", margin=Margin(value=0.3))
+    upgrade.policy(POLICY.model_copy(update={"gates": (gate,), "guard": guard}), name="bot")
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    item = upgrade.item()
+    assert item.state == "promoted", item.reason
+    names = [criterion["name"] for criterion in item.verdicts["carry"]["criteria"]]
+    assert names.count("guard") == 1
+    assert item.scores["bare_old"] == 0.0
+
+
+def test_reference_seconds_are_kept_apart_from_the_budget(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY.model_copy(update={"budget_seconds": 2.5}), name="bot")
+    upgrade.begin()
+    upgrade.run()
+    assert "budget: 3 of 2 seconds" in upgrade.item().reason
+    assert Facts.model_validate(upgrade.items()[0].facts).reference_seconds == 3.0
+    assert upgrade.jobs("queued") == []
+
+
+def test_two_gates_on_one_suite_are_both_judged(upgrade: Upgrade) -> None:
+    stricter = GATE.model_copy(update={"margin": Margin(value=0.15)})
+    upgrade.policy(POLICY.model_copy(update={"gates": (GATE, stricter)}), name="bot")
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "promoted", upgrade.item().reason
+    criteria = upgrade.item().verdicts["carry"]["criteria"]
+    assert [c["bound"] for c in criteria if c["name"] == "not-worse"] == [-0.2, -0.15]
