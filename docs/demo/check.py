@@ -8,6 +8,7 @@ Generates an answer, and compares PEFT's logits with ours on a few prompts; ends
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("prompts", type=Path)
     args = parser.parse_args()
     disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()[:4]]
     model, _ = load(args.base, "fp32")
     tokenizer: Any = AutoTokenizer.from_pretrained(args.base)

@@ -17,12 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.rule import Rule
@@ -47,10 +48,11 @@ STOP_S = 60.0
 TINY: Recipe = {"targets": ["all-linear"], "rank": 4, "alpha": 8.0, "learning_rate": 1e-2, "steps": 12,
                 "batch_tokens": 1024, "max_length": 192}  # fmt: skip
 """With ``--quick``, for a model of bytes that was never trained."""
+REASONS_AT = "All tiers and reasons: loractl upgrade report"
 console = Console(highlight=False, soft_wrap=True)
 
 
-class DemoFailed(Exception):
+class DemoError(Exception):
     """A step that must work did not."""
 
 
@@ -108,7 +110,7 @@ class Demo:
     def _start(self) -> None:
         cores = os.cpu_count() or 1
         line = ["up", "--dir", "registry", "--port", "0", "--jobs", str(min(2, cores))]
-        self._show("loractl", *line, "&")
+        console.print(f"\n$ loractl {shlex.join(line)} &", style="bold", markup=False)
         told = self.folder / "up.log"
         with told.open("w") as log:
             self.registry = subprocess.Popen(
@@ -119,7 +121,8 @@ class Demo:
         console.print(told.read_text().rstrip(), markup=False)
         url = json.loads((self.folder / "registry/up.json").read_text())["url"]
         token = (self.folder / "registry/secrets/admin-token").read_text().strip()
-        self._loractl("login", url, "--token", token, shown=f'login {url} --token "$(cat registry/secrets/admin-token)"')
+        shown = f'login {url} --token "$(cat registry/secrets/admin-token)"'
+        self._loractl("login", url, "--token", token, shown=shown)
         self._loractl("doctor")
         self.client = RegistryClient(url, token)
 
@@ -170,13 +173,15 @@ class Demo:
     def _refuse(self) -> None:
         bases.narrow(self.folder / "base-v1", self.folder / "narrow")
         bases.lookalike(self.folder / "base-v1", self.folder / "lookalike")
-        console.print("Other shapes:")
-        self._loractl("base", "push", "./narrow", "--line", "narrow", "--no-weights")
-        self._loractl("push", "outside/adapter", "team/wrong", "--base", "narrow", must_end=1)
-        console.print("\nThe same shapes, other weights. What was trained here carries the digest of its base:")
-        self._loractl("base", "push", "./lookalike", "--line", "lookalike", "--no-weights")
         self._loractl("pull", f"team/{MADE_HERE[1]}", "--for", "./base-v1", "--out", "trained")
+        console.print("\nAgainst a base of other shapes:")
+        self._loractl("base", "push", "./narrow", "--line", "narrow", "--no-weights")
+        self._loractl("push", "./trained", "team/wrong", "--base", "./narrow", must_end=1)
+        console.print("\nAgainst the same shapes and other weights. What was trained here carries its base's digest;")
+        console.print("what was trained outside carries a name, which stands for demo@r1 here:")
+        self._loractl("base", "push", "./lookalike", "--line", "lookalike", "--no-weights")
         self._loractl("push", "./trained", "team/wrong", "--base", "./lookalike", must_end=1)
+        self._loractl("push", "outside/adapter", "team/wrong", "--base", "./lookalike", must_end=1)
         console.print("\nWhoever knows better says so, and that is on record:")
         trusted = ["--trust-base", "-m", "shown by the demo"]
         self._loractl("push", "./trained", "sandbox/trusted", "--base", "./lookalike", *trusted)
@@ -215,7 +220,7 @@ class Demo:
         first = next(item for item in self._client().aliases(name) if item.base == campaign.old)
         second = next(item for item in self._client().aliases(name) if item.base == campaign.new)
         if first.digest == second.digest:
-            raise DemoFailed(f"{name}:prod is one and the same version on both bases.")
+            raise DemoError(f"{name}:prod is one and the same version on both bases.")
         task = name.partition("/")[2]
         self._run(
             [sys.executable, HOUSE / "docs/demo/check.py", "base-v2", "pulled-v2", f"data/{task}-test.jsonl"],
@@ -224,6 +229,7 @@ class Demo:
 
     def _report(self, campaign: CampaignInfo) -> None:
         console.print(outcome_table(campaign))
+        console.print(f"Scores are means over the items that decide. {REASONS_AT} {campaign.id}", markup=False)
         moved = next((item for item in campaign.items if item.final), campaign.items[0])
         self._loractl("log", f"{moved.adapter}@{moved.final or moved.serving}")
         jobs = self._client().jobs(limit=200).items
@@ -262,7 +268,7 @@ class Demo:
     def _recipe(self, name: str, recipe: Recipe, *, pace: bool = True) -> None:
         """``name.toml`` as a person would write it."""
         made = self._paced(recipe) if pace or self.quick else recipe
-        lines = [f'base = "{"demo@r1"}"', f'datasets = ["team/{name}"]']
+        lines = ['base = "demo@r1"', f'datasets = ["team/{name}"]']
         lines += [f"{key} = {json.dumps(value)}" for key, value in made.items() if key != "kind"]
         (self.folder / f"{name}.toml").write_text("\n".join([*lines, "[output]", f'adapter = "team/{name}"', ""]))
 
@@ -270,14 +276,10 @@ class Demo:
         assert self.client is not None
         return self.client
 
-    def _show(self, *words: str) -> None:
-        text = " ".join(word if word == "&" else shlex.quote(word) for word in words)
-        console.print(f"\n[bold]$ {text}[/bold]" if "[" not in text else f"\n$ {text}", markup="[" not in text)
-
     def _loractl(
         self, *words: str, shown: str | None = None, must_end: int = 0, may_end: Sequence[int] | None = None
     ) -> None:
-        """One command as a person types it, its output as it comes; `DemoFailed` when it ends otherwise."""
+        """One command as a person types it, its output as it comes; `DemoError` when it ends otherwise."""
         line = [str(BIN / "loractl"), *words]
         self._run(line, shown=f"loractl {shown or shlex.join(words)}", ends=may_end or (must_end,))
 
@@ -286,7 +288,7 @@ class Demo:
         sys.stdout.flush()
         ended = subprocess.run(line, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, check=False).returncode
         if ended not in ends:
-            raise DemoFailed(f"'{shown}' ended with {ended}; expected {' or '.join(map(str, ends))}.")
+            raise DemoError(f"'{shown}' ended with {ended}; expected {' or '.join(map(str, ends))}.")
 
     def _asked(self, *words: str) -> str:
         """The id of the job that a command asks for."""
@@ -297,16 +299,16 @@ class Demo:
         )
         console.print(ended.stdout.rstrip(), markup=False)
         if ended.returncode:
-            raise DemoFailed(f"'loractl {shlex.join(words)}' ended with {ended.returncode}.")
+            raise DemoError(f"'loractl {shlex.join(words)}' ended with {ended.returncode}.")
         return ended.stdout.strip()
 
     def _until(self, done: Any, seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             if self.registry is not None and self.registry.poll() is not None:
-                raise DemoFailed(f"loractl up ended with {self.registry.returncode}.")
+                raise DemoError(f"loractl up ended with {self.registry.returncode}.")
             if time.monotonic() > deadline:
-                raise DemoFailed(f"{what} after {seconds:.0f} s.")
+                raise DemoError(f"{what} after {seconds:.0f} s.")
             time.sleep(0.3)
 
     def _watched(self, identity: str) -> CampaignInfo:
@@ -317,7 +319,7 @@ class Demo:
             deadline = time.monotonic() + CAMPAIGN_S
             while (campaign := client.upgrade(identity)).state not in ("finished", "aborted"):
                 if time.monotonic() > deadline:
-                    raise DemoFailed(f"The upgrade {identity} did not end in {CAMPAIGN_S:.0f} s.")
+                    raise DemoError(f"The upgrade {identity} did not end in {CAMPAIGN_S:.0f} s.")
                 running = client.jobs(campaign=identity, state="running", limit=10).items
                 if console.is_terminal:
                     live.update(Group(outcome_table(campaign), *(Text(working(job)) for job in running)))
@@ -327,7 +329,7 @@ class Demo:
         if not console.is_terminal:
             tell_changes(campaign, seen)
         if campaign.state != "finished":
-            raise DemoFailed(f"The upgrade {identity} is {campaign.state}: {campaign.reason}")
+            raise DemoError(f"The upgrade {identity} is {campaign.state}: {campaign.reason}")
         return campaign
 
     def _stop(self) -> None:
@@ -366,31 +368,31 @@ class Demo:
 
 def outcome_table(campaign: CampaignInfo) -> Table:
     """Per adapter: its scores on both bases, how it ended, and what that cost against retraining."""
-    table = Table(
-        "adapter", "metric", "bare", "serving", "bare", "carried", "warm-start", "retrained", "final", "is",
-        "cost", "retraining", title=f"{campaign.old_ref} → {campaign.new_ref}: {campaign.state}",
-        caption=f"The first two scores are on {campaign.old_ref}, the others on {campaign.new_ref};"
-                " means over the items that decide.",
+    old, new = campaign.old_ref, campaign.new_ref
+    table = Table(f"{old} → {new}: {campaign.state}", *(item.adapter for item in campaign.items), box=SIMPLE_HEAD)
+    scores = (
+        ("bare_old", f"{old} alone"), ("serving_old", f"serving on {old}"), ("bare_new", f"{new} alone"),
+        ("carry", "carried"), ("warm-start", "warm-started"), ("retrain", "retrained"), ("final", f"final on {new}"),
     )  # fmt: skip
-    for item in campaign.items:
-        scores = [number(item.scores.get(key)) for key in
-                  ("bare_old", "serving_old", "bare_new", "carry", "warm-start", "retrain", "final")]  # fmt: skip
-        table.add_row(item.adapter, str(item.scores.get("metric", "")), *scores, ended(item), *costs(item.cost))
+    rows: list[tuple[str, Callable[[CampaignItemInfo], str]]] = [
+        ("metric", lambda item: str(item.scores.get("metric", ""))),
+        *((title, lambda item, key=key: number(item.scores.get(key))) for key, title in scores),
+        ("outcome", lambda item: item.state),
+        ("by", lambda item: item.tier or ""),
+        ("that cost", lambda item: cost(item.cost, "steps", "seconds")),
+        ("retraining costs", lambda item: cost(item.cost, "retrain_steps", "retrain_seconds")),
+    ]
+    for title, cell in rows:
+        if any(cells := [cell(item) for item in campaign.items]):
+            table.add_row(title, *cells)
     return table
 
 
-def ended(item: CampaignItemInfo) -> str:
-    """Its state, and the tier that it stands at or passed by."""
-    return f"{item.state}{f' ({item.tier})' if item.tier and item.state in ('promoted', 'running') else ''}"
-
-
-def costs(cost: Mapping[str, Any]) -> tuple[str, str]:
-    """Steps and seconds of what the upgrade did, and of training anew."""
-
-    def text(steps: int | None, seconds: float | None) -> str:
-        return "" if steps is None else f"{steps} steps" + ("" if seconds is None else f", {seconds:.0f} s")
-
-    return text(cost.get("steps"), cost.get("seconds")), text(cost.get("retrain_steps"), cost.get("retrain_seconds"))
+def cost(found: Mapping[str, Any], steps: str, seconds: str) -> str:
+    """Steps and device seconds."""
+    known = [f"{found[steps]} steps" if found.get(steps) is not None else "",
+             f"{found[seconds]:.0f} s" if found.get(seconds) is not None else ""]  # fmt: skip
+    return ", ".join(filter(None, known))
 
 
 def working(job: JobInfo) -> str:
@@ -435,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         demo.play()
-    except DemoFailed as failed:
+    except DemoError as failed:
         console.print(f"\nThe demo failed: {failed}\n{demo.tails()}", markup=False)
         return 1
     except KeyboardInterrupt:

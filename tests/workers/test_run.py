@@ -120,6 +120,17 @@ def rebase(tier: str, **options: Any) -> Rebase:
     return Rebase.model_validate({"tier": tier} | common | options)
 
 
+def test_a_carried_adapter_does_not_keep_the_name_of_the_base_it_came_from(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = folders["adapter"] / "adapter_config.json"
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "org/old-base", "revision": "v1"}
+    config.write_text(json.dumps(named))
+    run(rebase("carry"), folders, tmp_path / "out", silent)
+    made = read_adapter(tmp_path / "out" / "adapter").config
+    assert (made["base_model_name_or_path"], made["revision"]) == (None, None)
+
+
 def test_carry_leaves_the_same_factors_bound_to_the_new_base(folders: dict[str, Path], tmp_path: Path) -> None:
     run(rebase("carry"), folders, tmp_path / "out", silent)
     path = tmp_path / "out" / "adapter"

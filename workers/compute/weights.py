@@ -74,7 +74,10 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path, *, base: str, recipe: str) -> None:
-    """The adapter as a PEFT folder, bound to base digest ``base``, made by the recipe of digest ``recipe``."""
+    """The adapter as a PEFT folder, bound to base digest ``base``, made by the recipe of digest ``recipe``.
+
+    The name of a base in its configuration is dropped: it stood for the weights that the adapter came from.
+    """
     tensors = {}
     for name, value in adapter.replaced.items():
         owner, _, parameter = name.rpartition(".")
@@ -89,7 +92,8 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: str, recipe: str) -> 
             tensors[f"{name}.lora_B.bias"] = patch.bias_O
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "loractl.base": base, "loractl.recipe": recipe})
-    write_file(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True).encode() + b"\n")
+    config = adapter.config | {"base_model_name_or_path": None, "revision": None}
+    write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
