@@ -173,14 +173,11 @@ class Fleet:
             time.sleep(0.1)
         return found
 
-    def job(self, identity: str) -> dict[str, Any]:
-        """A job as the API tells it."""
-        asked = httpx.get(
-            f"{self.url}/v1/jobs/{identity}",
-            headers={"authorization": f"Bearer {self.values['LORACTL_BOOTSTRAP_TOKEN']}"},
-            timeout=30,
-        )
-        found: dict[str, Any] = asked.raise_for_status().json()
+    def get(self, path: str) -> dict[str, Any]:
+        """What the API answers the administrator."""
+        token = self.values["LORACTL_BOOTSTRAP_TOKEN"]
+        answer = httpx.get(self.url + path, headers={"authorization": f"Bearer {token}"}, timeout=30)
+        found: dict[str, Any] = answer.raise_for_status().json()
         return found
 
 
