@@ -101,7 +101,10 @@ def registry(env: dict[str, str]) -> Iterator[tuple[RegistryClient, dict[str, ps
         processes = {"API": stack.enter_context(program([*api, "--log-level", "warning"], f"{url}/health", env))}
         daemons = [sys.executable, "-m", "registry.daemons.run"]
         processes["verifier"] = stack.enter_context(program(daemons, f"{url}/health", env))
-        yield stack.enter_context(RegistryClient(url, token)), processes
+        client = stack.enter_context(RegistryClient(url, token))
+        with tempfile.TemporaryDirectory() as warm:  # imports and pools are no growth
+            round_trip(client, make_base(Path(warm) / "base", 4 << 20, 1000), Path(warm) / "out")
+        yield client, processes
 
 
 def make_base(folder: Path, size: int, seed: int) -> Path:
@@ -238,6 +241,7 @@ def run(scale: float = 1.0) -> list[Row]:
         folder.mkdir()
         [port] = servers.free_ports(1)
         url = f"http://127.0.0.1:{port}/"
+        (folder / "bare").touch()
         stack.enter_context(program([sys.executable, "-c", _BARE, str(folder / "bare"), str(port)], url))
         env = {
             "LORACTL_MODE": "embedded", "LORACTL_DATA": str(folder),
