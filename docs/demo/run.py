@@ -101,7 +101,8 @@ class Demo:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         kept = {key: value for key, value in os.environ.items() if not key.startswith("LORACTL_")}
         homes = {f"XDG_{kind}_HOME": str(self.folder / kind.lower()) for kind in ("CONFIG", "CACHE")}
-        self.env = kept | homes | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOUSE), "PYTHONUNBUFFERED": "1"}
+        self.env = kept | homes | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOUSE)}
+        self.env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}  # all share a few cores: waiting sleeps
         self.native = not self.quick and bases.bf16_is_native()
         console.print(f"Everything happens in {self.folder}. Lines that begin with $ are what you would type there.")
         if not self.native and not self.quick:
