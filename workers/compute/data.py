@@ -1,8 +1,6 @@
 """Rows of JSONL to tokens: prompts that are read, completions that are learnt and scored.
 
-    {"prompt": "2+2=", "completion": " 4"}
-    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
-    {"prompt": "2+2=", "choices": [" 3", " 4"], "answer": 1}            only in suites
+The forms of a row are those of `registry.core.rows`.
 
 Prompt and completion are tokenised apart and concatenated, in training as in evaluation, so that no token
 spans their border and generation meets exactly what was trained; a completion that continues a word's
@@ -11,7 +9,6 @@ completion the end-of-sequence token behind. Messages go through the tokenizer's
 last turn, the assistant's, is the completion, and the template's own end of turn is part of it.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from registry.core.errors import BadDataset
+from registry.core.rows import parse_row
 
 from .model import Tokenizer
 
@@ -76,46 +74,8 @@ def read_rows(folder: Path) -> list[Row]:
 
 def parse_rows(data: bytes, path: str) -> list[Row]:
     """One row per line that is not blank; `BadDataset` names the line that is no row."""
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadDataset(path=path, line=number, reason=f"not JSON: {error}") from error
-        row = Row(value, path, number)
-        if problem := _problem(value):
-            raise row.refuse(problem)
-        rows.append(row)
-    return rows
-
-
-def _problem(value: Any) -> str | None:
-    """Why ``value`` is not a row."""
-    match value:
-        case {"messages": list(messages)}:
-            turns = all(
-                isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-                for turn in messages
-            )
-            if not turns or len(messages) < 2:
-                return "'messages' must be two or more objects with the texts 'role' and 'content'"
-            if messages[-1]["role"] != "assistant":
-                return f"the last message is by '{messages[-1]['role']}'; it must be the assistant's"
-            return None if messages[-1]["content"] else "the completion is empty"
-        case {"prompt": str(), "completion": str(completion)}:
-            return None if completion else "the completion is empty"
-        case {"prompt": str(), "choices": list(choices), "answer": answer}:
-            if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
-                return "'choices' must be two or more texts, none of them empty"
-            if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-                return f"'answer' is {json.dumps(answer)}; allowed are 0 to {len(choices) - 1}"
-            return None
-        case dict():
-            return "expected the texts 'prompt' and 'completion', or 'messages', or 'prompt', 'choices' and 'answer'"
-        case _:
-            return "not a JSON object"
+    lines = enumerate(data.split(b"\n"), start=1)
+    return [Row(parse_row(line, path, number), path, number) for number, line in lines if line.strip()]
 
 
 # ── tokens ───────────────────────────────────────────────────────────────────
