@@ -69,7 +69,7 @@ class House:
     def working(self) -> Iterator[None]:
         """A worker in a thread, until it finds nothing more to do."""
         with Worker(self.worker) as worker:
-            thread = threading.Thread(target=worker.work, args=("cpu",))
+            thread = threading.Thread(target=worker.work, args=("cpu",), daemon=True)
             thread.start()
             yield
             thread.join(PATIENCE_S)
@@ -187,7 +187,7 @@ def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home:
         assert failed.attempt == 1
         assert failed.error is not None
         assert failed.error["code"] == "unknown-targets"
-        long = home.train("team/long", steps=100_000)
+    long = home.train("team/long", steps=100_000)
     with home.working():
         home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)
         home.client.cancel_job(long.id)
@@ -240,7 +240,7 @@ def celery(home: House, log: Path) -> Iterator[psutil.Process]:
     command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "INFO"]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, "--without-mingle", "--without-gossip"], env=environment(home), stdout=output, stderr=output
+            command, env=environment(home), stdout=output, stderr=output
         )
     try:
         yield psutil.Process(process.pid)
