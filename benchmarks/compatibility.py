@@ -45,15 +45,15 @@ def run(scale: float = 1.0) -> list[Row]:
         times, counts = {}, {}
         for size in sizes:
             filled.grow(size)
-            times[size], counts[size] = _ask(registry, filled, size, max(20, int(ASKED * min(1.0, scale * 10))))
+            times[size], counts[size] = _ask(registry, filled, max(20, int(ASKED * min(1.0, scale * 10))))
         filled.database.close()
     low, high = sizes[0], sizes[-1]
     figures = ", ".join(f"{size:,}: {_p95(times[size]):.1f} ms" for size in sizes)
     return [
         at_most(
             f"compatibility query, p95 at {LIMIT} results", _p95(times[high]), 50, unit="ms",
-            note=f"{high:,} adapters, {2 * high:,} versions, {fill.BASES} bases, PostgreSQL, {len(times[high])} questions "
-            f"of one client, {counts[high]:.0f} results on average, median {statistics.median(times[high]):.1f} ms",
+            note=f"{high:,} adapters, {2 * high:,} versions, {fill.BASES} bases, PostgreSQL, "
+            f"{len(times[high])} questions of one client, {counts[high]:.0f} results on average, median {statistics.median(times[high]):.1f} ms",
         ),
         at_most(
             f"compatibility query, p95 at {high:,} adapters against {low:,}", _p95(times[high]) / _p95(times[low]), 1.5,
@@ -62,7 +62,7 @@ def run(scale: float = 1.0) -> list[Row]:
     ]  # fmt: skip
 
 
-def _ask(registry: Registry, filled: fill.Filled, size: int, questions: int) -> tuple[list[float], float]:
+def _ask(registry: Registry, filled: fill.Filled, questions: int) -> tuple[list[float], float]:
     """Milliseconds per question, and results per answer."""
     draw = random.Random(1)
     times, results = [], 0

@@ -136,8 +136,8 @@ class Filled:
             rows[AliasMove].append(at | {"to_version_id": latest, "actor": "filler", "reason": "", "at": BEGAN})
         rows[Evaluation].append(
             {"base_id": second + 1, "version_id": latest, "suite_id": 1, "harness": digest("harness"),
-             "summary": {"accuracy": {"gate": {"mean": draw.random(), "n": 300}}}, "records": digest(f"records {index}"),
-             "job_id": f"j{index}", "seconds": 10.0, "created_at": BEGAN}
+             "summary": {"accuracy": {"gate": {"mean": draw.random(), "n": 300}}},
+             "records": digest(f"records {index}"), "job_id": f"j{index}", "seconds": 10.0, "created_at": BEGAN}
         )  # fmt: skip
 
     def _write(self, rows: dict[type[SQLModel], list[dict[str, Any]]]) -> None:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -71,9 +72,9 @@ async def _send(host: str, port: int, requests: list[bytes], seconds: float, con
     turn = itertools.cycle(requests)
     made = [_Connection(turn) for _ in range(connections)]
     for connection in made:
-        await loop.create_connection(lambda connection=connection: connection, host, port)
+        await loop.create_connection(partial(_itself, connection), host, port)
     async with asyncio.timeout(PATIENCE_S):
-        while not all(connection.answered or connection.refused for connection in made):
+        while not all(connection.answered or connection.refused for connection in made):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     await asyncio.sleep(seconds / 10)
     before, began, busy = sum(c.answered for c in made), time.perf_counter(), time.process_time()
@@ -84,6 +85,10 @@ async def _send(host: str, port: int, requests: list[bytes], seconds: float, con
         if connection.refused is not None:
             raise RuntimeError(f"refused: {connection.refused!r}")
     return Load(after - before, wall, busy / wall)
+
+
+def _itself(connection: "_Connection") -> "_Connection":
+    return connection
 
 
 class _Connection(asyncio.Protocol):
@@ -118,7 +123,7 @@ class _Connection(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.write(next(self._turn))
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
         if self._transport is not None and self.refused is None:
             self.refused = b"the connection was closed"
 
