@@ -11,6 +11,8 @@ from typing import Literal, Self
 
 from .core.errors import Usage
 
+_LOG_LEVELS = ("info", "debug", "warning", "error")
+
 
 class BadSetting(Usage):
     """A setting is missing or not readable."""
@@ -65,9 +67,7 @@ class Settings:
     def from_environment(cls, env: Mapping[str, str]) -> Self:
         """Settings from ``LORACTL_*``; `BadSetting` names what is missing or wrong."""
         read = _Reader(env)
-        mode = read("MODE", "fleet")
-        if mode not in ("embedded", "fleet"):
-            raise BadSetting(name="LORACTL_MODE", reason=f"is '{mode}'; 'embedded' and 'fleet' are allowed")
+        mode = read.choice("MODE", "fleet", "embedded")
         bucket = read("S3_BUCKET", "") if mode == "embedded" else read("S3_BUCKET")
         endpoint = read("S3_ENDPOINT", "") or None
         return cls(
@@ -84,7 +84,7 @@ class Settings:
                 region=read("S3_REGION", "us-east-1"),
                 access_key=read("S3_ACCESS_KEY"),
                 secret_key=read("S3_SECRET_KEY"),
-                path_style=read("S3_ADDRESSING", "path") == "path",
+                path_style=read.choice("S3_ADDRESSING", "path", "virtual") == "path",
             )
             if bucket
             else None,
@@ -97,7 +97,7 @@ class Settings:
             part_size=read.number("PART_SIZE", 32 << 20),
             multipart_from=read.number("MULTIPART_FROM", 64 << 20),
             max_file_bytes=read.number("MAX_FILE_BYTES", 1 << 40),
-            log_level=read("LOG_LEVEL", "info"),
+            log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 
 
@@ -124,7 +124,7 @@ class WorkerSettings:
             cache=Path(read("CACHE_DIR", str(Path(env.get("HOME", ".")) / ".cache" / "loractl"))),
             cache_bytes=read.number("CACHE_BYTES", 200 << 30),
             name=read("WORKER_NAME", env.get("HOSTNAME", "worker")),
-            log_level=read("LOG_LEVEL", "info"),
+            log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 
 
@@ -136,6 +136,14 @@ class _Reader:
         text = self.env.get(f"LORACTL_{name}", default)
         if text is None or (default is None and not text):
             raise BadSetting(name=f"LORACTL_{name}", reason="is missing")
+        return text
+
+    def choice(self, name: str, default: str, *others: str) -> str:
+        text = self(name, default).lower()
+        if text not in (default, *others):
+            *words, last = (f"'{word}'" for word in sorted((default, *others)))
+            allowed = f"{', '.join(words)} and {last}"
+            raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text[:40]}'; {allowed} are allowed")
         return text
 
     def number(self, name: str, default: int) -> int:

@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import logs
+from registry.core.errors import SchemaMissing
+from registry.db import migrate
 from registry.services import tokens
 from registry.settings import Settings
 from registry.storage.local import LocalStore
@@ -52,6 +54,8 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     parts: AppParts = app.state.parts
     settings, now = parts.settings, parts.clock()
+    if lacking := migrate.missing(parts.database):
+        raise SchemaMissing(missing=", ".join(lacking))
     with parts.database.write() as session:
         if settings.bootstrap_token:
             tokens.ensure(

@@ -520,6 +520,12 @@ class DatabaseDown(Unavailable):
     help = "Nothing was changed; try again. Operators: loractl doctor"
 
 
+class SchemaMissing(Unavailable):
+    code = "schema-missing"
+    says = "The registry's database lacks migrations: {missing}"
+    help = "Operators: python -m registry.db.migrate"
+
+
 class WriteConflict(Unavailable):
     code = "write-conflict"
     says = "Somebody else changed the same thing at the same moment: {reason}"

@@ -47,12 +47,15 @@ def upgrade(database: Database) -> None:
 
 
 def missing(database: Database) -> list[str]:
-    """Revisions that the database lacks, oldest first; empty when it is up to date."""
+    """Revisions that the database lacks, oldest first; none when it is up to date, or a newer release's."""
     script = ScriptDirectory.from_config(config())
     with database.read() as session:
         have = MigrationContext.configure(session.connection()).get_current_heads()
-    known = {revision for head in have for revision in _ancestry(script, head)}
-    return [r.revision for r in reversed(list(script.walk_revisions())) if r.revision not in known]
+    ours = [revision.revision for revision in reversed(list(script.walk_revisions()))]
+    if not set(have) <= set(ours):
+        return []
+    there = {revision for head in have for revision in _ancestry(script, head)}
+    return [revision for revision in ours if revision not in there]
 
 
 def _ancestry(script: ScriptDirectory, head: str) -> list[str]:

@@ -67,7 +67,8 @@ def probe(store: BlobStore, http: httpx.Client, clock: Callable[[], float] = tim
         try:
             return http.request(request.method, request.url, headers=request.headers | more, content=content)
         except httpx.TransportError as error:
-            raise StorageDown(reason=f"{type(error).__name__} at a signed URL") from error
+            host = httpx.URL(request.url).netloc.decode()
+            raise StorageDown(reason=f"{type(error).__name__} at {host}, for which URLs are signed") from error
 
     def signed_put(name: str) -> SignedRequest:
         return store.presign_put(f"{place}/{name}", size=len(right), sha256=sha256, expires_s=_LIFE_S)
