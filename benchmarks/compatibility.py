@@ -53,7 +53,8 @@ def run(scale: float = 1.0) -> list[Row]:
         at_most(
             f"compatibility query, p95 at {LIMIT} results", _p95(times[high]), 50, unit="ms",
             note=f"{high:,} adapters, {2 * high:,} versions, {fill.BASES} bases, PostgreSQL, "
-            f"{len(times[high])} questions of one client, {counts[high]:.0f} results on average, median {statistics.median(times[high]):.1f} ms",
+            f"{len(times[high])} questions of one client, {counts[high]:.0f} results on average, "
+            f"median {statistics.median(times[high]):.1f} ms",
         ),
         at_most(
             f"compatibility query, p95 at {high:,} adapters against {low:,}", _p95(times[high]) / _p95(times[low]), 1.5,

@@ -56,7 +56,8 @@ def run(scale: float = 1.0) -> list[Row]:
         at_least(
             "push, fleet: first byte to accepted by the storage", sent / accepted, 0.9,
             peer=f"boto3 upload_file, {size / sent / 1e6:.0f} MB/s",
-            note=f"{size / accepted / 1e6:.0f} MB/s, {same}, parts of {PART >> 20} MiB; hashing before it {hashed:.1f} s, "
+            note=f"{size / accepted / 1e6:.0f} MB/s, {same}, parts of {PART >> 20} MiB; "
+            f"hashing before it {hashed:.1f} s, "
             f"committed {committed:.1f} s after the start",
         ),
         at_least(

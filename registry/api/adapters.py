@@ -1,9 +1,10 @@
 """Routes of adapters: search and show, versions and manifests, history, aliases, compatibility, resolve."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from sqlmodel import Session
+from starlette.concurrency import run_in_threadpool
 
 from registry.core.errors import BadRequest
 from registry.core.fit import FitClass
@@ -28,10 +29,12 @@ from registry.services.adapters import BY_DEFAULT, Filter
 from registry.services.references import find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
 
-from .deps import Parts, User
+from .deps import AppParts, Parts, User
+from .deps import parts as here
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
+_PATH = ("namespace", "name", "version")
 
 
 def _classes(text: str | None) -> tuple[FitClass, ...]:
@@ -52,6 +55,90 @@ def _version(session: Session, caller: Caller, namespace: str, name: str, text: 
     reference = parse_version(SeriesName.parse(f"{namespace}/{name}"), text)
     adapter = find_adapter(session, caller, reference.series)
     return find_version(session, adapter, reference), adapter
+
+
+# Routes are tried in the order in which they stand here, so the two that servers ask all day come first.
+
+
+@router.get("/resolve", response_model=Resolution)
+def resolve(
+    parts: Parts,
+    caller: User,
+    ref: str,
+    base: str | None = None,
+    engine: str | None = None,
+    fit: str | None = None,
+) -> Response:
+    """The one version for these weights, with signed URLs of its files; 409 with the nearest when there is none.
+
+    An answer is given again while nothing that it depends on has changed, and while its URLs are young.
+    """
+    reference = Reference.parse(ref)
+    with parts.database.read() as session:
+        pointed = adapters.glance(session, caller, reference, base)
+        asked = (reference, base, engine, fit, pointed)
+        body = parts.resolutions.get(asked) if pointed is not None else None
+        if body is None:
+            body = _resolved(parts, session, caller, reference, base, engine, fit)
+            if pointed is not None and pointed == adapters.glance(session, caller, reference, base):
+                parts.resolutions.keep(asked, body, life_s=parts.settings.url_ttl_s / 4)
+    return Response(body, media_type="application/json")
+
+
+def _resolved(
+    parts: AppParts,
+    session: Session,
+    caller: Caller,
+    reference: Reference,
+    base: str | None,
+    engine: str | None,
+    fit: str | None,
+) -> bytes:
+    row = bases.find(session, base) if base is not None else None
+    found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
+    digest = found.version.digest
+    answer = Resolution(
+        version=adapters.describe(session, [(found.version, found.adapter)])[0],
+        fit=found.fit,
+        base=found.base.digest,
+        base_assumed=found.assumed,
+        manifest=digest,
+        files=downloads.files(session, parts.store, parts.settings, [digest])[digest],
+    )
+    return answer.model_dump_json(by_alias=True).encode()
+
+
+_NAMED: dict[str, Any] = {
+    "parameters": [
+        *({"name": part, "in": "path", "required": True, "schema": {"type": "string"}} for part in _PATH),
+        {"name": "if-none-match", "in": "header", "required": False, "schema": {"type": "string"}},
+    ]
+}
+"""What `show_manifest` reads from the request itself: FastAPI takes longer to read it than all the rest takes."""
+
+
+@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest", openapi_extra=_NAMED)
+async def show_manifest(request: Request, caller: User) -> Response:
+    """The canonical bytes of the manifest; immutable where the version is named by its digest."""
+    house, (namespace, name, version) = here(request), (request.path_params[part] for part in _PATH)
+    body = house.manifests.get((namespace, name, version)) if caller.can("read", namespace) else None
+    digest = version
+    if body is None:
+        digest, body = await run_in_threadpool(_manifest, house, caller, namespace, name, version)
+    etag = f'"{digest}"'
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def _manifest(parts: AppParts, caller: Caller, namespace: str, name: str, version: str) -> tuple[str, bytes]:
+    """Digest and bytes; remembered under the digest, by which they never change."""
+    with parts.database.read() as session:
+        row, _ = _version(session, caller, namespace, name, version)
+        body = adapters.manifest_body(session, row.digest)
+    parts.manifests.keep((namespace, name, row.digest), body)
+    return row.digest, body
 
 
 @router.get("/adapters")
@@ -105,25 +192,6 @@ def show_version(namespace: str, name: str, version: str, parts: Parts, caller: 
     """One version: ``vN`` or its digest."""
     with parts.database.read() as session:
         return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
-
-
-@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest")
-def show_manifest(
-    namespace: str,
-    name: str,
-    version: str,
-    parts: Parts,
-    caller: User,
-    if_none_match: Annotated[str | None, Header()] = None,
-) -> Response:
-    """The canonical bytes of the manifest; immutable where the version is named by its digest."""
-    with parts.database.read() as session:
-        row, _ = _version(session, caller, namespace, name, version)
-        etag = f'"{row.digest}"'
-        headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
-        if if_none_match == etag:
-            return Response(status_code=304, headers=headers)
-        return Response(adapters.manifest_body(session, row.digest), media_type="application/json", headers=headers)
 
 
 @router.get("/adapters/{namespace}/{name}/log")
@@ -258,30 +326,3 @@ def list_compatible(
         items = [CompatibleAdapter(version=i, fit=f) for i, (_, _, f) in zip(infos, found, strict=True)]
         more = cursor(found[-1][0].id) if len(found) == limit else None
         return Page(items=items, cursor=more)
-
-
-@router.get("/resolve")
-def resolve(
-    parts: Parts,
-    caller: User,
-    ref: str,
-    base: str | None = None,
-    engine: str | None = None,
-    fit: str | None = None,
-) -> Resolution:
-    """The one version for these weights, with signed URLs of its files; 409 with the nearest when there is none."""
-    reference = Reference.parse(ref)
-    with parts.database.read() as session:
-        row = bases.find(session, base) if base is not None else None
-        found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
-        info = adapters.describe(session, [(found.version, found.adapter)])[0]
-        digest = found.version.digest
-        files = downloads.files(session, parts.store, parts.settings, [digest])[digest]
-    return Resolution(
-        version=info,
-        fit=found.fit,
-        base=found.base.digest,
-        base_assumed=found.assumed,
-        manifest=found.version.digest,
-        files=files,
-    )

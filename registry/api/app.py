@@ -41,7 +41,8 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     )
     app.state.parts = parts
     problems.install(app)
-    nouns = (meta, token_routes, pushes, downloads, bases, datasets, adapters, policies, jobs, upgrades, schedules)
+    # Routes are tried in this order: what is asked most comes first.
+    nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes, meta)
     for routes in nouns:
         app.include_router(routes.router)
     if isinstance(parts.store, LocalStore):

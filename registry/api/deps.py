@@ -12,13 +12,17 @@ from time import monotonic
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
 
 from registry import parts as house
 from registry.core.errors import ScopeMissing, TokenMissing
 from registry.services.tokens import Caller, authenticate
 
+from .answers import Answers
+
 _TOKEN_TTL_S = 0.8
 _TOKENS_KEPT = 4096
+_NOBODY: tuple[float, Caller | None] = (0.0, None)
 
 
 @dataclass
@@ -26,15 +30,17 @@ class AppParts(house.Parts):
     """The parts of one API process, and the callers it remembers for a moment."""
 
     callers: OrderedDict[str, tuple[float, Caller]] = field(default_factory=OrderedDict)
+    manifests: Answers = field(default_factory=Answers)
+    """Bodies of manifests by namespace, name and digest."""
+    resolutions: Answers = field(default_factory=Answers)
+    """Bodies of `resolve` by the question and all facts that may change."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def caller(self, token: str) -> Caller:
         """The caller behind ``token``, remembered for less than a second: a revocation holds within one."""
+        if known := self.known(token):
+            return known
         now = monotonic()
-        with self._lock:
-            known = self.callers.get(token)
-        if known is not None and known[0] > now:
-            return known[1]
         with self.database.read() as session:
             caller = authenticate(session, token, self.clock())
         with self._lock:
@@ -43,6 +49,12 @@ class AppParts(house.Parts):
             while len(self.callers) > _TOKENS_KEPT:
                 self.callers.popitem(last=False)
         return caller
+
+    def known(self, token: str) -> Caller | None:
+        """The caller behind ``token`` if it is remembered; asks nobody."""
+        with self._lock:
+            until, caller = self.callers.get(token, _NOBODY)
+        return caller if until > monotonic() else None
 
     def forget(self, token_id: str) -> None:
         """Drop what is remembered of a token, after its revocation on this process."""
@@ -59,27 +71,52 @@ def parts(request: Request) -> AppParts:
 
 def anyone(request: Request) -> Caller:
     """The caller behind the bearer token, user or worker; `TokenMissing`, `TokenRefused`."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise TokenMissing
-    return parts(request).caller(token.strip())
+    return parts(request).caller(_bearer(request))
 
 
-def user(caller: Annotated[Caller, Depends(anyone)]) -> Caller:
+def user(caller: Caller) -> Caller:
     """A user's token; a worker's is refused: it can do nothing but its claimed work."""
     if caller.kind != "user":
         raise ScopeMissing(scope="read", namespace="*", granted="the kind 'worker'")
     return caller
 
 
-def worker(caller: Annotated[Caller, Depends(anyone)]) -> Caller:
+def worker(caller: Caller) -> Caller:
     """A worker's token."""
     if caller.kind != "worker":
         raise ScopeMissing(scope="worker", namespace="*", granted="the kind 'user'")
     return caller
 
 
-Parts = Annotated[AppParts, Depends(parts)]
-Anyone = Annotated[Caller, Depends(anyone)]
-User = Annotated[Caller, Depends(user)]
-Worker = Annotated[Caller, Depends(worker)]
+# As dependencies these are coroutines: who is remembered is found without a detour through a thread.
+
+
+async def _parts(request: Request) -> AppParts:
+    return parts(request)
+
+
+async def _anyone(request: Request) -> Caller:
+    found, token = parts(request), _bearer(request)
+    caller = found.known(token)
+    return caller if caller is not None else await run_in_threadpool(found.caller, token)
+
+
+async def _user(request: Request) -> Caller:
+    return user(await _anyone(request))
+
+
+async def _worker(request: Request) -> Caller:
+    return worker(await _anyone(request))
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise TokenMissing
+    return token.strip()
+
+
+Parts = Annotated[AppParts, Depends(_parts)]
+Anyone = Annotated[Caller, Depends(_anyone)]
+User = Annotated[Caller, Depends(_user)]
+Worker = Annotated[Caller, Depends(_worker)]

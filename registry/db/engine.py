@@ -13,14 +13,27 @@ value it cannot hold, such as NUL in text, is `BadRequest`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from sqlite3 import Connection as SqliteConnection
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    DisconnectionError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel import Session
 
 from registry.core.errors import BadRequest, DatabaseDown, WriteConflict
+
+REST_S = 1.0
+"""A pooled connection that was not used for longer is asked whether it is alive."""
 
 
 class Database:
@@ -61,7 +74,9 @@ class Database:
 def make_engine(url: str) -> Engine:
     """An engine for ``url``; SQLite gets WAL, foreign keys and explicit BEGIN."""
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_size=20, max_overflow=20, pool_timeout=10, pool_pre_ping=True)
+        engine = create_engine(url, pool_size=20, max_overflow=20, pool_timeout=10)
+        _ping_the_rested(engine)
+        return engine
     engine = create_engine(url, connect_args={"timeout": 30}, pool_size=20, max_overflow=20)
 
     @event.listens_for(engine, "connect")
@@ -79,6 +94,23 @@ def make_engine(url: str) -> Engine:
     return engine
 
 
+def _ping_the_rested(engine: Engine) -> None:
+    """Look whether a pooled connection is alive, but only after a rest: a busy one would spend a round trip on it."""
+
+    @event.listens_for(engine, "checkin")
+    def _rest(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _wake(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if monotonic() - record.info.get("rests_since", monotonic()) < REST_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError(f"a connection that rested is gone: {error}") from error
+
+
 @contextmanager
 def _reachable() -> Iterator[None]:
     try:
@@ -92,7 +124,7 @@ def _reachable() -> Iterator[None]:
             raise
         raise WriteConflict(reason=_reason(error)) from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if error.connection_invalidated or type(error) is DatabaseError:  # such as a file that is damaged
             raise DatabaseDown(reason=_reason(error)) from error
         raise
 

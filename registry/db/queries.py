@@ -5,9 +5,12 @@ use keyset pagination: the last id seen is the cursor.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Subquery, and_, or_, union_all
+from sqlalchemy import ColumnElement, Executable, Subquery, and_, bindparam, or_, union_all
 from sqlalchemy import select as columns
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, func, select
 
 from .models import (
@@ -151,6 +154,44 @@ def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dic
     for version_id, name in session.exec(query):
         found.setdefault(version_id, []).append(name)
     return found
+
+
+class Pointed(NamedTuple):
+    """What an alias means on a base, and all that may change about the description of that version."""
+
+    version_id: int
+    generation: int
+    evidence: str
+    aliases: str
+    """Names of all aliases that point at the version."""
+    evaluation_id: int | None
+    """The newest of the version."""
+    revision_id: int | None
+    """The newest of the base."""
+
+
+def pointed_at(session: Session, namespace: str, name: str, alias: str, base: str) -> Pointed | None:
+    """Where an alias of a series points on the base with this digest, in one statement that is built once."""
+    wanted = {"wanted_namespace": namespace, "wanted_name": name, "wanted_alias": alias, "wanted_base": base}
+    row = session.connection().execute(_pointed_at(), wanted).first()
+    return None if row is None else Pointed(*row)
+
+
+@cache
+def _pointed_at() -> Executable:
+    here = aliased(Alias)
+    names = columns(func.aggregate_strings(col(Alias.name), ",")).where(col(Alias.version_id) == Version.id)
+    scored = columns(func.max(col(Evaluation.id))).where(col(Evaluation.version_id) == Version.id)
+    revision = columns(func.max(col(Revision.id))).where(col(Revision.base_id) == Base.id)
+    changing = (names.scalar_subquery(), scored.scalar_subquery(), revision.scalar_subquery())
+    return (
+        columns(col(Version.id), col(here.generation), col(Version.evidence), *changing)
+        .join_from(Adapter, here, col(here.adapter_id) == Adapter.id)
+        .join(Base, col(Base.id) == here.base_id)
+        .join(Version, col(Version.id) == here.version_id)
+        .where(col(Adapter.namespace) == bindparam("wanted_namespace"), col(Adapter.name) == bindparam("wanted_name"))
+        .where(col(here.name) == bindparam("wanted_alias"), col(Base.digest) == bindparam("wanted_base"))
+    )
 
 
 # ── evaluations ──────────────────────────────────────────────────────────────
