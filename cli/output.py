@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import cycle, pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -246,20 +246,21 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str) -> str:
-    """Curves as text, for a terminal of 80 columns."""
+    """Curves as text, for a terminal of 80 columns; each has its own mark, which the title explains."""
     import plotext
 
     figure = plotext.figure
     figure.clear.all()
     figure.theme("colorless")
     figure.plot_size(80, 16)
-    figure.legend(len(curves) > 1)
+    figure.legend(False)  # it would lie over the beginning of the curves
+    markers = dict(zip(curves, cycle("•×+o*#"), strict=False)) if len(curves) > 1 else {}
     for label, points in curves.items():
-        signal = figure.signal([point[0] for point in points], [point[1] for point in points], marker="braille")
-        signal.label(label)
+        xs, ys = zip(*points, strict=True)
+        signal = figure.signal(list(xs), list(ys), marker=markers.get(label, "braille"))
         signal.lines()
         figure.draw(signal)
-    figure.title(title)
+    figure.title("   ".join([title, *(f"{marker} {label}" for label, marker in markers.items())]))
     figure.label(x, axis=0)
     return "\n".join(line.rstrip() for line in str(plotext.uncolorize(str(figure.build()))).splitlines())
 

