@@ -170,7 +170,7 @@ class Fleet:
         deadline = time.monotonic() + PATIENCE_S
         while not (found := done()):
             assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S:.0f} s"
-            time.sleep(0.1)
+            time.sleep(0.25)
         return found
 
     def get(self, path: str) -> dict[str, Any]:
