@@ -5,6 +5,7 @@ backend, no times of arrival, and no remote control, so that whoever reaches the
 nothing else. The worker needs a URL, a token and a broker; nothing else of the registry.
 """
 
+import logging
 import os
 
 from celery import Celery
@@ -35,6 +36,7 @@ if settings.broker_url.startswith("sqla"):
     # How often an idle worker looks (docs/adr/0005). As a transport option it would be passed on to SQLAlchemy.
     Transport.polling_interval = 0.25
 logs.configure(settings.log_level)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would name signed URLs
 
 
 @worker_process_init.connect

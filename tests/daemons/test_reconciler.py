@@ -47,12 +47,13 @@ def job(world: World, number: int, state: str = "queued", **more: Any) -> Job:
 
 def unheard(url: str) -> int:
     with Connection(url) as connection:
-        return Queue("cpu", channel=connection).queue_declare().message_count
+        declared: Any = Queue("cpu", channel=connection.channel()).queue_declare()
+        return int(declared.message_count)
 
 
 def lose_everything(url: str) -> None:
     with Connection(url) as connection:
-        Queue("cpu", channel=connection).purge()
+        Queue("cpu", channel=connection.channel()).purge()
 
 
 def test_a_lease_that_ran_out_is_taken_back_and_its_job_is_waited_for_again(world: World) -> None:
