@@ -145,8 +145,8 @@ class Demo:
             self._loractl("suite", "push", f"data/{task.name}-test.jsonl", f"team/{task.name}-test", *metric)
         console.print("\nThe namespace's policy, and where one of its adapters differs:")
         gate = ["--suite", "team/orders-test", "--metric", "likelihood", "--margin", bases.MARGINS["orders"]]
-        steps = str(4 if self.quick else bases.WARM_STEPS)
-        self._loractl("policy", "set", "team", *gate, "--warm-steps", steps, "--action", "auto")
+        steps = 4 if self.quick else bases.paced({"steps": bases.WARM_STEPS}, self.native)["steps"]
+        self._loractl("policy", "set", "team", *gate, "--warm-steps", str(steps), "--action", "auto")
         for name in ("triage", MADE_OUTSIDE):
             margin = "10%gain" if self.quick else bases.MARGINS[name]
             gate = ["--suite", f"team/{name}-test", "--metric", self._metric(name), "--margin", margin]
