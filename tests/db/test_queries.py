@@ -40,10 +40,11 @@ def version(session: Session, on: Base, name: str, targets: int | None = None, *
     for old in session.exec(select(Version).where(Version.adapter_id == adapter.id, Version.base_id == on.id)):
         old.latest = False
     session.flush()
+    given: dict[str, Any] = {"evidence": "recorded", "rank": 8, "engines": 1} | more
     row = Version(
         adapter_id=some(adapter.id), number=number, digest=digest(f"{name}{number}", "sha256"), base_id=some(on.id),
         target_set_id=targets, latest=True, binding={}, peft_type="LORA", runnable=True, spec={}, size=1,
-        created_by="t", created_at=NOW, **{"evidence": "recorded", "rank": 8, "engines": 1} | more,
+        created_by="t", created_at=NOW, **given,
     )  # fmt: skip
     session.add(row)
     session.flush()
@@ -140,8 +141,8 @@ def test_compatibility_goes_over_more_target_sets_than_one_statement_takes(datab
             version(session, old, f"team/a{number:04}", targets.id)
             session.add(
                 TargetFit(
-                    old_id=some(old.id), new_id=some(new.id), target_set_id=some(targets.id), fit="same-shape", reasons=[],
-                    vocabulary_changed=False,
+                    old_id=some(old.id), new_id=some(new.id), target_set_id=some(targets.id), fit="same-shape",
+                    reasons=[], vocabulary_changed=False,
                 )
             )  # fmt: skip
         session.flush()
