@@ -35,6 +35,7 @@ from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 _PATH = ("namespace", "name", "version")
+_CHOICES = ("base", "engine", "fit")
 
 
 def _classes(text: str | None) -> tuple[FitClass, ...]:
@@ -60,29 +61,46 @@ def _version(session: Session, caller: Caller, namespace: str, name: str, text: 
 # Routes are tried in the order in which they stand here, so the two that servers ask all day come first.
 
 
-@router.get("/resolve", response_model=Resolution)
-def resolve(
-    parts: Parts,
-    caller: User,
-    ref: str,
-    base: str | None = None,
-    engine: str | None = None,
-    fit: str | None = None,
-) -> Response:
+def _reads(where: str, *names: str, required: bool) -> list[dict[str, Any]]:
+    text = {"type": "string"}
+    return [{"name": name, "in": where, "required": required, "schema": text} for name in names]
+
+
+# These two read the request themselves and only describe what they read: FastAPI takes longer to read a handful of
+# parameters than all the rest takes.
+_OF_RESOLVE = {"parameters": [*_reads("query", "ref", required=True), *_reads("query", *_CHOICES, required=False)]}
+_OF_MANIFEST = {
+    "parameters": [*_reads("path", *_PATH, required=True), *_reads("header", "if-none-match", required=False)]
+}
+
+
+@router.get("/resolve", response_model=Resolution, openapi_extra=_OF_RESOLVE)
+async def resolve(request: Request, caller: User) -> Response:
     """The one version for these weights, with signed URLs of its files; 409 with the nearest when there is none.
 
     An answer is given again while nothing that it depends on has changed, and while its URLs are young.
     """
-    reference = Reference.parse(ref)
-    with parts.database.read() as session:
-        pointed = adapters.glance(session, caller, reference, base)
-        asked = (reference, base, engine, fit, pointed)
-        body = parts.resolutions.get(asked) if pointed is not None else None
-        if body is None:
-            body = _resolved(parts, session, caller, reference, base, engine, fit)
-            if pointed is not None and pointed == adapters.glance(session, caller, reference, base):
-                parts.resolutions.keep(asked, body, life_s=parts.settings.url_ttl_s / 4)
+    asked = request.query_params
+    if "ref" not in asked:
+        raise BadRequest(problems="query.ref: Field required")
+    choices = (asked.get(name) for name in _CHOICES)
+    body = await run_in_threadpool(_resolve, here(request), caller, asked["ref"], *choices)
     return Response(body, media_type="application/json")
+
+
+def _resolve(
+    parts: AppParts, caller: Caller, ref: str, base: str | None, engine: str | None, fit: str | None
+) -> bytes:
+    reference = Reference.parse(ref)
+    pointed = adapters.glance(parts.database, caller, reference, base)
+    asked = (reference, base, engine, fit, pointed)
+    body = parts.resolutions.get(asked) if pointed is not None else None
+    if body is None:
+        with parts.database.read() as session:
+            body = _resolved(parts, session, caller, reference, base, engine, fit)
+        if pointed is not None and pointed == adapters.glance(parts.database, caller, reference, base):
+            parts.resolutions.keep(asked, body, life_s=parts.settings.url_ttl_s / 4)
+    return body
 
 
 def _resolved(
@@ -108,16 +126,7 @@ def _resolved(
     return answer.model_dump_json(by_alias=True).encode()
 
 
-_NAMED: dict[str, Any] = {
-    "parameters": [
-        *({"name": part, "in": "path", "required": True, "schema": {"type": "string"}} for part in _PATH),
-        {"name": "if-none-match", "in": "header", "required": False, "schema": {"type": "string"}},
-    ]
-}
-"""What `show_manifest` reads from the request itself: FastAPI takes longer to read it than all the rest takes."""
-
-
-@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest", openapi_extra=_NAMED)
+@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest", openapi_extra=_OF_MANIFEST)
 async def show_manifest(request: Request, caller: User) -> Response:
     """The canonical bytes of the manifest; immutable where the version is named by its digest."""
     house, (namespace, name, version) = here(request), (request.path_params[part] for part in _PATH)

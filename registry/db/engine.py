@@ -21,7 +21,6 @@ from sqlalchemy import Connection, Engine, Select, create_engine, event, text
 from sqlalchemy.exc import (
     DatabaseError,
     DataError,
-    DatabaseError,
     DBAPIError,
     DisconnectionError,
     IntegrityError,

@@ -1,18 +1,18 @@
 """Every SELECT that more than one service asks, named by its question.
 
-Functions take a session and give rows or None; what a missing row means is the caller's to say. Pages
-use keyset pagination: the last id seen is the cursor.
+Functions take a session and give rows or None (`pointed_at`, asked all day, takes the database); what a missing
+row means is the caller's to say. Pages use keyset pagination: the last id seen is the cursor.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Executable, Subquery, and_, bindparam, or_, union_all
+from sqlalchemy import ColumnElement, Select, Subquery, and_, bindparam, or_, union_all
 from sqlalchemy import select as columns
-from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, func, select
 
+from .engine import Database
 from .models import (
     Adapter,
     Alias,
@@ -157,40 +157,42 @@ def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dic
 
 
 class Pointed(NamedTuple):
-    """What an alias means on a base, and all that may change about the description of that version."""
+    """What an alias means on a base, and all that may change about the description of that version.
+
+    Histories only grow, so their lengths tell whether anything was added; the newest id would not, since ids are
+    given out before rows are seen.
+    """
 
     version_id: int
-    generation: int
     evidence: str
-    aliases: str
-    """Names of all aliases that point at the version."""
-    evaluation_id: int | None
-    """The newest of the version."""
-    revision_id: int | None
-    """The newest of the base."""
+    moves: int
+    """Of all aliases of the series."""
+    evaluations: int
+    """Of the version."""
+    revisions: int
+    """Of the base."""
 
 
-def pointed_at(session: Session, namespace: str, name: str, alias: str, base: str) -> Pointed | None:
+def pointed_at(database: Database, namespace: str, name: str, alias: str, base: str) -> Pointed | None:
     """Where an alias of a series points on the base with this digest, in one statement that is built once."""
     wanted = {"wanted_namespace": namespace, "wanted_name": name, "wanted_alias": alias, "wanted_base": base}
-    row = session.connection().execute(_pointed_at(), wanted).first()
+    row = database.glance(_pointed_at(), wanted)
     return None if row is None else Pointed(*row)
 
 
 @cache
-def _pointed_at() -> Executable:
-    here = aliased(Alias)
-    names = columns(func.aggregate_strings(col(Alias.name), ",")).where(col(Alias.version_id) == Version.id)
-    scored = columns(func.max(col(Evaluation.id))).where(col(Evaluation.version_id) == Version.id)
-    revision = columns(func.max(col(Revision.id))).where(col(Revision.base_id) == Base.id)
-    changing = (names.scalar_subquery(), scored.scalar_subquery(), revision.scalar_subquery())
+def _pointed_at() -> Select[*tuple[Any, ...]]:
+    moves = columns(func.count(col(AliasMove.id))).where(col(AliasMove.adapter_id) == Adapter.id)
+    evaluations = columns(func.count(col(Evaluation.id))).where(col(Evaluation.version_id) == Version.id)
+    revisions = columns(func.count(col(Revision.id))).where(col(Revision.base_id) == Base.id)
+    histories = (moves.scalar_subquery(), evaluations.scalar_subquery(), revisions.scalar_subquery())
     return (
-        columns(col(Version.id), col(here.generation), col(Version.evidence), *changing)
-        .join_from(Adapter, here, col(here.adapter_id) == Adapter.id)
-        .join(Base, col(Base.id) == here.base_id)
-        .join(Version, col(Version.id) == here.version_id)
+        columns(col(Version.id), col(Version.evidence), *histories)
+        .join_from(Adapter, Alias, col(Alias.adapter_id) == Adapter.id)
+        .join(Base, col(Base.id) == Alias.base_id)
+        .join(Version, col(Version.id) == Alias.version_id)
         .where(col(Adapter.namespace) == bindparam("wanted_namespace"), col(Adapter.name) == bindparam("wanted_name"))
-        .where(col(here.name) == bindparam("wanted_alias"), col(Base.digest) == bindparam("wanted_base"))
+        .where(col(Alias.name) == bindparam("wanted_alias"), col(Base.digest) == bindparam("wanted_base"))
     )
 
 

@@ -14,9 +14,10 @@ from sqlmodel import Session, col, select
 from registry.core.engines import ENGINES
 from registry.core.errors import AliasNotFound, BadRequest, NoCompatibleVersion
 from registry.core.fit import FitClass
-from registry.core.names import Reference
+from registry.core.names import BaseReference, Reference
 from registry.core.policy import Evidence
 from registry.db import queries
+from registry.db.engine import Database
 from registry.db.models import (
     Adapter,
     Alias,
@@ -284,16 +285,17 @@ def resolve(
     )
 
 
-def glance(session: Session, caller: Caller, reference: Reference, base: str | None) -> queries.Pointed | None:
+def glance(database: Database, caller: Caller, reference: Reference, base: str | None) -> queries.Pointed | None:
     """All that an answer of `resolve` for an alias on a base by its digest depends on and that may change.
 
     One statement, so that an answer that was made from the same facts can be given again; None for every other
     question, and where the alias is not set on that very base.
     """
     series, alias = reference.series, reference.alias
-    if alias is None or base is None or not base.startswith("b3:") or not caller.can("read", series.namespace):
+    digest = None if base is None else BaseReference.parse(base).digest
+    if alias is None or digest is None or not caller.can("read", series.namespace):
         return None
-    return queries.pointed_at(session, series.namespace, series.name, alias, base)
+    return queries.pointed_at(database, series.namespace, series.name, alias, str(digest))
 
 
 def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> Base:

@@ -1,0 +1,35 @@
+"""Every benchmark runs and yields rows with claims; what it measures is for a quiet machine, not for a test."""
+
+import importlib
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import run
+from benchmarks.table import Row, at_least, at_most
+
+TINY = 0.002
+
+
+@pytest.mark.parametrize("name", run.names())
+def test_a_benchmark_yields_rows_with_claims(name: str) -> None:
+    rows: list[Row] = importlib.import_module(f"benchmarks.{name}").run(TINY)
+    assert rows
+    for row in rows:
+        assert row.claim
+        assert row.target
+        assert row.measured >= 0
+        json.dumps(asdict(row))
+
+
+def test_every_row_is_in_the_table_with_its_verdict() -> None:
+    rows = [at_least("fast", 2.0, 1.0, peer="slow"), at_most("small", 1234.0, 100, unit="MB")]
+    stored = {"rows": [asdict(row) for row in rows], "date": "2026-01-01", "machine": "here", "scale": 1.0}
+    shown = run.table({"example": stored})
+    assert "| fast | 2 × | ≥ 1 | met | slow |  |" in shown
+    assert "| small | 1,234 MB | ≤ 100 | **missed** |  |  |" in shown
+
+
+def test_the_table_in_docs_is_what_was_measured() -> None:
+    assert run.TABLE.read_text() == run.table(json.loads(run.STORE.read_text()))
