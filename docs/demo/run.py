@@ -73,7 +73,7 @@ class Demo:
 
     def play(self) -> None:
         """Chapter by chapter; the registry is stopped whatever happens."""
-        self._prepare()
+        self.prepare()
         began = time.monotonic()
         try:
             with self._chapter(1, "A registry on this machine"):
@@ -94,7 +94,8 @@ class Demo:
             self._stop()
         self._times(time.monotonic() - began)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Clear what an earlier run left, but for the base model; decide how many steps are taken."""
         self.folder.mkdir(exist_ok=True)
         for path in self.folder.iterdir():
             if path.name != "base-v1":
@@ -438,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="recipes for a tiny model; for tests")
     args = parser.parse_args(argv)
     demo = Demo(args.dir.absolute(), args.base and args.base.absolute(), args.quick)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         demo.play()
     except DemoError as failed:
@@ -447,6 +448,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("\nInterrupted; the registry is stopped.")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
