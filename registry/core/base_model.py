@@ -28,11 +28,13 @@ from blake3 import blake3
 from .digest import Digest
 from .errors import BadConfig, BadDigest, BadManifest, DuplicateTensor
 from .manifest import canonical_json
-from .safetensors import DTYPE_BITS, MAX_DIMENSIONS, MAX_TENSORS, check_tensor_name
+from .safetensors import DTYPE_BITS, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS, check_tensor_name
 
 ArchKind = Literal["canonical", "raw", "none"]
 Config = Mapping[str, Any]
 MAX_TABLE_BYTES = 256 << 20
+MAX_PARAMETERS = 1 << 50
+"""Numbers that all tensors of a base hold together."""
 
 
 def _b3(*parts: bytes) -> Digest:
@@ -55,9 +57,14 @@ class Tensor:
         return _b3(f"loractl/1 leaf\0{self.name}\0{self.dtype}\0{shape}\0".encode(), self.digest.raw).raw
 
     @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def size(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return self.elements * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,11 @@ class BaseModel:
         return FAMILIES.get(self.model_type) if self.arch_kind == "canonical" else None
 
     @property
+    def parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size for tensor in self.tensors)
@@ -175,7 +187,11 @@ class BaseModel:
             raise BadManifest(reason=f"a base table has 1 to {MAX_TENSORS} tensors, in byte order of name, each once")
         if kind not in ("canonical", "raw", "none") or not isinstance(fields, dict):
             raise BadManifest(reason="the architecture of a base table is 'canonical', 'raw' or 'none', with fields")
-        return cls(tensors, kind, fields, tokenizer)
+        model = cls(tensors, kind, fields, tokenizer)
+        if model.parameters > MAX_PARAMETERS:
+            reason = f"a base table of {model.parameters} numbers; at most {MAX_PARAMETERS} are allowed"
+            raise BadManifest(reason=reason)
+        return model
 
     def to_compressed(self) -> bytes:
         """`to_json`, compressed: what the registry stores."""
@@ -197,6 +213,8 @@ class BaseModel:
 def _row(name: str, dtype: str, shape: list[int], digest: str) -> Tensor:
     if dtype not in DTYPE_BITS or len(shape) > MAX_DIMENSIONS or not all(type(d) is int and d > 0 for d in shape):
         raise ValueError(f"tensor {ascii(name)[:80]} has dtype {ascii(dtype)[:20]} and shape {ascii(shape)[:60]}")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"tensor {ascii(name)[:80]} has over {MAX_ELEMENTS} elements: shape {ascii(shape)[:60]}")
     return Tensor(check_tensor_name(name, "base table"), dtype, tuple(shape), Digest.parse(f"b3:{digest}"))
 
 

@@ -14,6 +14,8 @@ from .digest import Digest
 from .errors import BadDigest, BadManifest, BadPath
 
 MAX_FILES = 4096
+MAX_ORIGINS = 1000
+"""Parents, and datasets, that one version can name."""
 MAX_MANIFEST_BYTES = 16 << 20
 Kind = Literal["adapter", "base", "dataset", "suite"]
 
@@ -79,9 +81,9 @@ class FileEntry(Frozen):
 class Lineage(Frozen):
     """Where a version came from, as far as its author or our worker knows."""
 
-    parents: tuple[Sha256, ...] = ()
+    parents: Annotated[tuple[Sha256, ...], Field(max_length=MAX_ORIGINS)] = ()
     """Digests of the versions it was made from (rebase: the original; combine: all)."""
-    datasets: tuple[Sha256, ...] = ()
+    datasets: Annotated[tuple[Sha256, ...], Field(max_length=MAX_ORIGINS)] = ()
     """Version digests of the datasets it was trained on."""
     recipe: dict[str, Any] | None = None
     """The frozen recipe, as `registry.core.recipes` dumps it."""

@@ -133,11 +133,11 @@ def check_tensor_name(name: str, path: str) -> str:
 
 def _table(text: bytes, path: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadHeader(path=path, reason=f"the key {twice[:100]!a} occurs twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise BadHeader(path=path, reason=f"the key {name[:100]!a} occurs twice")
+            found[name] = value
         return found
 
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from sqlalchemy import func
 from sqlmodel import Session, col, select, update
 
 from registry.core.base_model import BaseModel, diff
@@ -31,6 +32,8 @@ from .tokens import Caller
 
 NAMESPACE = "base"
 """The namespace whose scopes decide about base models."""
+_HINTS = 16
+_HINT_TABLE_BYTES = 1 << 20
 _PINNED = re.compile(r"hf://[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}@[0-9a-f]{40}")
 
 
@@ -69,7 +72,7 @@ def ensure(session: Session, model: BaseModel, actor: str, now: datetime) -> Bas
             "arch_digest": str(model.arch),
             "arch_kind": model.arch_kind,
             "model_type": model.model_type[:64],
-            "parameters": parameters(model),
+            "parameters": model.parameters,
             "vocabulary_digest": tokenizer.vocabulary and str(tokenizer.vocabulary),
             "template_digest": tokenizer.chat_template and str(tokenizer.chat_template),
             "weights": "absent",
@@ -93,17 +96,6 @@ def keep_full(session: Session, base: Base, model: BaseModel) -> None:
     table = session.get_one(BaseTable, base.id)
     table.body = model.to_compressed()
     session.add_all([base, table])
-
-
-def parameters(model: BaseModel) -> int:
-    """How many numbers the tensors hold."""
-    total = 0
-    for tensor in model.tensors:
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        total += count
-    return total
 
 
 def apply_wishes(session: Session, base: Base, wishes: Wishes, actor: str, now: datetime) -> Revision | None:
@@ -241,9 +233,14 @@ def meant_by(session: Session, name: str | None, revision: str | None) -> list[B
     return list({base.digest: base for base in session.exec(query)}.values())
 
 
-def models(session: Session, limit: int = 64) -> dict[str, BaseModel]:
-    """The newest registered bases by label: where a refused adapter might belong."""
-    rows = session.exec(select(Base).order_by(col(Base.id).desc()).limit(limit)).all()
+def models(session: Session) -> dict[str, BaseModel]:
+    """Some of the newest registered bases by label: where a refused adapter might belong.
+
+    A hint at the end of a refusal, so it may not cost much: few bases, and none with a table of many megabytes.
+    """
+    small = func.length(col(BaseTable.body)) <= _HINT_TABLE_BYTES
+    newest = select(Base).join(BaseTable).where(small).order_by(col(Base.id).desc())
+    rows = session.exec(newest.limit(_HINTS)).all()
     called = labels(session, rows)
     return {called[row.id]: fits.model_of(session, row.id) for row in rows if row.id is not None}
 
@@ -330,7 +327,7 @@ def difference(session: Session, caller: Caller, a_ref: str, b_ref: str) -> Diff
         .where(Derivation.child_id == b.id, Derivation.parent_id == a.id)
         .order_by(col(Derivation.evidence).desc(), col(Derivation.id).desc())
     ).first()
-    drifts = sorted((row.detail.get("drift") or {}).values()) if row else []
+    drifts = sorted((fits.measured_drift(session, old_id=a.id, new_id=b.id) or {}).values())
     return DiffInfo(
         a=a.digest,
         b=b.digest,

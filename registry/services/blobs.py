@@ -90,6 +90,8 @@ def keep_manifest(session: Session, manifest: Manifest) -> None:
 
 def add_once(session: Session, table: type[SQLModel], *rows: Mapping[str, Any]) -> None:
     """Insert ``rows`` where no row with the same unique key exists."""
+    if not rows:
+        return
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     session.exec(insert(table).on_conflict_do_nothing(), params=rows)
 

@@ -267,9 +267,9 @@ def _new_version(
     session.flush()
     assert version.id is not None
     lineage = manifest.lineage
-    for parent, relation in [(p, "parent") for p in lineage.parents] + [(d, "dataset") for d in lineage.datasets]:
-        row = {"version_id": version.id, "parent": parent, "relation": relation}
-        blobs.add_once(session, VersionParent, row)
+    origins = [(p, "parent") for p in lineage.parents] + [(d, "dataset") for d in lineage.datasets]
+    rows = [{"version_id": version.id, "parent": parent, "relation": relation} for parent, relation in origins]
+    blobs.add_once(session, VersionParent, *rows)
     if target_set is not None and not known:
         assert target_set.id is not None
         fits.ensure_pair(session, old=base, target_set_id=target_set.id)

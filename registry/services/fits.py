@@ -5,7 +5,7 @@ completes the rows, so that queries only join.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlmodel import Session, col, delete, select
@@ -81,7 +81,8 @@ def _compute(session: Session, triples: Iterable[tuple[int, int, int]]) -> int:
                 models[base_id] = model_of(session, base_id)
         if target_id not in sets:
             sets[target_id] = _targets(session, target_id)
-        descent, drift = _descent(session, old_id, new_id)
+        descent = _descent(session, old_id, new_id)
+        drift = measured_drift(session, old_id=old_id, new_id=new_id)
         fit = classify(sets[target_id], models[old_id], models[new_id], descent, drift)
         made.append(
             {
@@ -105,15 +106,20 @@ def _targets(session: Session, target_id: int) -> Targets:
     return Targets(tuple(json.loads(row.body)))
 
 
-def _descent(session: Session, old_id: int, new_id: int) -> tuple[Descent | None, dict[str, float] | None]:
-    """How ``new`` came from ``old`` as far as it was measured, and the drift per tensor."""
-    rows = session.exec(
-        select(Derivation)
-        .where(Derivation.child_id == new_id, Derivation.parent_id == old_id)
-        .order_by(col(Derivation.id))
-    ).all()
-    drift = next((row.detail["drift"] for row in reversed(rows) if row.detail.get("drift")), None)
-    for row in rows:
-        if row.evidence == "measured" and row.kind in ("cast", "quantised"):
-            return Descent("cast" if row.kind == "cast" else "quantised", True, row.detail.get("error")), drift
-    return None, drift
+def measured_drift(session: Session, *, old_id: int, new_id: int) -> dict[str, float] | None:
+    """Tensor -> ‖W2 − W1‖/‖W1‖ by the newest measurement; what somebody only declared is none."""
+    rows = reversed(_measured(session, old_id, new_id))
+    return next((row.detail["drift"] for row in rows if row.detail.get("drift")), None)
+
+
+def _descent(session: Session, old_id: int, new_id: int) -> Descent | None:
+    """How ``new`` came from ``old``, where that was measured."""
+    for row in _measured(session, old_id, new_id):
+        if row.kind in ("cast", "quantised"):
+            return Descent("cast" if row.kind == "cast" else "quantised", True, row.detail.get("error"))
+    return None
+
+
+def _measured(session: Session, old_id: int, new_id: int) -> Sequence[Derivation]:
+    between = (Derivation.child_id == new_id, Derivation.parent_id == old_id, Derivation.evidence == "measured")
+    return session.exec(select(Derivation).where(*between).order_by(col(Derivation.id))).all()

@@ -159,6 +159,8 @@ def test_no_bytes_do_more_than_a_refusal(data: bytes) -> None:
         {"tensors": [["a", "F32", [1], "0" * 64]] * 2},
         {"tensors": [["a", "F33", [1], "0" * 64]]},
         {"tensors": [["a", "F32", [-1], "0" * 64]]},
+        {"tensors": [["a", "F32", [1 << 40, 1 << 40], "0" * 64]]},
+        {"tensors": [[f"{n:02}", "F32", [1 << 46], "0" * 64] for n in range(17)]},
         {"tensors": [["a", "F32", [1], "0" * 63]]},
         {"tensors": [[1, 2]]},
         {"arch": {"kind": "made-up", "fields": {}}},

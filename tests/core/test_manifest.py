@@ -105,6 +105,8 @@ def test_a_path_that_passes_stays_below_its_folder(path: str) -> None:
         ({"schema": "loractl/2"}, "schema"),
         ({"extra": 1}, "extra"),
         ({"lineage": {"parents": ["x"]}}, "lineage.parents.0"),
+        ({"lineage": {"parents": [SHA] * 1001}}, "lineage.parents.*at most 1000"),
+        ({"lineage": {"datasets": [SHA] * 1001}}, "lineage.datasets.*at most 1000"),
     ],
 )
 def test_a_manifest_that_cannot_be_says_why(change: dict[str, Any], word: str) -> None:

@@ -135,6 +135,12 @@ def test_a_key_twice_is_refused() -> None:
         parsed(f'{{"a": {entry}, "a": {entry}}}'.encode(), 16)
 
 
+def test_a_key_twice_at_the_end_of_a_long_header_is_found_in_one_pass() -> None:
+    entries = ",".join(f'"k{number}":0' for number in range(300_000))
+    with pytest.raises(BadHeader, match="'z' occurs twice"):
+        parsed(f'{{{entries},"z":0,"z":1}}'.encode())
+
+
 def test_nesting_without_end_is_refused() -> None:
     with pytest.raises(BadHeader, match="not JSON"):
         parsed(b'{"a":' * 100_000)

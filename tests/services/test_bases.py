@@ -2,10 +2,14 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from blake3 import blake3
 from sqlmodel import select
 
+from registry.core.base_model import BaseModel, Tensor
+from registry.core.digest import Digest
 from registry.core.errors import BadManifest, BadRequest, BaseNotFound, PathUnusable, RevisionTaken, ScopeMissing
 from registry.core.fit import FitClass
 from registry.db.models import Base, Derivation, Revision, TargetFit
@@ -130,6 +134,32 @@ def test_a_derivation_is_declared_and_what_is_measured_replaces_it(world: World,
     assert found.derivation["kind"] == "continued"
     assert found.equal == 0
     assert len(found.changed) == len(base_of(one).tensors)
+
+
+@pytest.mark.parametrize("drift", ["abc", 7, [1, "a"], {"model.norm.weight": "far"}, {"model.norm.weight": 0.5}])
+def test_a_drift_that_was_only_declared_is_none(embedded: World, one: Path, two: Path, drift: Any) -> None:
+    embedded.push_base(one, line="demo")
+    embedded.push_base(two, line="demo")
+    request = DerivationRequest(parent="demo@r1", kind="continued", detail={"drift": drift})
+    with embedded.database.write() as session:
+        bases.derive(session, ADMIN, "demo@r2", request, embedded.now)
+    with embedded.database.read() as session:
+        assert bases.difference(session, READER, "demo@r1", "demo@r2").drift is None
+    embedded.push_adapter(tiny_adapter(one.parent / "a", one, targets=("q_proj",)), "team/bot", one)
+    assert embedded.one(select(TargetFit)).drift is None
+
+
+def test_a_refusal_looks_at_few_bases_and_no_huge_table(embedded: World, one: Path, tmp_path: Path) -> None:
+    huge = tuple(
+        Tensor(f"t{n:06}", "F32", (1,), Digest("b3", blake3(str(n).encode()).hexdigest())) for n in range(40_000)
+    )
+    small = [BaseModel((Tensor("t", "F32", (n,), huge[0].digest),)) for n in range(1, 30)]
+    for model in (base_of(one), *small, BaseModel(huge)):
+        embedded.register(model)
+    with embedded.database.read() as session:
+        found = bases.models(session)
+    assert len(found) <= 16
+    assert {model.digest for model in found.values()} <= {model.digest for model in small}
 
 
 def test_nothing_is_derived_from_itself(embedded: World, one: Path) -> None:

@@ -43,7 +43,7 @@ from registry.core.errors import (
     StorageDown,
     ZeroUpdate,
 )
-from registry.core.manifest import Manifest
+from registry.core.manifest import MAX_ORIGINS, Manifest
 from registry.core.names import SeriesName
 from registry.core.policy import Gate, Margin, Policy
 from registry.db import queries
@@ -568,6 +568,27 @@ def test_lineage_is_kept_by_digest(embedded: World, tmp_path: Path, base: Path) 
     embedded.push("adapter", "team/bot", request, contents)
     found = {(row.parent, row.relation) for row in embedded.all(select(VersionParent))}
     assert found == {(first["digest"], "parent"), (data["digest"], "dataset")}
+
+
+def test_all_origins_of_a_version_are_kept_by_one_statement(
+    world: World, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.push_base(base)
+    request, contents = adapter_push(tiny_adapter(tmp_path / "a", base), base)
+    parents = [f"sha256:{number:064x}" for number in range(MAX_ORIGINS)]
+    lineage = {"parents": parents, "datasets": parents, "recipe": None}
+    request = request.model_copy(update={"manifest": request.manifest | {"lineage": lineage}})
+    calls = []
+    add_once = blobs.add_once
+
+    def counting(session: Any, table: Any, *rows: Any) -> None:
+        calls.append(table)
+        add_once(session, table, *rows)
+
+    monkeypatch.setattr(blobs, "add_once", counting)
+    world.push("adapter", "team/bot", request, contents)
+    assert calls.count(VersionParent) == 1
+    assert len(world.all(select(VersionParent))) == 2 * MAX_ORIGINS
 
 
 # ── bad input: neither database nor store has a say in it ─────────────────────
