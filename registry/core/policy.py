@@ -75,3 +75,7 @@ class Policy(Frozen):
     """JSON of the FineTune used where a version has none of its own (an adapter made outside)."""
     retained: str | None = None
     """A dataset reference with the inputs kept for label-free repair."""
+
+    def is_gated(self, alias: str) -> bool:
+        """Whether ``alias`` moves only by a promotion: the policy names it, and demands scores or evidence."""
+        return alias in self.aliases and bool(self.gates or self.evidence)

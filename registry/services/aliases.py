@@ -146,7 +146,7 @@ def set_alias(
 
 def _require(caller: Caller, adapter: Adapter, alias: str, policy: Policy) -> bool:
     """Whether the policy gates the alias; `ScopeMissing` when the caller may not move it."""
-    gated = alias in policy.aliases and bool(policy.gates or policy.evidence)
+    gated = policy.is_gated(alias)
     caller.require("promote" if gated else "publish", adapter.namespace)
     return gated
 

@@ -13,7 +13,7 @@ from sqlmodel import Session, col, select, update
 from registry.core.adapter import AdapterSpec
 from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
-from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, EvidenceTooWeak, GateNotPassed
+from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed
 from registry.core.fit import Binding, TargetSet, binding_evidence
 from registry.core.manifest import Manifest
 from registry.core.names import SeriesName
@@ -98,7 +98,7 @@ def seen(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishe
 
 def _gated(session: Session, series: SeriesName, wished: list[str]) -> list[str]:
     policy = policies.effective(session, series.namespace, series.name)
-    return [alias for alias in wished if policy.gates and alias in policy.aliases]
+    return [alias for alias in wished if policy.is_gated(alias)]
 
 
 # ── the commit ───────────────────────────────────────────────────────────────
@@ -196,13 +196,17 @@ def _commit_adapter(
     version = queries.version_by_digest(session, adapter.id, push.manifest_digest)
     if version is None:
         version = _new_version(session, push, manifest, wishes, facts, adapter, base, now)
-    expected = {alias: int(push.wishes.get("seen", {}).get(alias, 0)) for alias in wishes.aliases}
     warnings, author = list(facts.get("warnings", [])), _author(session, push)
+    gated = _gated(session, series, wishes.aliases)  # now: the policy may be younger than the push
+    promote = f"loractl promote {series}@v{version.number}"
+    warnings += [f"alias '{alias}' is gated: {promote} {alias}, once evaluated" for alias in gated]
+    seen_at = push.wishes.get("seen", {})
+    expected = {alias: int(seen_at.get(alias, 0)) for alias in wishes.aliases if alias not in gated}
     if push.job_id is None:
         _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
     else:
-        for alias in wishes.aliases:
-            if kept := _move_for_job(session, adapter, base, version, {alias: expected[alias]}, author, wishes, now):
+        for alias, generation in list(expected.items()):
+            if kept := _move_for_job(session, adapter, base, version, {alias: generation}, author, wishes, now):
                 warnings.append(kept)
                 del expected[alias]
     return {
@@ -390,10 +394,7 @@ def _move_aliases(
     message: str,
     now: datetime,
 ) -> None:
-    policy = policies.effective(session, adapter.namespace, adapter.name)
     for alias, generation in expected.items():
-        if alias in policy.aliases:
-            aliases.require_evidence(policy, adapter, alias, version)
         aliases.move(
             session,
             adapter=adapter,
@@ -418,14 +419,10 @@ def _move_for_job(
     now: datetime,
 ) -> str | None:
     """Move one alias to a job's result; an alias that cannot move is a warning, for the work is done."""
-    [alias] = expected
-    series = SeriesName(adapter.namespace, adapter.name)
-    if _gated(session, series, [alias]):
-        return f"alias '{alias}' is gated: loractl promote {series}@v{version.number} {alias}, once evaluated"
     try:
         with session.begin_nested():
             _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
-    except (AliasMoved, EvidenceTooWeak) as error:
+    except AliasMoved as error:
         return error.message
     return None
 

@@ -45,7 +45,7 @@ from registry.core.errors import (
 )
 from registry.core.manifest import MAX_ORIGINS, Manifest
 from registry.core.names import SeriesName
-from registry.core.policy import Gate, Margin, Policy
+from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.db import queries
 from registry.db.models import (
     Adapter,
@@ -471,19 +471,43 @@ def test_a_repeated_push_moves_the_alias_it_wishes(world: World, tmp_path: Path,
     assert _alias(world, "live").generation == 1
 
 
-def test_a_gated_alias_cannot_come_with_a_push(world: World, tmp_path: Path, base: Path) -> None:
-    world.push_base(base)
-    policy = Policy(gates=(Gate(suite="team/suite", metric="accuracy", margin=Margin(value=0.1)),))
+SCORED = Policy(gates=(Gate(suite="team/suite", metric="accuracy", margin=Margin(value=0.1)),))
+PROVEN = Policy(evidence=Evidence.DECLARED)
+"""Any evidence will do, but somebody who may promote looks."""
+
+
+def _put_policy(world: World, policy: Policy) -> None:
+    body = policy.model_dump(mode="json")
     with world.database.write() as session:
         session.add(
-            StoredPolicy(
-                namespace="team", name="", revision=1, body=policy.model_dump(mode="json"), created_by="admin",
-                created_at=world.now,
-            )
-        )  # fmt: skip
-    request, _ = adapter_push(tiny_adapter(tmp_path / "a", base), base, aliases=["prod"])
+            StoredPolicy(namespace="team", name="", revision=1, body=body, created_by="admin", created_at=world.now)
+        )
+
+
+@pytest.mark.parametrize("policy", [SCORED, PROVEN], ids=["scored", "proven"])
+def test_a_gated_alias_cannot_come_with_a_push(embedded: World, tmp_path: Path, base: Path, policy: Policy) -> None:
+    embedded.push_base(base)
+    _put_policy(embedded, policy)
+    folder = tiny_adapter(tmp_path / "a", base)
     with pytest.raises(GateNotPassed, match="promote"):
-        world.open("adapter", "team/bot", request)
+        embedded.push_adapter(folder, "team/bot", base, aliases=["prod"])
+    assert embedded.push_adapter(folder, "team/bot", base, aliases=["live"])["aliases"] == ["live"]
+
+
+@pytest.mark.parametrize("policy", [SCORED, PROVEN], ids=["scored", "proven"])
+def test_an_alias_that_became_gated_after_the_opening_does_not_move(
+    embedded: World, tmp_path: Path, base: Path, policy: Policy
+) -> None:
+    embedded.push_base(base)
+    request, contents = adapter_push(tiny_adapter(tmp_path / "a", base), base, aliases=["prod", "live"])
+    info = embedded.open("adapter", "team/bot", request)
+    embedded.send(info, contents)
+    _put_policy(embedded, policy)
+    outcome = embedded.commit(info.id).outcome
+    assert outcome is not None
+    assert outcome["aliases"] == ["live"]
+    assert any("loractl promote team/bot@v1 prod" in warning for warning in outcome["warnings"])
+    assert [row.name for row in embedded.all(select(Alias))] == ["live"]
 
 
 # ── binding ──────────────────────────────────────────────────────────────────
