@@ -381,7 +381,7 @@ def outcome_table(campaign: CampaignInfo) -> Table:
     )  # fmt: skip
     rows: list[tuple[str, Callable[[CampaignItemInfo], str]]] = [
         ("metric", lambda item: str(item.scores.get("metric", ""))),
-        *((title, lambda item, key=key: number(item.scores.get(key))) for key, title in scores),
+        *((title, lambda item, key=key: score(item, key)) for key, title in scores),
         ("outcome", lambda item: item.state),
         ("by", lambda item: item.tier or ""),
         ("that cost", lambda item: cost(item.cost, "steps", "seconds")),
@@ -391,6 +391,12 @@ def outcome_table(campaign: CampaignInfo) -> Table:
         if any(cells := [cell(item) for item in campaign.items]):
             table.add_row(title, *cells)
     return table
+
+
+def score(item: CampaignItemInfo, key: str) -> str:
+    """A mean, and behind that of a tier what the gate said to it."""
+    zone = item.verdicts.get(key, {}).get("zone", "")
+    return f"{number(item.scores.get(key))} {zone}".strip()
 
 
 def cost(found: Mapping[str, Any], steps: str, seconds: str) -> str:
