@@ -66,17 +66,33 @@ def place(
     """Copy staged bytes to their final key under the lock of the blob's row.
 
     Doing it again changes nothing, so a crash anywhere is healed by the next try: bytes without a row are
-    copied over, a row without bytes is not possible. What was only checked by parts is replaced by what
-    was read.
+    copied over. What was only checked by parts is replaced by what was read, and by nothing else: somebody may
+    be reading it.
     """
     with database.write() as session:
         add_once(session, Blob, {"digest": digest, "size": size, "verified": "parts", "created_at": now})
         row = session.exec(select(Blob).where(Blob.digest == digest).with_for_update()).one()
-        if row.verified == "full" and store.head(blob_key(digest)) is not None:
+        better = verified == "full" and row.verified == "parts"
+        if not better and store.head(blob_key(digest)) is not None:
             return
         store.copy(source, blob_key(digest))
         row.verified = verified
         session.add(row)
+
+
+def remove_damaged(session: Session, store: BlobStore, digest: str) -> None:
+    """Take away bytes that are not what their name says, unless they were read meanwhile, or a base rests on them.
+
+    The bytes go while the row is locked, so that what somebody else places afterwards stays.
+    """
+    query = select(Blob).where(Blob.digest == digest, Blob.verified == "parts").with_for_update()
+    row = session.exec(query.execution_options(populate_existing=True)).first()
+    used = select(Base.id).join(ManifestBlob, col(ManifestBlob.manifest) == Base.manifest)
+    if row is None or session.exec(used.where(ManifestBlob.blob == digest).limit(1)).first() is not None:
+        return
+    store.delete(blob_key(digest))
+    session.delete(row)
+    session.flush()
 
 
 def keep_manifest(session: Session, manifest: Manifest) -> None:

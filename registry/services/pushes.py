@@ -50,6 +50,8 @@ BASES = "base"
 """The namespace whose scopes decide about base models."""
 UNFINISHED = (PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
 MAX_PARTS = 10_000
+MAX_ADAPTER_WEIGHTS = 64
+"""Safetensors files of one adapter."""
 MAX_SMALL_FILE = 1 << 30
 """Bytes of a file that is no safetensors and no JSONL: it is read whole by nobody, but pulled by everybody."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
@@ -170,6 +172,9 @@ def committed(session: Session, kind: str, series: SeriesName, manifest: Manifes
 
 def check_files(manifest: Manifest, settings: Settings) -> None:
     """What the list of files alone shows to be wrong: pickles, sizes, one blob with two sizes."""
+    weights = sum(entry.path.endswith(".safetensors") for entry in manifest.files)
+    if manifest.kind == "adapter" and weights > MAX_ADAPTER_WEIGHTS:
+        raise BadManifest(reason=f"{weights} .safetensors files; an adapter has at most {MAX_ADAPTER_WEIGHTS}")
     sizes: dict[str, int] = {}
     for entry in manifest.files:
         if entry.path.lower().endswith(_PICKLES):

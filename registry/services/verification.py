@@ -12,12 +12,14 @@ job uses them before that (``full``).
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from time import monotonic
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import structlog
 from blake3 import blake3
@@ -32,6 +34,7 @@ from registry.core.errors import (
     BadConfig,
     BadDataset,
     BadManifest,
+    BlobNotFound,
     BlobsMissing,
     DigestMismatch,
     DuplicateTensor,
@@ -47,7 +50,7 @@ from registry.core.fit import Binding, require_fit, target_set
 from registry.core.lifecycle import PushState
 from registry.core.manifest import FileEntry, Manifest
 from registry.core.names import SeriesName
-from registry.core.safetensors import Header
+from registry.core.safetensors import MAX_TENSORS, Header, header_bytes
 from registry.db.engine import Database
 from registry.db.models import Base, Blob, Push, PushBlob
 from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_adapter_tensors, header_from, parse_json
@@ -58,6 +61,10 @@ from . import bases, blobs, commits, datasets, fits, pushes
 
 Clock = Callable[[], datetime]
 LEASE = timedelta(seconds=60)
+REST = timedelta(seconds=1), timedelta(seconds=30)
+"""The shortest and the longest time that a push rests when the store could not be read for it."""
+MAX_ADAPTER_HEADERS = 64 << 20
+"""Bytes of the headers of all weight files of one adapter."""
 READ_FIRST = 8 << 30
 """Bytes of a base that is read completely before its commit."""
 log = structlog.get_logger()
@@ -91,6 +98,31 @@ class Claim:
             if held.rowcount == 0:
                 raise LeaseGone(self.push.id)
         self.until, self.renewed = later, monotonic()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renew the lease from a thread, through work that cannot call `tick`; `LeaseGone` at its end."""
+        done, lost = threading.Event(), list[LeaseGone]()
+
+        def renew() -> None:
+            while not done.wait(LEASE.total_seconds() / 8):
+                try:
+                    self.tick()
+                except LeaseGone as gone:
+                    lost.append(gone)
+                    return
+                except Unavailable as error:  # the next try may do; the lease itself says whether it was in time
+                    log.warning("lease-not-renewed", push=self.push.id, reason=error.message)
+
+        thread = threading.Thread(target=renew, name="lease")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if lost:
+            raise lost[0]
 
 
 def verify_next(database: Database, store: BlobStore, clock: Clock, *, read_first: int = READ_FIRST) -> bool:
@@ -141,12 +173,18 @@ def _mine(session: Session, claim: Claim) -> Push | None:
 
 
 def _release(database: Database, claim: Claim) -> None:
-    """Let another try soon; when the database itself is down the lease runs out by itself."""
+    """Let another try again after a rest, so that a push that cannot be read holds nobody up.
+
+    The rest is half of the time that the push has waited, within `REST`. When the database itself is down, the
+    lease runs out by itself.
+    """
+    now = claim.clock()
+    rest = min(max((now - claim.push.changed_at) / 2, REST[0]), REST[1])
     with database.write() as session:
         session.exec(
             update(Push)
             .where(col(Push.id) == claim.push.id, col(Push.lease_until) == claim.until)
-            .values(lease_until=None)
+            .values(lease_until=now + rest)
         )
 
 
@@ -270,13 +308,59 @@ class Stream:
             raise DigestMismatch(path=self._entry.path, expected=self._entry.digest, actual=str(actual), size=size)
 
 
+class InTurn:
+    """Streams over several files of which one is open at a time: each is read to its end before the next begins."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._read: set[str] = set()
+        self._now: tuple[str, BlobReader, Stream] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._now is not None:
+            self._now[1].close()
+            self._now = None
+
+    def reader(self, entry: FileEntry) -> Read:
+        """``read(offset, length)`` of one file, as `Stream.read`."""
+        return lambda offset, length: self._at(entry).read(offset, length)
+
+    def finish(self, entries: Iterable[FileEntry]) -> None:
+        """Read what is left of all ``entries``; `DigestMismatch`."""
+        for entry in entries:
+            if entry.path not in self._read:
+                self._at(entry)
+        self._finish()
+
+    def _at(self, entry: FileEntry) -> Stream:
+        if self._now is None or self._now[0] != entry.path:
+            self._finish()
+            reader = self._reading.open(entry)
+            self._read.add(entry.path)
+            self._now = (entry.path, reader, Stream(reader, entry, self._reading.tick))
+        return self._now[2]
+
+    def _finish(self) -> None:
+        if self._now is not None:
+            _, reader, stream = self._now
+            stream.finish()
+            reader.close()
+            self._now = None
+
+
 def _read(database: Database, store: BlobStore, claim: Claim, read_first: int) -> dict[str, Any]:
     """Read everything a push brought; what its commit is made of."""
     push = claim.push
     manifest, wishes = Manifest.parse(push.manifest), commits.wishes_of(push)
     with database.read() as session:
         rows = session.exec(select(PushBlob).where(PushBlob.push_id == push.id)).all()
-    keys = {row.digest: _whole(store, push.id, row) for row in rows}
+    with claim.kept():
+        keys = {row.digest: _whole(store, push.id, row) for row in rows}
     reading = Reading(store, manifest, keys, claim.tick)
     match push.kind:
         case "adapter":
@@ -316,17 +400,16 @@ def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
 def _place(database: Database, store: BlobStore, claim: Claim, facts: dict[str, Any]) -> None:
     """Copy what was staged to its final place."""
     with database.read() as session:
-        rows = session.exec(
-            select(PushBlob).where(PushBlob.push_id == claim.push.id, PushBlob.state != "present")
-        ).all()
-    for row in rows:
-        claim.tick()
-        source = blobs.staging_key(claim.push.id, row.digest)
-        verified = facts.get("verified", "full")
-        blobs.place(database, store, source, digest=row.digest, size=row.size, verified=verified, now=claim.clock())
-        with database.write() as session:
-            mine = (col(PushBlob.push_id) == row.push_id, col(PushBlob.digest) == row.digest)
-            session.exec(update(PushBlob).where(*mine).values(state="placed"))
+        left = (PushBlob.push_id == claim.push.id, col(PushBlob.state).not_in(("present", "placed")))
+        rows = session.exec(select(PushBlob).where(*left)).all()
+    verified = facts.get("verified", "full")
+    with claim.kept():
+        for row in rows:
+            source = blobs.staging_key(claim.push.id, row.digest)
+            blobs.place(database, store, source, digest=row.digest, size=row.size, verified=verified, now=claim.clock())
+            with database.write() as session:
+                mine = (col(PushBlob.push_id) == row.push_id, col(PushBlob.digest) == row.digest)
+                session.exec(update(PushBlob).where(*mine).values(state="placed"))
 
 
 def sniff(start: bytes, entry: FileEntry) -> None:
@@ -363,17 +446,28 @@ def _read_adapter(
     for entry in manifest.files:
         if entry not in weights:
             _read_plain(reading, entry)
-    with ExitStack() as stack:
-        readers = {entry.path: stack.enter_context(reading.open(entry)) for entry in weights}
-        headers = {entry.path: header_from(readers[entry.path].read, entry.size, entry.path) for entry in weights}
-        spec = AdapterSpec.parse(config, headers)
-        facts = _bind(database, spec, manifest, series, wishes, push)  # before the long read: it refuses most
-        streams = {entry.path: Stream(readers[entry.path], entry, reading.tick) for entry in weights}
-        reads: dict[str, Read] = {path: stream.read for path, stream in streams.items()}
+    headers = _adapter_headers(reading, weights, series)
+    spec = AdapterSpec.parse(config, headers)
+    facts = _bind(database, spec, manifest, series, wishes, push)  # before the long read: it refuses most
+    with InTurn(reading) as files:
+        reads = {entry.path: files.reader(entry) for entry in weights}
         check_adapter_tensors(spec, headers, reads, allow_zero=wishes.allow_zero)
-        for stream in streams.values():
-            stream.finish()
+        files.finish(weights)
     return facts
+
+
+def _adapter_headers(reading: Reading, weights: list[FileEntry], series: SeriesName) -> dict[str, Header]:
+    """The headers of all weight files, within `MAX_ADAPTER_HEADERS` bytes together."""
+    headers: dict[str, Header] = {}
+    total = 0
+    for entry in weights:
+        with reading.open(entry) as reader:
+            total += header_bytes(reader.read(0, min(64, entry.size)), entry.size, entry.path)
+            if total > MAX_ADAPTER_HEADERS:
+                reason = f"the headers of its files are over {MAX_ADAPTER_HEADERS} bytes together, the most allowed"
+                raise NotAnAdapter(path=str(series), reason=reason)
+            headers[entry.path] = header_from(reader.read, entry.size, entry.path)
+    return headers
 
 
 def _bind(
@@ -458,6 +552,8 @@ def _own(header: Header, owner: dict[str, str]) -> None:
         first = owner.setdefault(tensor.name, header.path)
         if first != header.path:
             raise DuplicateTensor(tensor=tensor.name, first=first, second=header.path)
+    if len(owner) > MAX_TENSORS:
+        raise NotABase(path="the push", reason=f"it has {len(owner)} tensors; at most {MAX_TENSORS} are allowed")
 
 
 def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
@@ -488,28 +584,52 @@ def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
         raise
     except LoractlError as found:
         error = found
-    damaged = [entry.digest for entry in manifest.files] if error else []
+    try:
+        damaged = _damaged(database, store, manifest, claim) if error else []
+    except LeaseGone:
+        return True
+    except Unavailable:
+        _release(database, claim)
+        raise
     with database.write() as session:
-        row = session.exec(select(Base).where(Base.id == base.id).with_for_update()).one()
+        query = select(Base).where(Base.id == base.id).with_for_update().execution_options(populate_existing=True)
+        row = session.exec(query).one()
         push = pushes.locked(session, claim.push.id)
+        if push.lease_until != claim.until:
+            return True  # another verifier has it
         push.lease_until = None
+        session.add(push)
+        if (row.manifest, row.weights) != (push.manifest_digest, "parts"):
+            return True  # other files of the same base came meanwhile: what was read says nothing about them
         if error is None:
             bases.keep_full(session, row, model)
             session.exec(update(Blob).where(col(Blob.digest).in_(list(keys))).values(verified="full"))
         else:
             row.weights, row.manifest = "absent", None
             push.findings = [error.problem()]
-            damaged = list(
-                session.exec(select(Blob.digest).where(col(Blob.digest).in_(damaged), Blob.verified == "parts"))
-            )
+            session.add(row)
+            session.flush()
             for digest in damaged:
-                session.delete(session.get_one(Blob, digest))
-        session.add(row)
-        session.add(push)
-    for digest in damaged:
-        store.delete(blobs.blob_key(digest))
+                blobs.remove_damaged(session, store, digest)
     log.info("base-read", base=base.digest, whole=error is None)
     return True
+
+
+def _damaged(database: Database, store: BlobStore, manifest: Manifest, claim: Claim) -> list[str]:
+    """Those of the manifest's blobs that nobody read before, and that are not the bytes of their name."""
+    entries = {entry.digest: entry for entry in manifest.files}
+    with database.read() as session:
+        query = select(Blob.digest).where(col(Blob.digest).in_(list(entries)), Blob.verified == "parts")
+        unread = session.exec(query.order_by(col(Blob.digest))).all()
+    reading = Reading(store, manifest, {digest: blobs.blob_key(digest) for digest in unread}, claim.tick)
+    found = []
+    for digest in unread:
+        try:
+            with reading.open(entries[digest]) as reader:
+                Stream(reader, entries[digest], claim.tick).finish()
+        except (DigestMismatch, BlobNotFound):
+            found.append(digest)
+    return found
 
 
 # ── datasets ─────────────────────────────────────────────────────────────────

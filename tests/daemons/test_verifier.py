@@ -1,7 +1,9 @@
 """The verifier: small bases are read before their commit, large ones after it, and nothing damaged stays."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from registry.db.models import Base, Blob, Push
 from registry.parts import Parts
 from registry.schemas import PushRequest
 from registry.services import blobs, verification
-from tests.factories import base_of, tiny_adapter, tiny_base, write_safetensors
+from tests.factories import base_of, tiny_adapter, tiny_base, write_json, write_safetensors
 from tests.world import ADMIN, World, adapter_push, base_push
 
 
@@ -53,17 +55,85 @@ def test_a_large_base_is_committed_by_parts_and_read_afterwards(world: World, ba
 def test_a_base_that_turns_out_damaged_is_taken_back(world: World, base: Path) -> None:
     push_id = _committed_by_parts(world, base)
     shard = next(blob for blob in world.all(select(Blob)) if blob.size > 4000)
-    with world.store.open(blobs.blob_key(shard.digest)) as reader:
-        data = bytearray(b"".join(reader.chunks()))
-    data[-1] ^= 1
-    world.store.put(blobs.blob_key(shard.digest), bytes(data), Digest.sha256(bytes(data)))
+    _flip(world, shard.digest)
     assert verifier.step(parts_of(world))
     row = world.one(select(Base))
     assert (row.weights, row.manifest) == ("absent", None)
     assert world.describe(push_id).findings[0]["code"] == "digest-mismatch"
     assert world.store.head(blobs.blob_key(shard.digest)) is None
+    assert len(list(base.iterdir())) - len(world.all(select(Blob))) == 1  # the others are what they were
     assert world.push_base(base, line="demo")["ref"] == "demo@r1"  # the same bytes may be pushed again
     assert world.one(select(Base)).weights == "full"
+
+
+def _flip(world: World, digest: str) -> None:
+    """Damage a blob in the store."""
+    with world.store.open(blobs.blob_key(digest)) as reader:
+        data = bytearray(b"".join(reader.chunks()))
+    data[-1] ^= 1
+    world.store.put(blobs.blob_key(digest), bytes(data), Digest.sha256(bytes(data)))
+
+
+def test_damaged_bytes_stay_while_another_base_rests_on_them(embedded: World, base: Path) -> None:
+    _committed_by_parts(embedded, base)
+    config = json.loads((base / "config.json").read_text())
+    write_json(base / "config.json", config | {"rms_norm_eps": 1e-5})  # another base in the same weights
+    _committed_by_parts(embedded, base)
+    shard = next(blob for blob in embedded.all(select(Blob)) if blob.size > 4000)
+    _flip(embedded, shard.digest)
+    there = []
+    for _ in range(2):
+        assert verifier.step(parts_of(embedded))
+        there.append(embedded.store.head(blobs.blob_key(shard.digest)) is not None)
+    assert there == [True, False]
+    assert {row.weights for row in embedded.all(select(Base))} == {"absent"}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_that_came_while_others_were_read_are_not_judged_by_them(
+    world: World, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The second push promises the same base: what was read of the first says nothing about it."""
+    _committed_by_parts(world, base)
+    request, contents = base_push(tiny_base(tmp_path / "other", seed=1))
+    promised = base_push(base)[0]
+    late = PushRequest(manifest=request.manifest | {"base": promised.manifest["base"]}, table=promised.table)
+    read = verification.read_base
+
+    def overtaken(*args: Any) -> Any:
+        info = world.open("base", None, late)
+        world.send(info, contents)
+        world.ask(info.id)
+        assert world.verify(read_first=0)
+        assert world.describe(info.id).state == "committed"
+        if damaged:
+            raise NotABase(path="the push", reason="it holds something else")
+        return read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "read_base", overtaken)
+        assert verifier.step(parts_of(world))
+    row = world.one(select(Base))
+    assert (row.weights, row.manifest is None) == ("parts", False)
+    assert verifier.step(parts_of(world))  # now the late one is read, and is not what it promised
+    assert world.one(select(Base)).weights == "absent"
+
+
+def test_a_verifier_that_lost_its_lease_decides_nothing(
+    embedded: World, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_id = _committed_by_parts(embedded, base)
+
+    def too_late(*_: Any) -> Any:
+        embedded.later(minutes=2)
+        with embedded.database.write() as session:
+            session.exec(update(Push).values(lease_until=embedded.now + verification.LEASE))
+        raise NotABase(path="the push", reason="it holds something else")
+
+    monkeypatch.setattr(verification, "read_base", too_late)
+    assert verifier.step(parts_of(embedded))
+    assert embedded.one(select(Base)).weights == "parts"
+    assert embedded.one(select(Push).where(Push.id == push_id)).lease_until == embedded.now + verification.LEASE
 
 
 def test_only_one_verifier_reads_a_base(world: World, base: Path) -> None:

@@ -52,6 +52,19 @@ def test_what_was_only_checked_by_parts_is_not_offered_and_gives_way_to_what_was
         assert world.one(select(Blob)).verified == kept
 
 
+def test_bytes_checked_by_parts_give_way_only_to_bytes_that_were_read(world: World) -> None:
+    source = f"staging/by-parts/{Digest.parse(DIGEST).hex}"
+    kept = []
+    for level, data in (("parts", ROWS), ("parts", b"other"), ("full", b"read"), ("full", b"later"), ("parts", b"x")):
+        world.store.put(source, data, Digest.sha256(data))
+        blobs.place(
+            world.database, world.store, source, digest=DIGEST, size=len(ROWS), verified=level, now=world.now
+        )
+        with world.store.open(blobs.blob_key(DIGEST)) as reader:
+            kept.append(b"".join(reader.chunks()))
+    assert kept == [ROWS, ROWS, b"read", b"read", b"read"]
+
+
 def test_placing_at_once_is_placing_once(world: World) -> None:
     source = f"staging/at-once/{Digest.parse(DIGEST).hex}"
     world.store.put(source, ROWS, Digest.sha256(ROWS))

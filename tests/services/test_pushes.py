@@ -3,6 +3,7 @@
 import json
 import struct
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from registry.core.errors import (
     BaseNotFound,
     BlobsMissing,
     DatabaseDown,
+    DigestMismatch,
     EvidenceContradicts,
     FileTooLarge,
     GateNotPassed,
@@ -47,6 +49,7 @@ from registry.core.manifest import MAX_ORIGINS, Manifest
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.db import queries
+from registry.db.engine import Database
 from registry.db.models import (
     Adapter,
     Alias,
@@ -63,6 +66,7 @@ from registry.db.models import (
 from registry.schemas import PartsRequest, PartWanted, PushRequest
 from registry.services import aliases, blobs, commits, pushes, verification
 from registry.services.tokens import Caller
+from registry.storage.local import LocalStore
 from tests.factories import adapter_config, base_of, tiny_adapter, tiny_base, write_json, write_safetensors
 from tests.world import ADMIN, World, adapter_push, base_push, caller, files_push, put
 
@@ -267,7 +271,101 @@ def test_a_store_that_is_down_rejects_nothing(
         with pytest.raises(StorageDown):
             world.verify()
     assert world.describe(info.id).state == "verifying"
+    world.later(seconds=30)
     assert world.verify()
+    assert world.describe(info.id).state == "committed"
+
+
+def test_a_push_that_cannot_be_read_holds_nobody_up(
+    embedded: World, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded.push_base(base)
+    ids = []
+    for seed in range(2):
+        request, contents = adapter_push(tiny_adapter(tmp_path / f"a{seed}", base, seed=seed), base)
+        info = embedded.open("adapter", f"team/bot{seed}", request)
+        embedded.send(info, contents)
+        embedded.ask(info.id)
+        embedded.later(seconds=1)
+        ids.append(info.id)
+    open_blob = embedded.store.open
+
+    def open_most(key: str) -> Any:
+        if ids[0] in key:
+            raise StorageDown(reason="too many open files")
+        return open_blob(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded.store, "open", open_most)
+        with pytest.raises(StorageDown):
+            embedded.verify()
+        assert embedded.verify()
+        assert not embedded.verify()
+        for _ in range(3):
+            embedded.later(seconds=30)  # the longest rest, however often it failed
+            with pytest.raises(StorageDown):
+                embedded.verify()
+    assert [embedded.describe(push).state for push in ids] == ["verifying", "committed"]
+    embedded.later(seconds=30)
+    assert embedded.verify()
+    assert embedded.describe(ids[0]).state == "committed"
+
+
+def test_what_is_in_its_place_is_not_copied_again(
+    world: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.push_base(base)
+    request, contents = adapter_push(adapter, base)
+    info = world.open("adapter", "team/bot", request)
+    world.send(info, contents)
+    world.ask(info.id)
+    copied: list[str] = []
+    copy = world.store.copy
+
+    def counting(source: str, target: str) -> None:
+        copied.append(target)
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(world.store, "copy", counting)
+    with pytest.raises(KeyboardInterrupt):
+        world.verify()
+    world.later(minutes=2)
+    assert world.verify()
+    assert world.describe(info.id).state == "committed"
+    assert len(contents) == 2
+    assert copied[0] != copied[1] == copied[2]
+    assert len(copied) == 3
+
+
+def test_a_long_copy_keeps_its_lease(
+    postgres_database: Database, local_store: LocalStore, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(postgres_database, local_store)
+    world.push_base(base)
+    request, contents = adapter_push(adapter, base)
+    info = world.open("adapter", "team/bot", request)
+    world.send(info, contents)
+    world.ask(info.id)
+    mine = select(Push.lease_until).where(Push.id == info.id)
+    renewed = []
+    copy = local_store.copy
+
+    def slowly(source: str, target: str) -> None:
+        before = world.one(mine)
+        world.later(seconds=1)
+        for _ in range(1000):
+            if world.one(mine) != before:
+                renewed.append(target)
+                break
+            time.sleep(0.01)
+        copy(source, target)
+
+    monkeypatch.setattr(verification, "LEASE", timedelta(seconds=0.2))
+    monkeypatch.setattr(local_store, "copy", slowly)
+    assert world.verify()
+    assert len(renewed) == len(contents)
     assert world.describe(info.id).state == "committed"
 
 
@@ -753,6 +851,81 @@ def test_a_pickle_beside_the_weights_is_refused_by_its_bytes(embedded: World, ba
     embedded.send(info, contents)
     with pytest.raises(PickleRefused):
         embedded.commit(info.id)
+
+
+def test_the_weight_files_of_an_adapter_are_few(embedded: World, base: Path, adapter: Path) -> None:
+    embedded.push_base(base)
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    files |= {f"m{number:02}.safetensors": b"x" for number in range(pushes.MAX_ADAPTER_WEIGHTS)}
+    config = json.loads(files["adapter_config.json"])
+    request, _ = files_push("adapter", files, str(base_of(base).digest), config)
+    with pytest.raises(BadManifest, match=r"65 .*at most 64"):
+        embedded.open("adapter", "team/bot", request)
+
+
+def _in_files(adapter: Path, count: int) -> None:
+    """Spread the weights over ``count`` files."""
+    whole = adapter / "adapter_model.safetensors"
+    tensors = sorted(load_file(whole).items())
+    whole.unlink()
+    for number in range(count):
+        name = f"adapter_model-{number + 1:05}-of-{count:05}.safetensors"
+        write_safetensors(adapter / name, dict(tensors[number::count]))
+
+
+def test_the_weight_files_of_an_adapter_are_read_one_at_a_time(
+    embedded: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded.push_base(base)
+    _in_files(adapter, 3)
+    held: set[int] = set()
+    most = []
+    open_blob = embedded.store.open
+
+    def counting(key: str) -> Any:
+        reader = open_blob(key)
+        held.add(id(reader))
+        most.append(len(held))
+        close = reader.close
+
+        def closing() -> None:
+            held.discard(id(reader))
+            close()
+
+        monkeypatch.setattr(reader, "close", closing)
+        return reader
+
+    monkeypatch.setattr(embedded.store, "open", counting)
+    assert embedded.push_adapter(adapter, "team/bot", base)["version"] == "v1"
+    assert max(most) == 1
+    assert held == set()
+
+
+def test_every_weight_file_must_be_what_the_manifest_promised(
+    embedded: World, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    embedded.push_base(base)
+    _in_files(adapter, 3)
+    other = tiny_adapter(tmp_path / "other", base, seed=5)
+    _in_files(other, 3)
+    request, contents = adapter_push(adapter, base)
+    info = embedded.open("adapter", "team/bot", request)
+    embedded.send(info, contents)
+    last = request.manifest["files"][-1]
+    data = (other / last["path"]).read_bytes()
+    embedded.store.put(blobs.staging_key(info.id, last["digest"]), data, Digest.sha256(data))
+    with pytest.raises(DigestMismatch, match="00003-of-00003"):
+        embedded.commit(info.id)
+
+
+def test_the_headers_of_an_adapter_are_bounded_together(
+    embedded: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded.push_base(base)
+    _in_files(adapter, 3)
+    monkeypatch.setattr(verification, "MAX_ADAPTER_HEADERS", 700)
+    with pytest.raises(NotAnAdapter, match="over 700 bytes together"):
+        embedded.push_adapter(adapter, "team/bot", base)
 
 
 def test_a_config_that_is_not_the_manifests_is_refused(embedded: World, base: Path, adapter: Path) -> None:
