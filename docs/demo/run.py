@@ -41,7 +41,7 @@ HOUSE = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MADE_HERE = ("triage", "orders")
 MADE_OUTSIDE = "board"
-BUDGETS_S = {1: 15, 2: 25, 3: 150, 4: 15, 5: 240, 6: 25, 7: 5}
+BUDGETS_S = {1: 10, 2: 40, 3: 140, 4: 15, 5: 240, 6: 25, 7: 5}
 """Seconds that each chapter may take on two idle cores; stated, not enforced."""
 START_S, CAMPAIGN_S = 120.0, 1800.0
 STOP_S = 60.0
