@@ -1,18 +1,22 @@
-"""The app factory: parts, routes, problems, request ids. ``uvicorn --factory registry.api.app:create_app``."""
+"""The app factory: parts, routes, problems, request ids, a bound on bodies.
+
+``uvicorn --factory registry.api.app:create_app``
+"""
 
 import importlib.metadata
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
 import structlog
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import logs
-from registry.core.errors import SchemaMissing
+from registry.core.errors import BodyTooLarge, LoractlError, SchemaMissing, TokenMissing
 from registry.db import migrate
 from registry.services import tokens
 from registry.settings import Settings
@@ -23,6 +27,7 @@ from . import tokens as token_routes
 from .deps import AppParts
 from .store import store_router
 
+MAX_BODY_BYTES = 64 << 20
 log = structlog.get_logger()
 
 
@@ -47,6 +52,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
         app.include_router(routes.router)
     if isinstance(parts.store, LocalStore):
         app.include_router(store_router(parts.store))
+    app.add_middleware(Bodies, limit=MAX_BODY_BYTES)
     app.add_middleware(RequestIds)
     return app
 
@@ -110,3 +116,54 @@ class RequestIds:
                 ms=round(1000 * (time.perf_counter() - began), 1),
             )
             structlog.contextvars.unbind_contextvars("request")
+
+
+class Bodies:
+    """Refuse bodies that are too large, or sent without a token, before they are read; a route is called after that.
+
+    What goes to the local store is bounded by its signature and passes as it is.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["path"].startswith("/store/"):
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        announced = int(length) if length.isdigit() else 0
+        too_large = BodyTooLarge(method=scope["method"], path=scope["path"][:200], limit=self.limit)
+        if (announced or b"transfer-encoding" in headers) and b"authorization" not in headers:
+            await _refuse(TokenMissing(), scope, receive, send)
+            return
+        if announced > self.limit:
+            await _refuse(too_large, scope, receive, send)
+            return
+        received, answering = 0, False
+
+        async def count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise too_large
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal answering
+            if answering or received <= self.limit:  # else it is what the route made of our refusal
+                answering = True
+                await send(message)
+
+        with suppress(BodyTooLarge):
+            await self.app(scope, count, answer)
+        if received > self.limit and not answering:
+            await _refuse(too_large, scope, receive, send)
+
+
+async def _refuse(error: LoractlError, scope: Scope, receive: Receive, send: Send) -> None:
+    await problems.respond(error, Request(scope))(scope, receive, send)

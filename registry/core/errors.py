@@ -259,6 +259,12 @@ class FileTooLarge(TooLarge):
     says = "'{path}' is {size} bytes; at most {limit} are allowed here."
 
 
+class BodyTooLarge(TooLarge):
+    code = "body-too-large"
+    says = "The body of {method} {path} is over {limit} bytes, the most that is taken here."
+    help = "Weights and data do not travel in requests: push them with loractl push."
+
+
 # ── fit and binding ──────────────────────────────────────────────────────────
 
 
