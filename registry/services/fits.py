@@ -1,13 +1,14 @@
 """Fits: how adapters of each target set stand to each base, computed once per (base, base, target set).
 
 A pair (base, target set) appears with the first version that has it, a base with its registration; either
-completes the rows, so that queries only join.
+completes the rows, so that queries only join. One at a time: two that commit at once would miss each other.
 """
 
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sqlalchemy import func
 from sqlmodel import Session, col, delete, select
 
 from registry.core.base_model import BaseModel
@@ -19,12 +20,15 @@ from registry.db.models import Base, BaseTable, Derivation, TargetFit, TargetSet
 
 from .blobs import add_once
 
+_LOCK = 0x6C6F7261  # "lora"
+"""The advisory lock of who computes fits."""
 _REASONS = 12
 """Reasons kept of one fit."""
 
 
 def ensure_fits(session: Session, *, new: Base) -> int:
     """Compute what is missing about fit to ``new``, of every (old base, target set) that has versions; how many."""
+    _one_at_a_time(session)
     known = select(TargetFit.old_id, TargetFit.target_set_id).where(TargetFit.new_id == new.id)
     done = {(old, target) for old, target in session.exec(known)}
     pairs = session.exec(
@@ -39,6 +43,7 @@ def ensure_fits(session: Session, *, new: Base) -> int:
 
 def ensure_pair(session: Session, *, old: Base, target_set_id: int) -> int:
     """Compute how adapters that patch this target set of ``old`` stand to every other base; how many were missing."""
+    _one_at_a_time(session)
     others = select(Base.id).where(Base.id != old.id)
     known = select(TargetFit.new_id).where(TargetFit.old_id == old.id, TargetFit.target_set_id == target_set_id)
     done = set(session.exec(known).all())
@@ -49,12 +54,22 @@ def ensure_pair(session: Session, *, old: Base, target_set_id: int) -> int:
 
 def recompute(session: Session, *, old: Base, new: Base) -> int:
     """Compute again how adapters on ``old`` stand to ``new``, after a measurement; how many."""
+    _one_at_a_time(session)
     rows = session.exec(select(TargetFit).where(TargetFit.old_id == old.id, TargetFit.new_id == new.id)).all()
     assert old.id is not None and new.id is not None
     triples = [(old.id, new.id, row.target_set_id) for row in rows]
     session.exec(delete(TargetFit).where(col(TargetFit.old_id) == old.id, col(TargetFit.new_id) == new.id))
     session.expire_all()
     return _compute(session, triples)
+
+
+def _one_at_a_time(session: Session) -> None:
+    """Wait until others that compute fits have committed; what they made is seen by the next statement.
+
+    Writers of SQLite are one at a time anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.exec(select(func.pg_advisory_xact_lock(_LOCK)))
 
 
 def keep_target_set(session: Session, targets: Targets) -> TargetSet:

@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from sqlalchemy import text as sql
 from sqlmodel import select
 
 from registry.core.base_model import BaseModel, Tensor
 from registry.core.digest import Digest
 from registry.core.errors import BadManifest, BadRequest, BaseNotFound, PathUnusable, RevisionTaken, ScopeMissing
 from registry.core.fit import FitClass
+from registry.db.engine import Database
 from registry.db.models import Base, Derivation, Revision, TargetFit
 from registry.schemas import BaseRegistration, DerivationRequest, Wishes
 from registry.services import bases, fits, pushes
+from registry.storage.local import LocalStore
 from tests.factories import base_of, tiny_adapter, tiny_base
-from tests.world import ADMIN, SETTINGS, World, caller, table_of
+from tests.world import ADMIN, SETTINGS, World, adapter_push, caller, table_of
 
 AUTHOR = caller("alice", team=["read", "publish"])
 READER = caller("reader", team=["read"])
@@ -205,6 +208,28 @@ def test_fits_are_complete_whichever_came_first(world: World, tmp_path: Path, on
     with world.database.write() as session:
         for row in session.exec(select(Base)).all():
             assert fits.ensure_fits(session, new=row) == 0
+
+
+def test_a_base_and_a_version_that_come_at_once_do_not_miss_each_other(
+    postgres_database: Database, local_store: LocalStore, tmp_path: Path, one: Path, two: Path
+) -> None:
+    world = World(postgres_database, local_store)
+    world.push_base(one)
+    request, contents = adapter_push(tiny_adapter(tmp_path / "a", one), one)
+    info = world.open("adapter", "team/a", request)
+    world.send(info, contents)
+    world.ask(info.id)
+    commit = threading.Thread(target=world.verify)
+    waiting = sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    with world.database.write() as session:
+        bases.ensure(session, base_of(two), "admin", world.now)
+        commit.start()
+        with world.database.read() as looking:
+            while commit.is_alive() and not looking.connection().execute(waiting).scalar_one():
+                commit.join(0.02)
+        assert commit.is_alive()
+    commit.join()
+    assert world.one(select(TargetFit)).fit == FitClass.SAME_SHAPE
 
 
 def test_a_wish_that_is_only_half_made_is_refused(embedded: World, one: Path) -> None:
