@@ -311,7 +311,7 @@ def test_a_push_that_cannot_be_read_holds_nobody_up(
     assert embedded.describe(ids[0]).state == "committed"
 
 
-def test_what_is_in_its_place_is_not_copied_again(
+def test_what_is_in_its_place_is_not_placed_again(
     world: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.push_base(base)
@@ -319,24 +319,24 @@ def test_what_is_in_its_place_is_not_copied_again(
     info = world.open("adapter", "team/bot", request)
     world.send(info, contents)
     world.ask(info.id)
-    copied: list[str] = []
-    copy = world.store.copy
+    placed: list[str] = []
+    place = blobs.place
 
-    def counting(source: str, target: str) -> None:
-        copied.append(target)
-        if len(copied) == 2:
+    def counting(*args: Any, digest: str, **facts: Any) -> None:
+        placed.append(digest)
+        if len(placed) == 2:
             raise KeyboardInterrupt
-        copy(source, target)
+        place(*args, digest=digest, **facts)
 
-    monkeypatch.setattr(world.store, "copy", counting)
+    monkeypatch.setattr(blobs, "place", counting)
     with pytest.raises(KeyboardInterrupt):
         world.verify()
     world.later(minutes=2)
     assert world.verify()
     assert world.describe(info.id).state == "committed"
     assert len(contents) == 2
-    assert copied[0] != copied[1] == copied[2]
-    assert len(copied) == 3
+    assert placed[0] != placed[1] == placed[2]
+    assert len(placed) == 3
 
 
 def test_a_long_copy_keeps_its_lease(
