@@ -299,6 +299,7 @@ class Version(SQLModel, table=True):
         UniqueConstraint("adapter_id", "digest"),
         Index("ix_versions_digest", "digest"),
         Index("ix_versions_base_target_set_latest", "base_id", "target_set_id", "latest", "id"),
+        Index("ix_versions_base_latest", "base_id", "latest", "id"),
         Index(
             "uq_versions_latest", "adapter_id", "base_id", unique=True,
             sqlite_where=text("latest"), postgresql_where=text("latest"),
@@ -342,7 +343,7 @@ class Alias(SQLModel, table=True):
     __tablename__ = "aliases"
     __table_args__ = (
         UniqueConstraint("adapter_id", "base_id", "name"),
-        Index("ix_aliases_base_id_name", "base_id", "name"),
+        Index("ix_aliases_base_id_name_version_id", "base_id", "name", "version_id"),
         Index("ix_aliases_version_id", "version_id"),
         CheckConstraint("generation >= 1", name="generation"),
     )

@@ -300,19 +300,21 @@ def compatible_versions(
     One index range per (base, target set), each cut at ``limit``, so that the cost does not grow with the
     number of adapters.
     """
-    ranges: list[ColumnElement[bool]] = []
-    if exact is not None:
-        ranges.append(col(Version.base_id) == exact)
-    ranges += [and_(col(Version.base_id) == f.old_id, col(Version.target_set_id) == f.target_set_id) for f in fits]
+    ranges: list[tuple[int, int | None]] = [] if exact is None else [(exact, None)]
+    ranges += [(f.old_id, f.target_set_id) for f in fits]
     if not ranges:
         return []
 
-    def narrowed(within: ColumnElement[bool]) -> Subquery:
-        query = columns(col(Version.id)).where(within, col(Version.id) > after)
+    def narrowed(base_id: int, target_set_id: int | None) -> Subquery:
+        query = columns(col(Version.id)).where(col(Version.base_id) == base_id)
+        if target_set_id is not None:
+            query = query.where(col(Version.target_set_id) == target_set_id)
+        key = col(Version.id)  # of the index that gives the range in order
         if alias is None:
             query = query.where(col(Version.latest))
         else:
-            query = query.join(Alias, and_(col(Alias.version_id) == Version.id, col(Alias.name) == alias))
+            key = col(Alias.version_id)
+            query = query.join(Alias, key == Version.id).where(col(Alias.base_id) == base_id, col(Alias.name) == alias)
         if max_rank is not None:
             query = query.where(col(Version.rank) <= max_rank)
         if engine_bit is not None:
@@ -325,11 +327,11 @@ def compatible_versions(
                 query = query.where(col(Adapter.namespace).in_(namespaces))
             if task is not None:
                 query = query.where(col(Adapter.task) == task)
-        return query.order_by(col(Version.id)).limit(limit).subquery()
+        return query.where(key > after).order_by(key).limit(limit).subquery()
 
     ids: list[int] = []
     for first in range(0, len(ranges), _RANGES):
-        parts = [columns(narrowed(within).c.id) for within in ranges[first : first + _RANGES]]
+        parts = [columns(narrowed(*within).c.id) for within in ranges[first : first + _RANGES]]
         ids += session.execute(union_all(*parts)).scalars()
     query = select(Version, Adapter).join(Adapter, col(Adapter.id) == Version.adapter_id)
     return session.exec(query.where(col(Version.id).in_(sorted(ids)[:limit])).order_by(col(Version.id))).all()
