@@ -113,6 +113,7 @@ class Upgrade:
     def begin(self, who: Caller = ADMIN, folder: Path | None = None, **request: Any) -> str:
         """Push the new base, plan and start; the campaign's id."""
         self.world.push_base(folder or self.v2, line="demo")
+        self.world.grant(who)
         with self.world.database.write() as session:
             asked = UpgradeRequest(line="demo", to="demo", **request)
             campaign = campaigns.create(session, who, asked, self.world.now)

@@ -15,7 +15,7 @@ from registry.core.digest import Digest
 from registry.core.manifest import FileEntry, Kind, Manifest
 from registry.core.names import SeriesName
 from registry.db.engine import Database
-from registry.db.models import Base, Push
+from registry.db.models import Base, Push, Token
 from registry.files import Scan, scan_folder
 from registry.schemas import BaseRegistration, PushInfo, PushRequest, SignedRequest, Wishes
 from registry.services import bases, pushes, verification
@@ -59,6 +59,16 @@ class World:
     def with_settings(self, **changes: Any) -> "World":
         """The same registry with other settings."""
         return replace(self, settings=replace(self.settings, **changes))
+
+    def grant(self, who: Caller) -> Caller:
+        """Store the caller's token with its scopes as they are now, for what acts in its name later."""
+        with self.database.write() as session:
+            token = session.get(Token, who.token_id) or Token(
+                id=who.token_id, hash=who.token_id, kind=who.kind, name=who.name, created_at=self.now
+            )
+            token.scopes = who.scopes
+            session.add(token)
+        return who
 
     # ── pushes ───────────────────────────────────────────────────────────────
 

@@ -33,6 +33,7 @@ from registry.core.errors import (
     LocalFailure,
     LoractlError,
     NotYourJob,
+    StorageFull,
     Unauthenticated,
     Unavailable,
     WorkFailed,
@@ -59,6 +60,8 @@ from .cache import Cache
 _BEAT_S = 5.0
 """The longest time between two words with the registry: so soon is a cancellation heard."""
 _STOP_GRACE_S = 20.0
+_PAUSE_S = 0.5
+"""The shortest pause before finished work is reported again to a registry that did not answer."""
 _EVENT_EVERY_S = 1.0
 _MAX_LOG_LINES = 400
 _MAX_LINE = 1 << 16
@@ -230,7 +233,25 @@ class Worker:
         lease.check()
         lease.tell()
         request = FinishRequest(attempt=lease.attempt, result=result, pushes=pushes, evaluations=evaluations)
-        self.client.finish(lease.id, request)
+        self._report(request, lease)
+
+    def _report(self, request: FinishRequest, lease: "_Lease") -> None:
+        """Finish the job as often as it takes until the registry accepts or refuses it: hours of work are at stake.
+
+        Finishing again changes nothing, and the answer to it says when the lease is lost; a heartbeat's does not,
+        because it is refused as well when the work was taken and only the answer got lost.
+        """
+        pause = _PAUSE_S
+        while True:
+            try:
+                self.client.finish(lease.id, request)
+                return
+            except StorageFull:
+                raise
+            except Unavailable as error:
+                log.warning("report-waits", job=lease.id, code=error.code, reason=error.message)
+            time.sleep(pause)
+            pause = min(_BEAT_S, 2 * pause)
 
     def _push_adapter(self, recipe: FineTune | Rebase, folder: Path, lease: "_Lease") -> str:
         training = recipe.training if isinstance(recipe, Rebase) else recipe

@@ -17,8 +17,10 @@ retired    the bare new base is shown to be no worse than what serves (rule 1 of
            is shown to add value over it: an adapter that costs something and shows nothing. Tried before a
            dearer tier, because what a person would gain by training on is not what the gate asks for
 failed     nothing could be judged: every tier's job failed, or the reference could not be evaluated
-aborted    somebody ended it: by hand, by a newer revision of the line, by removing the alias on the old base, or
-           by setting the alias on the new one, which a campaign never overwrites
+aborted    somebody ended it: by hand, by a newer revision of the line, by taking its creator's rights, by removing
+           the alias on the old base, or by setting the alias on the new one, which a campaign never overwrites
+
+A verdict counts for the gates and suites that gave it; when the policy or a suite changes, it is given anew.
 """
 
 from collections.abc import Sequence
@@ -87,6 +89,8 @@ class TierFacts(Frozen):
     """That version for people, such as ``@v7``."""
     evaluate: Progress = Progress()
     verdict: Verdict | None = None
+    rules: Sha256 | None = None
+    """Digest of the gates and suites that the verdict rests on: it counts for no others."""
     steps: Annotated[int, Field(ge=0)] = 0
     seconds: Annotated[float, Field(ge=0)] = 0.0
     """Device seconds of its jobs, evaluation included."""
@@ -131,7 +135,7 @@ class Facts(Frozen):
     recipe: bool = False
     """Whether there is a training recipe: the version's own, or the policy's."""
     datasets: bool = False
-    """Whether the recipe's datasets are there."""
+    """Whether the recipe's datasets are there, and the campaign's creator may read them."""
     suites: tuple[SuiteFacts, ...] = ()
     """One for each of the policy's gates, then the guard."""
 
@@ -151,6 +155,10 @@ class Facts(Frozen):
     """A newer revision of the line."""
     aborted_because: str | None = None
     """The campaign was ended by hand."""
+    revoked: str | None = None
+    """Why the campaign's creator may no more do what it does in his name."""
+    stumbled: Annotated[int, Field(ge=0)] = 0
+    """How many steps in a row broke on something that nobody foresaw."""
     trained_steps: int | None = None
     """Steps of the serving version's own training, where recorded: what retraining costs."""
     trained_seconds: float | None = None
@@ -173,6 +181,17 @@ class Facts(Frozen):
                 "approved": None, "decided_by": "", "bare_old_scores": nothing,
             }
         )
+
+    def under(self, rules: str) -> "Facts":
+        """These facts without verdicts of other gates or suites than ``rules``, and what a person said to them."""
+        stale = {mine.tier for mine in self.tiers if mine.verdict and mine.rules != rules}
+        if not stale:
+            return self
+        kept = tuple(
+            mine.model_copy(update={"verdict": None, "rules": None}) if mine.tier in stale else mine
+            for mine in self.tiers
+        )
+        return self.model_copy(update={"tiers": kept, "approved": None, "decided_by": ""})
 
     @property
     def spent(self) -> float:
@@ -347,6 +366,8 @@ def _ended_by_others(facts: Facts) -> Step | None:
         reason = f"ended by hand: {facts.aborted_because}"
     elif facts.superseded_by is not None:
         reason = f"superseded: the line moved on to {facts.superseded_by}"
+    elif facts.revoked is not None:
+        reason = f"it acts in its creator's name, who may no more: {facts.revoked}"
     elif facts.new_alias is not None:
         reason = f"'{facts.alias}' on the new base was set to {facts.new_alias[:19]} by somebody else, and stays there"
     elif facts.serving_now is None:
@@ -495,7 +516,7 @@ def _missing_for(tier: Tier, facts: Facts) -> str | None:
     if tier != "carry" and not facts.recipe:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"
     if tier != "carry" and not facts.datasets:
-        return f"{tier} needs the recipe's datasets: loractl dataset push FILE NAME"
+        return f"{tier} needs the recipe's datasets: loractl dataset push FILE NAME, or the right to read them"
     return None
 
 

@@ -336,6 +336,12 @@ class AliasNotFound(NotFound):
     help = "List its aliases: loractl alias list {name}"
 
 
+class OtherBase(Conflict):
+    code = "other-base"
+    says = "'{adapter}' belongs to base {actual}; a job of kind '{kind}' was asked to take it from {asked}."
+    help = "Leave the base out: the adapter's own is taken. To carry it to another one: loractl rebase"
+
+
 class BaseNotFound(NotFound):
     code = "base-not-found"
     says = "No base model '{ref}'.{nearest}"

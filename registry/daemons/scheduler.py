@@ -1,6 +1,7 @@
 """The scheduler: fires what is due, and brings running campaigns further; each piece in a transaction of its own.
 
-A piece that fails is left for the next look and holds up nobody else's.
+A piece that fails is left for the next look and holds up nobody else's. An item that keeps failing on what
+nobody foresaw is given up with the reason; what is down is waited for.
 """
 
 from collections.abc import Iterator
@@ -17,30 +18,39 @@ log = structlog.get_logger()
 
 
 def step(parts: Parts) -> bool:
-    """Look once at every schedule and every unfinished campaign; False: there is always time for a pause."""
+    """Look once at every schedule and every unfinished campaign; False: there is always time for a pause.
+
+    `Unavailable` when something was, after all others had their turn: they may need less.
+    """
     wake: set[str] = set()
+    down: list[Unavailable] = []
     with parts.database.read() as session:
         due, unfinished = schedules.living(session), campaigns.unfinished(session)
     for identity in due:
-        with _piece(parts, schedule=identity) as session:
+        with _piece(parts, down, schedule=identity) as session:
             wake |= schedules.fire(session, identity, parts.clock())
     for campaign, item in unfinished:
-        with _piece(parts, campaign=campaign, item=item) as session:
+        with _piece(parts, down, item, campaign=campaign) as session:
             if item:
                 wake |= campaigns.step(session, parts.store, item, parts.clock())
             else:
                 campaigns.finish(session, campaign, parts.clock())
     for queue in wake:
         parts.broker.wake(queue)
+    if down:
+        raise down[0]
     return False
 
 
 @contextmanager
-def _piece(parts: Parts, **what: object) -> Iterator[Session]:
+def _piece(parts: Parts, down: list[Unavailable], item: int = 0, **what: object) -> Iterator[Session]:
     try:
         with parts.database.write() as session:
             yield session
-    except Unavailable:
-        raise
-    except Exception:  # one bad row must not stand in the way of the others; it is in the log
-        log.exception("piece-failed", **what)
+    except Unavailable as error:
+        down.append(error)
+    except Exception as error:  # one bad row must not stand in the way of the others; it is in the log
+        log.exception("piece-failed", item=item, **what)
+        if item:
+            with _piece(parts, down, stumbled=item) as session:
+                campaigns.stumble(session, item, error, parts.clock())

@@ -200,10 +200,13 @@ def _pointed_at() -> Select[*tuple[Any, ...]]:
 
 
 def newest_evaluation(
-    session: Session, *, base_id: int, digest: str | None, suite_id: int, harness: str | None = None
+    session: Session, *, base_id: int, digest: str | None, suite: str, harness: str | None = None
 ) -> Evaluation | None:
-    """The newest scoring of a version's content (None: the bare base) on a suite, by one harness where given."""
-    query = select(Evaluation).where(Evaluation.base_id == base_id, Evaluation.suite_id == suite_id)
+    """The newest scoring of a version's content (None: the bare base) on a suite's, by one harness where given.
+
+    Content, not rows: the same version and the same suite may be pushed to several namespaces.
+    """
+    query = select(Evaluation).where(Evaluation.base_id == base_id, on_suite(suite))
     if digest is None:
         query = query.where(col(Evaluation.version_id).is_(None))
     else:
@@ -211,6 +214,11 @@ def newest_evaluation(
     if harness is not None:
         query = query.where(Evaluation.harness == harness)
     return session.exec(query.order_by(col(Evaluation.id).desc()).limit(1)).first()
+
+
+def on_suite(*digests: str) -> ColumnElement[bool]:
+    """The condition that an evaluation is on a suite with one of these digests, whatever it is called."""
+    return col(Evaluation.suite_id).in_(select(DatasetVersion.id).where(col(DatasetVersion.digest).in_(digests)))
 
 
 def newest_evaluations_of(session: Session, version_ids: Iterable[int]) -> Sequence[Evaluation]:

@@ -6,18 +6,21 @@ Actions are jobs (equal work is one job), verdicts, and alias moves by compare-a
 repeated by any scheduler after any crash.
 """
 
+import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import or_
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Session, col, func, select
 from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core import campaign as machine
 from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
+from registry.core.digest import Digest
 from registry.core.errors import (
     AliasMoved,
     BadRequest,
@@ -28,9 +31,13 @@ from registry.core.errors import (
     LoractlError,
     MoveNotAllowed,
     ScopeMissing,
+    TokenRefused,
+    Unavailable,
+    WorkFailed,
 )
-from registry.core.gate import Verdict
+from registry.core.gate import Verdict, tier_alpha
 from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
+from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
 from registry.core.policy import Gate, Policy
 from registry.db import queries
@@ -40,6 +47,7 @@ from registry.db.models import (
     Base,
     Campaign,
     CampaignItem,
+    Dataset,
     DatasetVersion,
     Evaluation,
     Job,
@@ -54,12 +62,14 @@ from . import aliases, bases, gates, jobs, policies
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import nearest
-from .tokens import EVERYWHERE, Caller
+from .tokens import EVERYWHERE, Caller, acting
 
 _STEPS_AT_ONCE = 8
 """Actions that need no waiting (a verdict, a promotion, its settling) follow one another in one call."""
 _SCORINGS = 3
 """How often one thing is scored for a campaign before its differing harnesses are given up."""
+_STUMBLES = 10
+"""Steps of one item that may break in a row, on what nobody foresaw, before the item is given up."""
 _NEEDED: tuple[Scope, ...] = ("run", "promote")
 """What a campaign does in a namespace in its creator's name."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
@@ -112,9 +122,33 @@ def plan(
             facts={},
             changed_at=now,
         )
-        item.facts = _facts(session, campaign, item, None).model_dump(mode="json")
+        _plan_item(session, caller, campaign, item, adapter)
         items.append(item)
     return campaign, items
+
+
+def _plan_item(session: Session, caller: Caller, campaign: Campaign, item: CampaignItem, adapter: Adapter) -> None:
+    """Read the item's first facts; an adapter that breaks them has failed, and keeps nobody else's from a plan."""
+    try:
+        facts = _facts(session, _behalf(caller, campaign, adapter), campaign, item, None)
+    except (SQLAlchemyError, Unavailable):
+        raise
+    except Exception as error:  # noqa: BLE001  # its manifest and policy are people's words: any may be wrong
+        item.state, item.reason = State.FAILED, f"it cannot be planned: {_told(error)}"
+        serving = session.get_one(Version, item.serving_id).digest
+        facts = Facts(
+            adapter=f"{adapter.namespace}/{adapter.name}",
+            alias=item.alias,
+            old=session.get_one(Base, campaign.old_id).digest,
+            new=session.get_one(Base, campaign.new_id).digest,
+            serving=serving,
+            serving_now=serving,
+        )
+    item.facts = facts.model_dump(mode="json")
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, LoractlError) else f"{type(error).__name__}: {error}"[:500]
 
 
 def _before(session: Session, line: str, new: Base) -> Base:
@@ -142,10 +176,13 @@ def _gated(session: Session, old: Base) -> list[tuple[Adapter, Alias]]:
 
 
 def create(session: Session, caller: Caller, request: UpgradeRequest, now: datetime) -> Campaign:
-    """Store the plan; `CampaignExists` while another one of the line is not finished."""
+    """Store the plan; `CampaignExists` while another one of the line is not finished.
+
+    One that was planned for an older revision and never started makes room.
+    """
     campaign, items = plan(session, caller, request, now)
     active = _active(session, campaign.line_id)
-    if active is not None:
+    if active is not None and not _makes_room(session, active, campaign, now):
         raise _exists(session, active)
     try:
         with session.begin_nested():
@@ -162,6 +199,16 @@ def create(session: Session, caller: Caller, request: UpgradeRequest, now: datet
 def _active(session: Session, line_id: int) -> Campaign | None:
     states = (CampaignState.PLANNED, CampaignState.RUNNING)
     return session.exec(select(Campaign).where(Campaign.line_id == line_id, col(Campaign.state).in_(states))).first()
+
+
+def _makes_room(session: Session, active: Campaign, wanted: Campaign, now: datetime) -> bool:
+    active = _row(session, active.id)
+    newer = _superseded(session, active)
+    if active.state != CampaignState.PLANNED or active.new_id == wanted.new_id or newer is None:
+        return False
+    _end(session, active, f"superseded: the line moved on to {newer}, and nobody had started it", now)
+    session.flush()
+    return True
 
 
 def _exists(session: Session, campaign: Campaign) -> CampaignExists:
@@ -214,18 +261,22 @@ def abort(session: Session, caller: Caller, identity: str, reason: str, now: dat
     campaign = _locked(session, caller, identity)
     if campaign.state == CampaignState.ABORTED:
         return campaign
-    campaign.state = CAMPAIGN.after("abort", campaign.state, identity)
-    campaign.finished_at, campaign.reason = now, reason or "by hand"
+    _end(session, campaign, reason or "by hand", now, told=f"ended by hand: {reason or 'by hand'}")
+    return campaign
+
+
+def _end(session: Session, campaign: Campaign, reason: str, now: datetime, *, told: str | None = None) -> None:
+    campaign.state = CAMPAIGN.after("abort", campaign.state, campaign.id)
+    campaign.finished_at, campaign.reason = now, reason
     for item in _items(session, campaign, lock=True):
         if not State(item.state).final:
-            item.state, item.reason, item.changed_at = State.ABORTED, f"ended by hand: {campaign.reason}", now
+            item.state, item.reason, item.changed_at = State.ABORTED, told or reason, now
             item.revision += 1
             session.add(item)
-    query = select(Job).where(Job.campaign_id == campaign.id, col(Job.state).in_(_ACTIVE))
+    query = select(Job.id).where(Job.campaign_id == campaign.id, col(Job.state).in_(_ACTIVE))
     for job in session.exec(query.order_by(col(Job.id))).all():
-        jobs.cancel(session, _actor(campaign), job.id, now)
+        jobs.withdraw(session, campaign.id, job, now)
     session.add(campaign)
-    return campaign
 
 
 def approve(
@@ -256,13 +307,18 @@ def approve(
 
 def _locked(session: Session, caller: Caller, identity: str) -> Campaign:
     get(session, caller, identity)
-    query = select(Campaign).where(Campaign.id == identity).with_for_update()
-    campaign = session.exec(query.execution_options(populate_existing=True)).one()
+    campaign = _row(session, identity)
     if campaign.created_by != caller.token_id:
         query_ = select(Adapter.namespace).join(CampaignItem).where(CampaignItem.campaign_id == identity)
         for namespace in sorted(set(session.exec(query_))) or [EVERYWHERE]:
             caller.require("promote", namespace)
     return campaign
+
+
+def _row(session: Session, identity: str) -> Campaign:
+    """The campaign as it is now, held until the end of the transaction."""
+    query = select(Campaign).where(Campaign.id == identity).with_for_update()
+    return session.exec(query.execution_options(populate_existing=True)).one()
 
 
 def _items(session: Session, campaign: Campaign, *, lock: bool = False) -> Sequence[CampaignItem]:
@@ -317,6 +373,24 @@ def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set
     return {campaign.queue} if work.asked else set()
 
 
+def stumble(session: Session, item_id: int, error: Exception, now: datetime) -> None:
+    """A step of the item broke on what nobody foresaw: after `_STUMBLES` in a row it has failed, with the reason.
+
+    What it had asked for is left to end by itself: what broke may be the very facts that name it.
+    """
+    item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
+    if State(item.state).final:
+        return
+    known = item.facts.get("stumbled")
+    stumbled = (known if isinstance(known, int) else 0) + 1
+    item.facts = {**item.facts, "stumbled": stumbled}
+    if stumbled >= _STUMBLES:
+        item.state, item.reason = State.FAILED, f"its step broke {stumbled} times in a row: {_told(error)}"
+    item.revision += 1
+    item.changed_at = now
+    session.add(item)
+
+
 class _Work:
     """One call of `step`: facts, the machine's word, and the hands that carry it out."""
 
@@ -327,10 +401,16 @@ class _Work:
         self.adapter = session.get_one(Adapter, item.adapter_id)
         self.old, self.new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
         self.asked = False
+        self.revoked: str | None = None
+        try:
+            self.actor = _actor(session, campaign, self.adapter, now)
+        except (TokenRefused, ScopeMissing) as error:
+            self.actor, self.revoked = Caller(campaign.created_by, campaign.id, "user", {}), error.message
 
     def once(self) -> bool:
         """Take one step; whether another may follow at once."""
-        facts = _facts(self.session, self.campaign, self.item, Facts.model_validate(self.item.facts))
+        facts = _facts(self.session, self.actor, self.campaign, self.item, Facts.model_validate(self.item.facts))
+        facts = facts.model_copy(update={"revoked": self.revoked})
         step = machine.next_actions(State(self.item.state), facts)
         self.item.state, self.item.reason = step.state, step.reason
         follow = False
@@ -352,11 +432,12 @@ class _Work:
         shared = {thing for other in others for thing in _things(other)}
         made = {tier.produce.id for tier in facts.tiers} - {t.produce.id for other in others for t in other.tiers}
         query = select(Job).where(Job.campaign_id == self.campaign.id, col(Job.state).in_(_ACTIVE))
+        query = query.execution_options(populate_existing=True)
         for job in self.session.exec(query.order_by(col(Job.id))).all():
             scored = set(job.recipe.get("adapters", ())) if job.kind == "evaluate" else set()
             alone = scored <= mine - shared and not (others and job.recipe.get("bare"))
             if job.id in made or (job.kind == "evaluate" and alone):
-                jobs.cancel(self.session, _actor(self.campaign), job.id, self.now)
+                jobs.withdraw(self.session, self.campaign.id, job.id, self.now)
 
     def _do(self, action: machine.Action, facts: Facts) -> tuple[Facts, bool]:
         match action:
@@ -427,8 +508,13 @@ class _Work:
 
     def _score(self, base: Base, suite: DatasetVersion, named: list[str], *, bare: bool, fresh: bool = False) -> None:
         recipe = {"kind": "evaluate", "base": base.digest, "suite": suite.digest, "adapters": named, "bare": bare}
+        things = [*named, *([None] if bare else [])]
         try:
-            self._ask(recipe, Output(), fresh=fresh)
+            if self._ask(recipe, Output(), fresh=fresh).done:  # equal work, of which no evaluation is left
+                tried = max(self._tried(base, thing, suite) for thing in things)
+                if tried >= _SCORINGS:
+                    raise WorkFailed(id="to evaluate it", reason=f"{tried} were done, and nothing is left of them")
+                self._ask(recipe, Output(), fresh=True)
         except LoractlError as error:
             self.item.state, self.item.reason = State.FAILED, f"it cannot be evaluated: {error.message}"
 
@@ -438,10 +524,15 @@ class _Work:
         )
         with self.session.begin_nested():
             job, reused = jobs.submit(
-                self.session, _actor(self.campaign), request, self.now, campaign_id=self.campaign.id
+                self.session, self.actor, request, self.now, campaign_id=self.campaign.id, suites=self._named()
             )
         self.asked = self.asked or not reused
         return Progress(job=JobState(job.state), id=job.id)
+
+    def _named(self) -> list[str]:
+        """Digests of the suites that the adapter's policy names."""
+        policy = policies.effective(self.session, self.adapter.namespace, self.adapter.name)
+        return [suite.digest for suite in _suites(self.session, policy)]
 
     def _judge(self, action: machine.Judge, facts: Facts) -> tuple[Facts, bool]:
         assert facts.policy is not None
@@ -455,9 +546,12 @@ class _Work:
             alpha=action.alpha,
         )
         if isinstance(found, Verdict):
-            return facts.with_tier(mine.model_copy(update={"verdict": found})), True
+            rules = _rules(facts.policy, _suites(self.session, facts.policy))
+            return facts.with_tier(mine.model_copy(update={"verdict": found, "rules": rules})), True
         assert found is not None  # without gates the machine froze it
-        if found.evaluations and all(self._tried(*pair) < _SCORINGS for pair in found.evaluations):
+        if found.evaluations and all(
+            self._tried(scored.base, scored.digest, suite) < _SCORINGS for scored, suite in found.evaluations
+        ):
             self._score_again(found)
             return facts, False
         lost = Progress(job=JobState.FAILED, error=found.reason)
@@ -471,9 +565,9 @@ class _Work:
             self._score(scored.base, suite, named, bare=not named, fresh=True)
         self.item.reason = found.reason
 
-    def _tried(self, scored: Scored, suite: DatasetVersion) -> int:
-        done = [job for job in _scoring(self.session, self.campaign, scored.base, suite) if job.state not in _ACTIVE]
-        return sum(scored.digest in job.recipe["adapters"] if scored.digest else job.recipe["bare"] for job in done)
+    def _tried(self, base: Base, digest: str | None, suite: DatasetVersion) -> int:
+        done = [job for job in _scoring(self.session, self.campaign, base, suite) if job.state not in _ACTIVE]
+        return sum(digest in job.recipe["adapters"] if digest else job.recipe["bare"] for job in done)
 
     def _promote(self, action: machine.Promote, facts: Facts) -> tuple[Facts, bool]:
         assert facts.policy is not None
@@ -508,9 +602,18 @@ def _things(facts: Facts) -> set[str]:
     return {facts.serving, *(mine.version for mine in facts.tiers if mine.version)}
 
 
-def _actor(campaign: Campaign) -> Caller:
-    """The campaign itself: what its creator could run and promote was checked when it was planned."""
-    return Caller(campaign.created_by, f"campaign {campaign.id}", "user", {EVERYWHERE: ["admin"]})
+def _actor(session: Session, campaign: Campaign, adapter: Adapter, now: datetime) -> Caller:
+    """The campaign's creator with the rights that are left by now; `TokenRefused`, `ScopeMissing`."""
+    creator = acting(session, campaign.created_by, now)
+    for scope in _NEEDED:
+        creator.require(scope, adapter.namespace)
+    return _behalf(creator, campaign, adapter)
+
+
+def _behalf(creator: Caller, campaign: Campaign, adapter: Adapter) -> Caller:
+    """The campaign on one adapter: who may run and promote there, may have candidates made of it, and nothing else."""
+    own = sorted({*creator.scopes.get(adapter.namespace, ()), "read", "publish"})
+    return replace(creator, name=f"campaign {campaign.id}", scopes={**creator.scopes, adapter.namespace: own})
 
 
 def _measure_drift(session: Session, campaign: Campaign, now: datetime) -> None:
@@ -519,18 +622,23 @@ def _measure_drift(session: Session, campaign: Campaign, now: datetime) -> None:
     if old.weights == new.weights == "full":
         recipe = {"kind": "compare", "old": old.digest, "base": new.digest}
         request = JobRequest(recipe=recipe, queue=campaign.queue, namespace="base")
-        jobs.submit(session, _actor(campaign), request, now, campaign_id=campaign.id)
+        itself = Caller(campaign.created_by, f"campaign {campaign.id}", "user", {"base": ["run"]})
+        jobs.submit(session, itself, request, now, campaign_id=campaign.id)
 
 
 # ── facts ────────────────────────────────────────────────────────────────────
 
 
-def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Facts | None) -> Facts:
-    """All that a decision rests on, read afresh; verdicts and approvals are kept from ``known``."""
+def _facts(
+    session: Session, actor: Caller, campaign: Campaign, item: CampaignItem, known: Facts | None
+) -> Facts:
+    """All that a decision rests on, read afresh; verdicts and approvals are kept from ``known``, while they count."""
     adapter = session.get_one(Adapter, item.adapter_id)
     old, new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
     assert adapter.id is not None and old.id is not None and new.id is not None
     policy = policies.effective(session, adapter.namespace, adapter.name)
+    suites = _suites(session, policy)
+    known = known.under(_rules(policy, suites)) if known else None
     serving = session.get_one(Version, item.serving_id)
     source = _original(session, serving)
     now_old = queries.alias_row(session, adapter.id, old.id, item.alias)
@@ -557,15 +665,14 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
         old_weights=old.weights == "full",
         new_weights=new.weights == "full",
         recipe=training is not None,
-        datasets=training is not None and _all_there(session, training.datasets),
+        datasets=training is not None and _all_there(session, actor, training.datasets),
         suites=tuple(_suite_facts(session, gate) for gate in every_gate(policy)),
         superseded_by=_superseded(session, campaign),
-        trained_steps=int(made.result.get("steps", 0)) if made and made.result else None,
-        trained_seconds=float(made.result.get("seconds", 0.0)) if made and made.result else None,
+        trained_steps=int(_number(made.result.get("steps"))) if made and made.result else None,
+        trained_seconds=_number(made.result.get("seconds")) if made and made.result else None,
         approved=known.approved if known else None,
         decided_by=known.decided_by if known else "",
     )
-    suites = _suites(session, policy)
     if any(suite.gate_n is None for suite in facts.suites):  # the machine freezes it with the reason
         return facts.model_copy(update={"tiers": known.tiers if known else ()})
     return facts.model_copy(
@@ -573,9 +680,9 @@ def _facts(session: Session, campaign: Campaign, item: CampaignItem, known: Fact
             "serving_scores": _progress(session, campaign, old, serving.digest, suites),
             "bare_scores": _progress(session, campaign, new, None, suites),
             "bare_old_scores": _progress(session, campaign, old, None, suites),
-            "reference_seconds": _scoring_seconds(session, old, serving.digest)
-            + _scoring_seconds(session, old, None)
-            + _scoring_seconds(session, new, None),
+            "reference_seconds": _scoring_seconds(session, old, serving.digest, suites)
+            + _scoring_seconds(session, old, None, suites)
+            + _scoring_seconds(session, new, None, suites),
             "tiers": tuple(_tier_facts(session, campaign, item, new, mine, suites) for mine in known.tiers)
             if known
             else (),
@@ -588,7 +695,7 @@ def _original(session: Session, version: Version) -> Version:
     seen = set()
     while version.digest not in seen:
         seen.add(version.digest)
-        recipe = jobs.parse_lineage(session, version).get("recipe") or {}
+        recipe = jobs.recorded_recipe(session, version)
         if recipe.get("kind") != "rebase" or recipe.get("tier") == "retrain":
             return version
         parent = queries.version_by_digest(session, version.adapter_id, str(recipe.get("adapter")))
@@ -606,19 +713,33 @@ def _suite_facts(session: Session, gate: Gate) -> SuiteFacts:
 
 
 def _suites(session: Session, policy: Policy | None) -> list[DatasetVersion]:
-    found: dict[int | None, DatasetVersion] = {}
+    """The suites that a policy names, each content once."""
+    found: dict[str, DatasetVersion] = {}
     for gate in every_gate(policy) if policy else ():
         try:
             suite = suite_of(session, gate)
         except LoractlError:
             continue
-        found[suite.id] = suite
+        found[suite.digest] = suite
     return list(found.values())
 
 
-def _all_there(session: Session, digests: Sequence[str]) -> bool:
-    rows = session.exec(select(DatasetVersion.digest).where(col(DatasetVersion.digest).in_(digests)))
-    return set(rows) == set(digests)
+def _rules(policy: Policy, suites: Sequence[DatasetVersion]) -> str:
+    """Digest of what a verdict rests on besides the records: gates, guard, limits, a tier's share of α, the suites."""
+    words = policy.model_dump(mode="json", include={"gates", "guard", "max_negative_flips"})
+    return str(Digest.sha256(canonical_json([words, tier_alpha(policy), [suite.digest for suite in suites]])))
+
+
+def _all_there(session: Session, actor: Caller, digests: Sequence[str]) -> bool:
+    """Whether all these datasets are there for ``actor`` to read."""
+    query = select(DatasetVersion.digest, Dataset.namespace).join(Dataset).where(Dataset.kind == "dataset")
+    rows = session.exec(query.where(col(DatasetVersion.digest).in_(digests)))
+    return {digest for digest, namespace in rows if actor.can("read", namespace)} == set(digests)
+
+
+def _number(value: object) -> float:
+    """What a worker reported as a number; 0 for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0.0
 
 
 def _superseded(session: Session, campaign: Campaign) -> str | None:
@@ -633,7 +754,7 @@ def _superseded(session: Session, campaign: Campaign) -> str | None:
 def _scored_by(session: Session, campaign: Campaign, base: Base, suite: DatasetVersion) -> set[str | None]:
     """Versions (None: the bare base) that are scored on a suite, or are being scored for this campaign."""
     query = select(Evaluation.version_id, Version.digest).join(Version, isouter=True)
-    rows = session.exec(query.where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id))
+    rows = session.exec(query.where(Evaluation.base_id == base.id, queries.on_suite(suite.digest)))
     found: set[str | None] = {digest if version_id is not None else None for version_id, digest in rows}
     for job in _scoring(session, campaign, base, suite):
         if job.state in _ACTIVE:
@@ -656,8 +777,8 @@ def _progress(
     """
     found = Progress(job=JobState.SUCCEEDED)
     for suite in suites:
-        assert base.id is not None and suite.id is not None
-        if queries.newest_evaluation(session, base_id=base.id, digest=digest, suite_id=suite.id) is not None:
+        assert base.id is not None
+        if queries.newest_evaluation(session, base_id=base.id, digest=digest, suite=suite.digest) is not None:
             continue
         found = Progress()
         mine = [
@@ -691,26 +812,28 @@ def _tier_facts(
     digest = str(made[0]["digest"])
     version = queries.version_by_digest(session, item.adapter_id, digest)
     evaluate = _progress(session, campaign, new, digest, suites)
-    seconds = float((job.result or {}).get("seconds", 0.0)) + _scoring_seconds(session, new, digest)
+    result = job.result or {}
     return mine.model_copy(
         update={
             "produce": produce,
             "version": digest,
             "label": f"@v{version.number}" if version else digest[:19],
             "evaluate": evaluate,
-            "steps": int((job.result or {}).get("steps", 0)),
-            "seconds": seconds,
+            "steps": int(_number(result.get("steps"))),
+            "seconds": _number(result.get("seconds")) + _scoring_seconds(session, new, digest, suites),
         }
     )
 
 
-def _scoring_seconds(session: Session, base: Base, digest: str | None) -> float:
-    query = select(func.sum(Evaluation.seconds)).where(Evaluation.base_id == base.id)
+def _scoring_seconds(session: Session, base: Base, digest: str | None, suites: Sequence[DatasetVersion]) -> float:
+    """Device seconds that went into scoring a version (None: the bare base) on these suites, each job's once."""
+    on = queries.on_suite(*(suite.digest for suite in suites))
+    query = select(Evaluation.job_id, func.max(Evaluation.seconds)).where(Evaluation.base_id == base.id, on)
     if digest is None:
         query = query.where(col(Evaluation.version_id).is_(None))
     else:
         query = query.where(col(Evaluation.version_id).in_(select(Version.id).where(Version.digest == digest)))
-    return float(session.exec(query).one() or 0.0)
+    return math.fsum(seconds for _, seconds in session.exec(query.group_by(Evaluation.job_id)))
 
 
 # ── show ─────────────────────────────────────────────────────────────────────
@@ -765,6 +888,7 @@ def _item_info(session: Session, campaign: Campaign, item: CampaignItem) -> Camp
             "tiers": {mine.tier: {"steps": mine.steps, "seconds": round(mine.seconds, 2)} for mine in facts.tiers},
             **spent.model_dump(mode="json"),
             "share": spent.share,
+            "reference_seconds": round(facts.reference_seconds, 2),
         },
         verdicts={mine.tier: mine.verdict.model_dump(mode="json") for mine in facts.tiers if mine.verdict},
     )
@@ -777,11 +901,8 @@ def _scores(session: Session, campaign: Campaign, facts: Facts, final: Version |
     suites = _suites(session, facts.policy)
     if not suites:
         return {}
-    suite_id = suites[0].id
-
     def mean(base_id: int, digest: str | None) -> float | None:
-        assert suite_id is not None
-        row = queries.newest_evaluation(session, base_id=base_id, digest=digest, suite_id=suite_id)
+        row = queries.newest_evaluation(session, base_id=base_id, digest=digest, suite=suites[0].digest)
         return row.summary.get(gate.metric, {}).get("gate", {}).get("mean") if row else None
 
     return {

@@ -57,7 +57,7 @@ def record(
     if version is not None:
         declared = declared.where(Version.id == version.id)
     else:
-        scored = select(Evaluation.version_id).where(Evaluation.base_id == base.id, Evaluation.suite_id == suite.id)
+        scored = select(Evaluation.version_id).where(Evaluation.base_id == base.id, queries.on_suite(suite.digest))
         declared = declared.where(col(Version.id).in_(scored))
     for waiting in session.exec(declared).all():
         _strengthen(session, store, base, waiting)

@@ -140,12 +140,12 @@ class _Ledger:
         key = (scored.base.id, scored.digest, suite.id)
         if key not in self.rows:
             own = None if scored is self.candidate else self._row(self.candidate, suite)
-            assert scored.base.id is not None and suite.id is not None
+            assert scored.base.id is not None
             self.rows[key] = queries.newest_evaluation(
                 self.session,
                 base_id=scored.base.id,
                 digest=scored.digest,
-                suite_id=suite.id,
+                suite=suite.digest,
                 harness=own.harness if own else None,
             )
         return self.rows[key]

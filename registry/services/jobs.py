@@ -10,7 +10,7 @@ is refused. What a job made is committed in the transaction that ends it, so not
 import json
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ from registry.core.errors import (
     MoveNotAllowed,
     NotRunnable,
     NotYourJob,
+    OtherBase,
     WeightsAbsent,
     WorkFailed,
 )
@@ -45,7 +46,7 @@ from . import bases, blobs, commits, evaluations, fits
 from .adapters import resolve
 from .policies import effective
 from .pushes import BASES
-from .references import find_adapter, find_dataset, find_version
+from .references import find_adapter, find_data, find_version
 from .tokens import Caller
 
 AnyRecipe = FineTune | Evaluate | Merge | Rebase | CompareRecipe
@@ -69,23 +70,25 @@ def submit(
     *,
     campaign_id: str | None = None,
     salt: str = "",
+    suites: Collection[str] = (),
 ) -> tuple[Job, bool]:
     """The job that does what ``request`` asks, and whether it was there before.
 
     Equal work (recipe, output, namespace) is one job while it is queued or running; a succeeded one is reused
     unless ``fresh``, or unless ``salt`` (a schedule's firing) makes it another. Whatever would make the result
-    unwelcome is refused here, before hours are spent on it.
+    unwelcome is refused here, before hours are spent on it. ``suites``: digests of those that a policy names,
+    whose author could read them.
     """
     if (told := request.model_dump(mode="json")) != plain(told):
         raise BadRequest(problems="text with NUL or half a surrogate pair, or a number that is not finite")
-    recipe = _planned(session, caller, request.recipe)
+    recipe = _planned(session, caller, request.recipe, suites)
     namespace = request.namespace or _namespace(session, request, recipe)
     check_name(namespace, "namespace")
     caller.require("run", namespace)
     _check_output(caller, request, recipe)
     _check_runnable(session, recipe)
     output = request.output.model_dump(mode="json")
-    where = {"adapter": output["adapter"], "line": output["line"]}
+    where = {"adapter": output["adapter"], "line": output["line"], "aliases": sorted(set(output["aliases"]))}
     digest = recipe_digest(recipe)
     key = str(Digest.sha256(canonical_json([str(digest), where, namespace, salt])))
     while (found := _equal(session, key, fresh=request.fresh)) is None:
@@ -121,7 +124,9 @@ def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
     return session.exec(query).first()
 
 
-def _planned(session: Session, caller: Caller, words: dict[str, Any]) -> AnyRecipe:
+def _planned(
+    session: Session, caller: Caller, words: dict[str, Any], suites: Collection[str] = ()
+) -> AnyRecipe:
     """A recipe in which every reference has become a digest, and what can be derived is filled in."""
     plan = dict(words)
     kind = plan.get("kind")
@@ -143,9 +148,9 @@ def _planned(session: Session, caller: Caller, words: dict[str, Any]) -> AnyReci
     if isinstance(listed, list):
         plan["adapters"] = [_meant(session, caller, str(text), on).digest for text in listed]
     if isinstance(plan.get("datasets"), list):
-        plan["datasets"] = [_data(session, caller, "dataset", str(text)) for text in plan["datasets"]]
-    if isinstance(plan.get("suite"), str):
-        plan["suite"] = _data(session, caller, "suite", plan["suite"])
+        plan["datasets"] = [find_data(session, caller, "dataset", str(text)).digest for text in plan["datasets"]]
+    if isinstance(plan.get("suite"), str) and plan["suite"] not in suites:
+        plan["suite"] = find_data(session, caller, "suite", plan["suite"]).digest
     if kind == "rebase" and plan.get("tier") in ("warm-start", "retrain"):
         plan["training"] = _training(session, caller, plan)
     return parse_recipe(plan)
@@ -164,22 +169,11 @@ def _meant(session: Session, caller: Caller, text: str, base: Base | None) -> Ve
     return find_version(session, find_adapter(session, caller, reference.series), reference)
 
 
-def _data(session: Session, caller: Caller, kind: str, text: str) -> str:
-    if not text.startswith("sha256:"):
-        return find_dataset(session, caller, kind, text).digest
-    query = select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == text, Dataset.kind == kind)
-    for row, dataset in session.exec(query):
-        if caller.can("read", dataset.namespace):
-            return row.digest
-    raise BadRequest(problems=f"no {kind} {text[:80]}")
-
-
 def training_of(session: Session, version: Version, base: str) -> FineTune | None:
     """The recipe that ``version`` was trained by, else its policy's, for another base; None where there is none."""
-    lineage = parse_lineage(session, version)
-    recipe = lineage.get("recipe") or {}
+    recipe = recorded_recipe(session, version)
     if recipe.get("kind") == "rebase":
-        recipe = recipe.get("training") or {}
+        recipe = _words(recipe.get("training"))
     if recipe.get("kind") != "finetune":
         adapter = session.get_one(Adapter, version.adapter_id)
         written = effective(session, adapter.namespace, adapter.name).recipe
@@ -192,11 +186,15 @@ def training_of(session: Session, version: Version, base: str) -> FineTune | Non
         return None
 
 
-def parse_lineage(session: Session, version: Version) -> dict[str, Any]:
-    """The lineage part of a version's manifest."""
+def recorded_recipe(session: Session, version: Version) -> dict[str, Any]:
+    """What a version's manifest says it was made by: its author's words, to be parsed; empty where there are none."""
     body = session.get_one(StoredManifest, version.digest).body
-    found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(body)["lineage"]
-    return found
+    lineage = _words(TypeAdapter(dict[str, Any]).validate_json(body).get("lineage"))
+    return _words(lineage.get("recipe"))
+
+
+def _words(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +207,8 @@ def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[st
     recorded = training_of(session, version, str(plan.get("base")))
     if recorded is None:
         raise NotRunnable(what=f"tier '{plan['tier']}'", reason="neither the version nor its policy has a recipe")
+    for digest in recorded.datasets:
+        find_data(session, caller, "dataset", digest)
     if plan["tier"] == "warm-start":
         adapter = session.get_one(Adapter, version.adapter_id)
         steps = min(effective(session, adapter.namespace, adapter.name).warm_steps, recorded.steps)
@@ -261,6 +261,18 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
             version = session.exec(select(Version).where(Version.digest == digest)).first()
             if version is not None and not version.runnable:
                 raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")
+            if version is not None and role == "adapter":
+                _check_bound(session, recipe, version)
+
+
+def _check_bound(session: Session, recipe: AnyRecipe, version: Version) -> None:
+    """A merge, and the old side of a rebase, is on the base that the adapter belongs to; else factors mean nothing."""
+    asked = recipe.old if isinstance(recipe, Rebase) else recipe.base
+    actual = session.get_one(Base, version.base_id)
+    if actual.digest != asked:
+        assert actual.id is not None
+        called = bases.labels(session, [actual])[actual.id]
+        raise OtherBase(adapter=version.digest[:19], actual=called, kind=recipe.kind, asked=asked[:15])
 
 
 # ── looking ──────────────────────────────────────────────────────────────────
@@ -534,18 +546,28 @@ def _ended(
 
 def cancel(session: Session, caller: Caller, identity: str, now: datetime) -> Job:
     """Cancel at once when queued; ask the worker to stop when running. Cancelling again is fine."""
-    job = _locked(session, caller, identity)
+    return _stopped(session, _locked(session, caller, identity), caller.name, now)
+
+
+def withdraw(session: Session, campaign_id: str, identity: str, now: datetime) -> None:
+    """Cancel a job that a campaign asked for, when it needs it no more; whatever became of its creator's rights."""
+    job = _row(session, identity)
+    if job is not None and job.campaign_id == campaign_id and job.state in _ACTIVE:
+        _stopped(session, job, f"campaign {campaign_id}", now)
+
+
+def _stopped(session: Session, job: Job, by: str, now: datetime) -> Job:
     if job.state == JobState.CANCELLED or (job.state == JobState.RUNNING and job.cancel_requested):
         return job
     if job.state == JobState.RUNNING:
         job.cancel_requested = True
         session.add(job)
-        _note(session, job, "cancelling", {"by": caller.name}, now)
+        _note(session, job, "cancelling", {"by": by}, now)
         return job
-    job.state = JOB.after("cancel", job.state, identity)
+    job.state = JOB.after("cancel", job.state, job.id)
     job.finished_at = now
     session.add(job)
-    _note(session, job, "cancelled", {"by": caller.name}, now)
+    _note(session, job, "cancelled", {"by": by}, now)
     return job
 
 

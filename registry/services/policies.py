@@ -14,7 +14,7 @@ from registry.db import queries
 from registry.db.models import StoredPolicy
 
 from .gates import every_gate
-from .references import find_dataset
+from .references import find_data, find_dataset
 from .tokens import Caller
 
 
@@ -44,8 +44,10 @@ def put(
 ) -> tuple[StoredPolicy, list[str]]:
     """A new revision, and notes such as the smallest suite that can pass.
 
+    Gates are replaced and margins set by whoever may promote, on record; to take the last gate (or the wanted
+    evidence) from an alias needs admin, as moving it by force does: else one could be had by the other.
     `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass,
-    `BadRequest` for a guard or a recipe that is none.
+    `BadRequest` for a guard or a recipe that is none, or whose datasets the caller may not read.
     """
     check_name(namespace, "namespace")
     if name:
@@ -56,7 +58,9 @@ def put(
     if policy.guard is not None and policy.guard.margin.of_gain:
         raise BadRequest(problems="guard.margin: a guard has no gain; its margin must be absolute")
     if policy.recipe is not None:
-        _check_recipe(policy.recipe)
+        _check_recipe(session, caller, policy.recipe)
+    if ungated(effective(session, namespace, name), policy):
+        caller.require("admin", namespace)
     notes = []
     for gate in every_gate(policy):
         suite = find_dataset(session, caller, "suite", gate.suite)
@@ -78,6 +82,18 @@ def put(
     return row, notes
 
 
-def _check_recipe(text: str) -> None:
-    if not isinstance(parse_recipe(text.encode()), FineTune):
+def ungated(before: Policy, after: Policy) -> set[str]:
+    """Aliases that had gates, or wanted evidence, and have none any more."""
+
+    def without(kept: object) -> set[str]:
+        return set(before.aliases) - set(after.aliases if kept else ())
+
+    return (without(after.gates) if before.gates else set()) | (without(after.evidence) if before.evidence else set())
+
+
+def _check_recipe(session: Session, caller: Caller, text: str) -> None:
+    recipe = parse_recipe(text.encode())
+    if not isinstance(recipe, FineTune):
         raise BadRequest(problems="recipe: expected one of kind 'finetune'")
+    for digest in recipe.datasets:
+        find_data(session, caller, "dataset", digest)

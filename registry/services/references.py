@@ -6,12 +6,12 @@ What the caller may not read is refused in the same words as what is not there.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from sqlmodel import Session
+from sqlmodel import Session, select
 
-from registry.core.errors import AdapterNotFound, DatasetNotFound, VersionNotFound
+from registry.core.errors import AdapterNotFound, BadRequest, DatasetNotFound, VersionNotFound
 from registry.core.names import Reference, SeriesName
 from registry.db import queries
-from registry.db.models import Adapter, DatasetVersion, Version
+from registry.db.models import Adapter, Dataset, DatasetVersion, Version
 
 from .tokens import Caller
 
@@ -69,3 +69,17 @@ def find_dataset(session: Session, caller: Caller | None, kind: str, text: str) 
         others = [name for name in known if name != str(series)]
         raise DatasetNotFound(kind=kind, ref=text[:200], nearest=nearest(str(series), others))
     return row
+
+
+def find_data(session: Session, caller: Caller, kind: str, text: str) -> DatasetVersion:
+    """As `find_dataset`, or by the digest of the content alone, which is there for whoever may read one such series.
+
+    A digest is no right: what a recipe recorded is asked for here again, before anybody trains on it.
+    """
+    if not text.startswith("sha256:"):
+        return find_dataset(session, caller, kind, text)
+    query = select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == text, Dataset.kind == kind)
+    for row, dataset in session.exec(query):
+        if caller.can("read", dataset.namespace):
+            return row
+    raise BadRequest(problems=f"no {kind} {text[:80]} that {caller.name} may read")

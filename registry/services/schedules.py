@@ -177,7 +177,7 @@ def _fed(session: Session, schedule: Schedule) -> Due | None:
     query = (
         select(DatasetVersion)
         .join(Dataset)
-        .where(Dataset.namespace == series.namespace, Dataset.name == series.name)
+        .where(Dataset.kind == "dataset", Dataset.namespace == series.namespace, Dataset.name == series.name)
         .order_by(col(DatasetVersion.number).desc())
         .limit(1)
     )

@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from registry.core import gate as gate_module
 from registry.core.errors import GateImpossible, GateIncomplete, ItemsDiffer
 from registry.core.gate import (
     MIN_CONTINUOUS,
+    MOST_RESAMPLED,
     Verdict,
     Zone,
     binomial_tail,
@@ -462,3 +464,42 @@ def test_a_suite_that_can_never_pass_is_refused_with_the_number_it_needs() -> No
 def test_verdicts_can_be_read_where_numpy_is_not_installed() -> None:
     code = "import sys; sys.modules['numpy'] = None; import registry.core.gate, registry.core.campaign"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ── large suites ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n", [MOST_RESAMPLED + 1, 5000])
+@pytest.mark.parametrize(("name", "most"), [("normal", 0.02), ("exponential", 0.02), ("log-normal", 0.028)])
+def test_without_resampling_the_mean_bounds_hold_on_large_suites(n: int, name: str, most: float) -> None:
+    """Over 3000 campaigns at n = 501: 2.0, 2.0 and 2.7 % open falsely; over 2000 at 5000: 1.6, 1.8 and 1.65 %."""
+    campaigns, rng = 400, np.random.default_rng(5)
+    draws = {
+        "normal": lambda: rng.normal(0, 1, n),
+        "exponential": lambda: 1 - rng.exponential(1, n),
+        "log-normal": lambda: math.exp(0.5) - rng.lognormal(0, 1, n),
+    }
+    found = [mean_interval(draws[name]().tolist(), ALPHA) for _ in range(campaigns)]
+    luck = 3 * math.sqrt(0.02 * 0.98 / campaigns)
+    assert sum(lower > 0 for lower, _ in found) / campaigns <= most + luck
+    assert sum(upper < 0 for _, upper in found) / campaigns <= 0.02 + luck
+
+
+def test_nothing_is_drawn_for_a_large_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = (1 - np.random.default_rng(3).exponential(1, 30_000)).tolist()
+
+    def never(seed: int) -> None:
+        raise AssertionError("30 000 items were resampled")
+
+    monkeypatch.setattr(np.random, "default_rng", never)
+    lower, upper = mean_interval(values, ALPHA)
+    assert lower < math.fsum(values) / len(values) < upper
+
+
+def test_the_formula_goes_on_where_resampling_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(0, 1, MOST_RESAMPLED) - rng.exponential(2, MOST_RESAMPLED)
+    drawn = mean_interval(values.tolist(), ALPHA)
+    monkeypatch.setattr(gate_module, "MOST_RESAMPLED", 0)
+    told = mean_interval(values.tolist(), ALPHA)
+    assert told == pytest.approx(drawn, abs=0.06 * (drawn[1] - drawn[0]))

@@ -2,6 +2,8 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from registry.db.engine import Database
 from registry.db.models import Campaign, Firing, Job, Schedule
 from registry.parts import Parts
 from registry.schemas import ScheduleRequest
-from registry.services import schedules, tokens
+from registry.services import campaigns, schedules, tokens
+from registry.storage.base import BlobStore
 from registry.storage.local import LocalStore
 from tests.factories import tiny_base
+from tests.upgrade import POLICY, Upgrade
 from tests.world import World
 
 ROWS = b'{"prompt": "2+2=", "completion": " 4"}\n'
@@ -97,3 +101,48 @@ def test_a_database_that_is_down_is_told_to_the_loop(world: World, monkeypatch: 
     monkeypatch.setattr(schedules, "fire", down)
     with pytest.raises(DatabaseDown):
         scheduler.step(parts_of(world))
+
+
+@pytest.fixture
+def upgrading(embedded: World, tmp_path: Path) -> Upgrade:
+    """Two adapters in a campaign that runs."""
+    made = Upgrade(embedded, tmp_path, {"serving": 1.0, "carry": 1.0})
+    made.policy(POLICY)
+    made.serve()
+    made.serve("team/other", seed=1)
+    made.begin()
+    return made
+
+
+@pytest.mark.parametrize("error", [ValueError("what nobody foresaw"), DatabaseDown(reason="gone")])
+def test_an_item_whose_steps_break_is_given_up_and_others_go_on(
+    upgrading: Upgrade, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    odd, step = upgrading.items()[0].id, campaigns.step
+    calls = 0
+
+    def breaks(session: Session, store: BlobStore, item: int, now: datetime) -> set[str]:
+        nonlocal calls
+        calls += item == odd
+        if item == odd and calls != 5:  # one that goes well in between is a new beginning
+            raise error
+        return step(session, store, item, now)
+
+    monkeypatch.setattr(campaigns, "step", breaks)
+    for _ in range(14):
+        upgrading.world.later(seconds=1)
+        with suppress(DatabaseDown):
+            scheduler.step(parts_of(upgrading.world))
+        upgrading.work()
+    assert upgrading.state("team/other") == "promoted"
+    assert upgrading.state() == "running"
+    for _ in range(2):
+        with suppress(DatabaseDown):
+            scheduler.step(parts_of(upgrading.world))
+    if isinstance(error, DatabaseDown):
+        assert upgrading.state() == "running"  # what is down is waited for
+    else:
+        item = upgrading.item()
+        assert (item.state, "10 times in a row: ValueError: what nobody foresaw" in item.reason) == ("failed", True)
+        [campaign] = upgrading.world.all(select(Campaign))
+        assert campaign.state == "finished"

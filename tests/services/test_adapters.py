@@ -20,6 +20,7 @@ from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.services import adapters, bases, policies
 from registry.services.adapters import Filter
 from registry.services.references import find_adapter, find_version
+from registry.services.tokens import Caller
 from tests.upgrade import GATE, POLICY, Upgrade
 from tests.world import ADMIN, World, caller
 
@@ -141,6 +142,26 @@ def test_a_policy_that_can_never_work_is_refused(
 ) -> None:
     with pytest.raises(refusal):
         here.policy(POLICY.model_copy(update=changes))
+
+
+def test_taking_the_last_gate_from_an_alias_needs_admin(here: Upgrade) -> None:
+    here.policy(POLICY)
+    promoter, admin = caller("p", team=["read", "promote"]), caller("a", team=["admin"])
+    wanting = Policy(evidence=Evidence.RECORDED)
+
+    def put(who: Caller, name: str, policy: Policy) -> None:
+        with here.world.database.write() as session:
+            policies.put(session, who, "team", name, policy, here.world.now)
+
+    put(promoter, "", POLICY.model_copy(update={"max_negative_flips": 0.4}))
+    for name in ("", "bot"):  # an adapter's own policy goes before its namespace's
+        for policy in (Policy(), POLICY.model_copy(update={"aliases": ("canary",)}), wanting):
+            with pytest.raises(ScopeMissing):
+                put(promoter, name, policy)
+    put(admin, "bot", wanting)
+    with pytest.raises(ScopeMissing):
+        put(promoter, "bot", Policy())
+    put(promoter, "bot", POLICY.model_copy(update={"evidence": Evidence.RECORDED}))
 
 
 def test_setting_a_policy_needs_promote_and_the_suite_must_be_readable(here: Upgrade) -> None:

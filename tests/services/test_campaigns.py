@@ -1,11 +1,12 @@
 """Every way through a campaign and every end of it, on real jobs, pushes, records and alias moves."""
 
+import json
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from registry.core.campaign import Facts, Promote, State
 from registry.core.errors import (
@@ -16,15 +17,19 @@ from registry.core.errors import (
     ScopeMissing,
     Unavailable,
 )
+from registry.core.manifest import Lineage
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
-from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Version
-from registry.schemas import UpgradeRequest
-from registry.services import aliases, campaigns
+from registry.core.recipes import FineTune
+from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Evaluation, Token, Version
+from registry.files import scan_folder
+from registry.schemas import JobRequest, UpgradeRequest
+from registry.services import aliases, campaigns, jobs
 from registry.services.references import find_adapter
-from tests.factories import base_of, tiny_base
-from tests.upgrade import GATE, HARNESS, OTHER_HARNESS, POLICY, Upgrade
-from tests.world import ADMIN, World, caller
+from registry.services.tokens import Caller
+from tests.factories import base_of, tiny_adapter, tiny_base
+from tests.upgrade import GATE, HARNESS, OTHER_HARNESS, POLICY, ROWS, Upgrade
+from tests.world import ADMIN, World, caller, request_of
 
 GOOD = {"serving": 1.0, "bare-old": 0.0, "bare": 0.0}
 
@@ -544,3 +549,178 @@ def test_two_gates_on_one_suite_are_both_judged(upgrade: Upgrade) -> None:
     assert upgrade.state() == "promoted", upgrade.item().reason
     criteria = upgrade.item().verdicts["carry"]["criteria"]
     assert [c["bound"] for c in criteria if c["name"] == "not-worse"] == [-0.2, -0.15]
+
+
+# ── whose rights, which rules ────────────────────────────────────────────────
+
+
+def _private(upgrade: Upgrade) -> tuple[Caller, str]:
+    """Somebody of namespace ``bob``, and a dataset that is not his, recorded in his own adapter's manifest."""
+    secret = upgrade.world.push_rows("dataset", "secret/data", b'{"prompt": "p", "completion": " s"}\n')["digest"]
+    bob = caller("bob", bob=["read", "publish", "run", "promote"])
+    upgrade.policy(POLICY, namespace="bob")
+    folder = tiny_adapter(upgrade.folder / "bobs", upgrade.v1, seed=77, record_base=True)
+    trained = FineTune(base=upgrade.old, datasets=(secret,), steps=4).model_dump(mode="json")
+    scan = scan_folder("adapter", folder, base=base_of(upgrade.v1).digest, lineage=Lineage(recipe=trained))
+    request, contents = request_of(scan)
+    digest = upgrade.world.push("adapter", "bob/bot", request, contents, bob)["digest"]
+    upgrade.tiers[digest] = "serving"
+    upgrade.set_alias(digest, "bob/bot")
+    return bob, secret
+
+
+def test_a_campaign_trains_on_nothing_that_its_creator_may_not_read(upgrade: Upgrade) -> None:
+    bob, secret = _private(upgrade)
+    upgrade.begin(bob)
+    assert "the right to read them" in " ".join(upgrade.item("bob/bot").plan["missing"])
+    upgrade.run()
+    assert upgrade.item("bob/bot").state == "frozen"  # on the suite that an admin named, which bob may not read
+    assert [job.recipe["tier"] for job in upgrade.jobs() if job.kind == "rebase"] == ["carry"]
+    assert secret not in json.dumps([job.recipe for job in upgrade.jobs()])
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "narrowed"])
+def test_a_campaign_ends_with_its_creators_rights(upgrade: Upgrade, how: str) -> None:
+    upgrade.skills["carry"] = 1.0
+    alice = caller("alice", team=["read", "run", "promote"])
+    campaign = upgrade.begin(alice)
+    upgrade.tick()
+    with upgrade.world.database.write() as session:
+        token = session.get_one(Token, "alice")
+        match how:
+            case "revoked":
+                token.revoked_at = upgrade.world.now
+            case "expired":
+                token.expires_at = upgrade.world.now
+            case _:
+                token.scopes = {"team": ["read", "run"]}
+        session.add(token)
+    upgrade.run()
+    item = upgrade.item()
+    assert item.state == "aborted"
+    assert "in its creator's name, who may no more" in item.reason
+    assert upgrade.prod(upgrade.new) is None
+    assert upgrade.info(campaign).state == "finished"
+    assert {job.state for job in upgrade.jobs() if job.kind == "rebase"} == {"cancelled"}
+
+
+def test_a_verdict_counts_for_the_rules_that_gave_it(upgrade: Upgrade) -> None:
+    upgrade.skills |= {"carry": 0.93}
+    upgrade.policy(POLICY.model_copy(update={"action": "ask", "tiers": ("carry",)}))
+    campaign = upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "waiting"
+    strict = POLICY.model_copy(update={"action": "ask", "tiers": ("carry",), "max_negative_flips": 0.06})
+    upgrade.policy(strict)
+    with upgrade.world.database.write() as session:
+        campaigns.approve(session, ADMIN, campaign, "team/bot", "prod", upgrade.world.now)
+    upgrade.run()
+    item = upgrade.item()
+    assert (item.state, item.verdicts["carry"]["zone"]) == ("frozen", "unresolved"), item.reason
+    assert upgrade.prod(upgrade.new) is None
+
+
+def test_another_margin_is_another_verdict_and_the_yes_was_to_the_old_one(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    asking = POLICY.model_copy(update={"action": "ask"})
+    upgrade.policy(asking)
+    campaign = upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "waiting"
+    wider = GATE.model_copy(update={"margin": Margin(value=0.25)})
+    upgrade.policy(asking.model_copy(update={"gates": (wider,)}))
+    with upgrade.world.database.write() as session:
+        campaigns.approve(session, ADMIN, campaign, "team/bot", "prod", upgrade.world.now)
+    upgrade.run()
+    assert upgrade.state() == "waiting"
+    assert upgrade.item().verdicts["carry"]["criteria"][0]["bound"] == -0.25
+    with upgrade.world.database.write() as session:
+        campaigns.approve(session, ADMIN, campaign, "team/bot", "prod", upgrade.world.now)
+    upgrade.run()
+    assert upgrade.state() == "promoted"
+
+
+def test_a_plan_that_nobody_started_makes_room_for_a_newer_revision(upgrade: Upgrade, tmp_path: Path) -> None:
+    upgrade.world.push_base(upgrade.v2, line="demo")
+    request = UpgradeRequest(line="demo", to="demo")
+    with upgrade.world.database.write() as session:
+        forgotten = campaigns.create(session, ADMIN, request, upgrade.world.now).id
+    with upgrade.world.database.write() as session, pytest.raises(CampaignExists):
+        campaigns.create(session, ADMIN, request, upgrade.world.now)
+    upgrade.world.later(seconds=1)
+    upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3), old="demo@r1")
+    ended = upgrade.info(forgotten)
+    assert (ended.state, ended.items[0].state) == ("aborted", "aborted")
+    assert "the line moved on to demo@r3" in ended.reason
+
+
+# ── equal content, and what breaks ───────────────────────────────────────────
+
+
+def test_a_suite_pushed_to_two_namespaces_is_one_suite(upgrade: Upgrade) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    upgrade.world.push_rows("suite", "team/twin", rows)
+    upgrade.policy(Policy(gates=(GATE.model_copy(update={"suite": "team/twin"}), GATE), max_negative_flips=0.3))
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "promoted", upgrade.item().reason
+    assert len([job for job in upgrade.jobs() if job.kind == "evaluate"]) == 2
+
+
+def _forget(upgrade: Upgrade) -> None:
+    with upgrade.world.database.write() as session:
+        for row in session.exec(select(Evaluation)):
+            session.delete(row)
+
+
+def test_a_scoring_of_which_nothing_is_left_is_done_again(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    serving = next(iter(upgrade.tiers))
+    asked = {"kind": "evaluate", "base": upgrade.old, "suite": "team/suite", "adapters": [serving], "bare": True}
+    with upgrade.world.database.write() as session:
+        jobs.submit(session, ADMIN, JobRequest(recipe=asked, namespace="team"), upgrade.world.now)
+    upgrade.work()
+    _forget(upgrade)
+    upgrade.begin()
+    upgrade.run()
+    assert upgrade.state() == "promoted", upgrade.item().reason
+
+
+def test_what_is_scored_again_and_again_and_leaves_nothing_is_given_up(upgrade: Upgrade) -> None:
+    upgrade.begin()
+    for _ in range(5):
+        upgrade.tick()
+        upgrade.work()
+        _forget(upgrade)
+    assert upgrade.state() == "failed"
+    assert "3 were done, and nothing is left of them" in upgrade.item().reason
+
+
+def test_an_adapter_that_cannot_be_planned_keeps_nobody_else_from_it(
+    upgrade: Upgrade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = upgrade.serve("team/odd", seed=5)
+    upgrade.skills["carry"] = 1.0
+    real = jobs.training_of
+
+    def breaks(session: Session, version: Version, base: str) -> FineTune | None:
+        if version.digest == odd:
+            raise ValueError("what nobody foresaw")
+        return real(session, version, base)
+
+    monkeypatch.setattr(jobs, "training_of", breaks)
+    upgrade.begin()
+    assert upgrade.item("team/odd").reason == "it cannot be planned: ValueError: what nobody foresaw"
+    upgrade.run()
+    assert (upgrade.state(), upgrade.state("team/odd")) == ("promoted", "failed")
+
+
+def test_the_seconds_of_shared_references_are_told_and_counted_once(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.push("other/twin")  # the same content is scored by the same job
+    upgrade.begin()
+    upgrade.run()
+    cost = upgrade.item().cost
+    assert cost["reference_seconds"] == 3.0  # what serves on the old base, and the two bare bases
+    assert cost["tiers"]["carry"]["seconds"] == 3.0

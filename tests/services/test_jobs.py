@@ -21,19 +21,23 @@ from registry.core.errors import (
     MoveNotAllowed,
     NotRunnable,
     NotYourJob,
+    OtherBase,
     ScopeMissing,
     WeightsAbsent,
 )
+from registry.core.manifest import Lineage
 from registry.core.policy import Policy
+from registry.core.recipes import FineTune
 from registry.core.records import Record, split_of, to_jsonl
 from registry.db.engine import Database
 from registry.db.models import Alias, Evaluation, Job, JobEvent, Version
+from registry.files import scan_folder
 from registry.schemas import ClaimRequest, FinishRequest, JobRequest, Output, ScoredInfo
 from registry.services import jobs, policies
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
 from tests.factories import base_of, tiny_adapter, tiny_base
-from tests.world import ADMIN, World, adapter_push, caller
+from tests.world import ADMIN, World, adapter_push, caller, request_of
 
 ROWS = b'{"prompt": "2+2=", "completion": " 4"}\n'
 ITEMS = b"".join(b'{"prompt": "%d is ", "choices": ["e", "o"], "answer": %d}\n' % (i, i % 2) for i in range(20))
@@ -257,6 +261,58 @@ def test_a_retraining_takes_the_policys_recipe_where_none_is_recorded(small: Sho
     assert whole["training"]["base"] == whole["base"] != whole["old"]
     short = small.asked(asked | {"tier": "warm-start"}, adapter="team/bot").recipe
     assert short["training"]["steps"] == 7
+
+
+def test_recorded_datasets_are_trained_on_by_those_who_may_read_them(small: Shop, tmp_path: Path) -> None:
+    """A digest in a manifest or a policy is its author's word, and gives no right."""
+    secret = small.world.push_rows("dataset", "secret/rows", b'{"prompt": "p", "completion": " s"}\n')["digest"]
+    small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
+    trained = FineTune(base=str(base_of(small.base).digest), datasets=(secret,)).model_dump(mode="json")
+    scan = scan_folder("adapter", small.adapter, base=base_of(small.base).digest, lineage=Lineage(recipe=trained))
+    request, contents = request_of(scan)
+    bob = caller("bob", bob=["read", "publish", "promote", "run"])
+    small.world.push("adapter", "bob/bot", request, contents, bob)
+    asked = {"kind": "rebase", "tier": "retrain", "adapter": "bob/bot@v1", "base": "demo@r2"}
+    with pytest.raises(BadRequest, match="no dataset"):
+        small.asked(asked, bob, adapter="bob/new")
+    policy = Policy(recipe=json.dumps(trained))
+    with pytest.raises(BadRequest, match="no dataset"):
+        small.do(lambda s: policies.put(s, bob, "bob", "", policy, small.world.now))
+    job = small.asked(asked, adapter="bob/new")
+    assert secret in small.do(lambda s: jobs.inputs(s, job)).values()
+
+
+@pytest.mark.parametrize("recipe", [{"kind": "rebase", "training": [1]}, {"kind": "finetune", "datasets": 7}])
+def test_a_recipe_of_any_form_is_no_recipe(small: Shop, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    scan = scan_folder("adapter", small.adapter, base=base_of(small.base).digest, lineage=Lineage(recipe=recipe))
+    request, contents = request_of(scan)
+    small.world.push("adapter", "team/odd", request, contents)
+    small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
+    with pytest.raises(NotRunnable, match="has a recipe"):
+        small.asked(
+            {"kind": "rebase", "tier": "retrain", "adapter": "team/odd", "base": "demo@r2"}, adapter="team/odd"
+        )
+
+
+def test_an_adapter_is_merged_into_its_own_base_and_rebased_from_it(small: Shop, tmp_path: Path) -> None:
+    small.world.push_adapter(small.adapter, "team/bot", small.base)
+    small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
+    with pytest.raises(OtherBase, match="belongs to base demo@r1"):
+        small.asked({"kind": "merge", "base": "demo@r2", "adapter": "team/bot@v1"}, line="merged")
+    with pytest.raises(OtherBase):
+        small.asked(
+            {"kind": "rebase", "tier": "carry", "old": "demo@r2", "base": "demo@r1", "adapter": "team/bot@v1"},
+            adapter="team/bot",
+        )
+    small.asked({"kind": "merge", "base": "demo@r1", "adapter": "team/bot@v1"}, line="merged")
+
+
+def test_work_for_other_aliases_is_other_work(small: Shop) -> None:
+    plain, _ = small.submit()
+    wished, reused = small.submit(output={"aliases": ["prod", "canary"]})
+    assert not reused
+    assert wished.id != plain.id
+    assert small.submit(output={"aliases": ["canary", "prod"]})[0].id == wished.id
 
 
 # ── claiming ─────────────────────────────────────────────────────────────────

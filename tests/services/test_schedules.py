@@ -115,6 +115,17 @@ def test_what_was_missed_while_nobody_looked_fires_once(small: Clockwork) -> Non
     assert datetime.fromisoformat(told.last["key"]) < small.world.now
 
 
+def test_a_suite_of_the_same_name_is_no_news_of_the_data(small: Clockwork) -> None:
+    row = b'{"prompt": "%d+1=", "choices": [" 1", " 2"], "answer": 1}\n'
+    for n in range(3):
+        small.world.push_rows("suite", "team/rows", b"".join(row % i for i in range(n + 1)))
+    schedule = small.add("new-data", "team/rows")
+    assert small.fire(schedule) == set()
+    small.world.push_rows("dataset", "team/rows", ROWS * 2)
+    assert small.fire(schedule) == {"cpu"}
+    assert [row.key for row in small.firings()] == ["v2"]
+
+
 # ── a base upgrade ───────────────────────────────────────────────────────────
 
 

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from registry.client import RegistryClient
-from registry.schemas import ClaimRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
+from registry.core.errors import DatabaseDown, RegistryUnreachable
+from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
 from registry.settings import WorkerSettings
 from registry.transfer import push_base, push_dataset
 from tests import live
@@ -220,6 +221,30 @@ def test_a_full_disk_is_another_attempt_elsewhere(home: House, tmp_path: Path) -
     assert now.error is not None
     assert now.error["code"] == "disk-full"
     assert home.worker.token not in said.stdout + said.stderr
+
+
+class Faltering(RegistryClient):
+    """A way to the registry on which the database is down at the first finish, and the second one's answer is lost."""
+
+    asked = 0
+
+    def finish(self, job_id: str, request: FinishRequest) -> JobInfo:
+        self.asked += 1
+        if self.asked == 1:
+            raise DatabaseDown(reason="gone")
+        done = super().finish(job_id, request)
+        if self.asked == 2:
+            raise RegistryUnreachable(url=self.url, reason="the answer was lost")
+        return done
+
+
+def test_finished_work_waits_for_a_registry_that_is_away(home: House) -> None:
+    job = home.submit({"kind": "evaluate", "base": "demo@r1", "suite": "team/parity"})
+    way = Faltering(home.registry.url, home.worker.token)
+    with Worker(home.worker, way) as worker:
+        assert worker.work("cpu") == 1
+    done = home.client.job(job.id)
+    assert (done.state, done.attempt, way.asked) == ("succeeded", 1, 3)
 
 
 # ── Celery and brokers ───────────────────────────────────────────────────────
