@@ -1,6 +1,8 @@
 """Policy: what must hold before an alias of an adapter moves, and what is done when its base changes.
 
 Revisioned, per adapter, with a default per namespace. The verdict itself is `registry.core.gate`.
+Whoever may promote sets it; taking the last gate, or the wanted evidence, from an alias needs admin, as moving
+that alias by force does.
 """
 
 from enum import StrEnum
