@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, Subquery, and_, bindparam, or_, union_all
+from sqlalchemy import ARRAY, ColumnElement, Integer, Select, and_, bindparam, column, literal, or_, true, union_all
 from sqlalchemy import select as columns
 from sqlmodel import Session, col, func, select
 
@@ -281,7 +281,7 @@ def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy |
 # ── compatibility ────────────────────────────────────────────────────────────
 
 _RANGES = 200
-"""Ranges of one statement: SQLite takes 500 at most."""
+"""Ranges of one union: SQLite takes 500 at most."""
 
 
 def fits_to(session: Session, new_id: int, classes: Sequence[str]) -> Sequence[TargetFit]:
@@ -306,14 +306,13 @@ def compatible_versions(
     """Versions bound to base ``exact``, or to one of ``fits``: the newest per series, or what ``alias`` names.
 
     One index range per (base, target set), each cut at ``limit``, so that the cost does not grow with the
-    number of adapters.
+    number of adapters. PostgreSQL takes the ranges as rows, since a union of them is built and planned for longer
+    than it runs; SQLite has no LATERAL and takes the union.
     """
-    ranges: list[tuple[int, int | None]] = [] if exact is None else [(exact, None)]
-    ranges += [(f.old_id, f.target_set_id) for f in fits]
-    if not ranges:
-        return []
 
-    def narrowed(base_id: int, target_set_id: int | None) -> Subquery:
+    def narrowed(
+        base_id: int | ColumnElement[int], target_set_id: int | ColumnElement[int] | None
+    ) -> Select[int | None]:
         query = columns(col(Version.id)).where(col(Version.base_id) == base_id)
         if target_set_id is not None:
             query = query.where(col(Version.target_set_id) == target_set_id)
@@ -335,12 +334,23 @@ def compatible_versions(
                 query = query.where(col(Adapter.namespace).in_(namespaces))
             if task is not None:
                 query = query.where(col(Adapter.task) == task)
-        return query.where(key > after).order_by(key).limit(limit).subquery()
+        return query.where(key > after).order_by(key).limit(limit)
 
+    parts = [] if exact is None else [columns(narrowed(exact, None).subquery().c.id)]
+    if fits and session.get_bind().dialect.name == "postgresql":
+        pairs = [literal([f.old_id for f in fits], ARRAY(Integer))]
+        pairs += [literal([f.target_set_id for f in fits], ARRAY(Integer))]
+        rows = func.unnest(*pairs).table_valued(column("base_id", Integer), column("target_set_id", Integer))
+        ranges = rows.render_derived(name="ranges")
+        within = narrowed(ranges.c.base_id, ranges.c.target_set_id).lateral()
+        parts.append(columns(within.c.id).select_from(ranges).join(within, true()))
+    else:
+        parts += [columns(narrowed(f.old_id, f.target_set_id).subquery().c.id) for f in fits]
     ids: list[int] = []
-    for first in range(0, len(ranges), _RANGES):
-        parts = [columns(narrowed(*within).c.id) for within in ranges[first : first + _RANGES]]
-        ids += session.execute(union_all(*parts)).scalars()
+    for first in range(0, len(parts), _RANGES):
+        ids += session.execute(union_all(*parts[first : first + _RANGES]).order_by("id").limit(limit)).scalars()
+    if not ids:
+        return []
     query = select(Version, Adapter).join(Adapter, col(Adapter.id) == Version.adapter_id)
     return session.exec(query.where(col(Version.id).in_(sorted(ids)[:limit])).order_by(col(Version.id))).all()
 
