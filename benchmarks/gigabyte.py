@@ -63,7 +63,10 @@ class Trip:
     """From the first byte on, until the registry saw that all of them are in the store."""
     committed: float
     """From the start of hashing."""
+    received: float
+    """From the start of the pull until its last byte was here."""
     pulled: float
+    """Until every file was verified, synced and had its name."""
     peak: float
     """MB"""
 
@@ -84,6 +87,12 @@ def trip(url: str, token: str, adapter: Path, name: str, out: Path) -> Trip:
         accepted = time.perf_counter() - first_byte
         done = transfer.settle(client, info.id)
         committed = time.perf_counter() - began
-        began = time.perf_counter()
-        transfer.pull(client, done.version_digest, out)
-        return Trip(hashed, accepted, committed, time.perf_counter() - began, peak() / 1e6)
+        began = last = time.perf_counter()
+
+        def arrived(what: str, sofar: int, total: int) -> None:
+            nonlocal last
+            if what == "receiving" and sofar == total:
+                last = time.perf_counter()
+
+        transfer.pull(client, done.version_digest, out, progress=arrived)
+        return Trip(hashed, accepted, committed, last - began, time.perf_counter() - began, peak() / 1e6)
