@@ -567,7 +567,7 @@ def _holds(target: Path, file: Download) -> bool:
 class _Store:
     """Signed requests to the blob store, without our token; tried again while that may help.
 
-    Bytes are received by the standard library into one buffer per range, since httpx takes more processor
+    Bytes are received by the standard library into one buffer per range, since httpx takes twice the processor
     time for them. It receives where a proxy stands between (it knows their kinds) or a ``transport`` was given.
     """
 
