@@ -12,17 +12,14 @@ to be right. Signed URLs that are refused are asked for once more; the token nev
 import base64
 import fcntl
 import hashlib
-import http.client
 import math
 import os
-import select
 import threading
 import time
-import urllib.request
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +52,6 @@ Refresh = Callable[[], Sequence[Download]]
 
 THREADS = 8
 CHUNK = 1 << 20
-TIMEOUT_S, CONNECT_S = 60, 10
 RANGE = 16 << 20
 """A pull's unit: what is fetched by one request, and lost at most per thread when the pull is killed."""
 PARTIAL = ".partial"
@@ -479,7 +475,7 @@ class _Partial:
         """Bytes of range ``number``."""
         return min(RANGE, self.file.size - number * RANGE)
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
+    def write(self, data: bytes, offset: int) -> None:
         """Put bytes in their place."""
         rest = memoryview(data)
         while rest:
@@ -565,25 +561,15 @@ def _holds(target: Path, file: Download) -> bool:
 
 
 class _Store:
-    """Signed requests to the blob store, without our token; tried again while that may help.
-
-    Bytes are received by the standard library into one buffer per range, since httpx takes twice the processor
-    time for them. It receives where a proxy stands between (it knows their kinds) or a ``transport`` was given.
-    """
+    """Signed requests to the blob store, without our token; tried again while that may help."""
 
     def __init__(self, threads: int, transport: httpx.BaseTransport | None = None) -> None:
-        self._headers = {"user-agent": user_agent(), "accept-encoding": "identity"}
-        self._tls = httpx.create_ssl_context()
         self._http = httpx.Client(
-            headers=self._headers,
+            headers={"user-agent": user_agent(), "accept-encoding": "identity"},
             limits=httpx.Limits(max_connections=threads + 1, max_keepalive_connections=threads + 1),
-            timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_S),
+            timeout=httpx.Timeout(60, connect=10),
             transport=transport,
-            verify=self._tls,
         )
-        self._given = transport is not None
-        self._proxies = urllib.request.getproxies()
-        self._idle: defaultdict[tuple[str, str, int | None], deque[http.client.HTTPConnection]] = defaultdict(deque)
 
     def __enter__(self) -> Self:
         return self
@@ -592,9 +578,6 @@ class _Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._http.close()
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
 
     def put(self, signed: SignedRequest, body: Callable[[], Iterator[bytes]], what: str) -> None:
         """Make the signed PUT with a fresh ``body`` each time."""
@@ -611,108 +594,31 @@ class _Store:
                 raise refusal
             time.sleep(PAUSE_S * 2**attempt)
 
-    def get(self, signed: SignedRequest, offset: int, length: int, *, whole: bool) -> Iterator[bytes | memoryview]:
-        """Bytes of a range, each chunk until the next is asked for; `StorageDown` when the connection breaks."""
+    def get(self, signed: SignedRequest, offset: int, length: int, *, whole: bool) -> Iterator[bytes]:
+        """Bytes of a range; `StorageDown` when the connection breaks."""
         if not length:
             return
         ranged = {} if whole else {"range": f"bytes={offset}-{offset + length - 1}"}
-        url, headers = httpx.URL(signed.url), self._headers | signed.headers | ranged
-        receive = self._through_httpx if self._given or self._proxied(url) else self._straight
         try:
-            yield from receive(signed.method, url, headers, length, 200 if whole else 206)
-        except (httpx.TransportError, http.client.HTTPException, _Broken) as error:
+            with self._http.stream(signed.method, signed.url, headers=signed.headers | ranged) as reply:
+                if reply.is_error:
+                    reply.read()
+                    raise _store_refusal(reply, signed.url.partition("?")[0])
+                if not whole and reply.status_code != 206:
+                    raise StorageDown(reason="it does not serve ranges (HTTP 200 where 206 was expected)")
+                for chunk in reply.iter_raw():
+                    yield chunk[:length]
+                    length -= len(chunk)
+                    if length <= 0:
+                        break
+        except httpx.TransportError as error:
             raise StorageDown(reason=str(error) or type(error).__name__) from error
-
-    def _proxied(self, url: httpx.URL) -> bool:
-        there = url.scheme in self._proxies or "all" in self._proxies
-        return there and not urllib.request.proxy_bypass(url.netloc.decode("ascii"))
-
-    def _through_httpx(
-        self, method: str, url: httpx.URL, headers: dict[str, str], length: int, expected: int
-    ) -> Iterator[bytes]:
-        with self._http.stream(method, url, headers=headers) as reply:
-            if reply.status_code != expected:
-                reply.read()
-                raise _store_refusal(reply, str(url.copy_with(query=None)))
-            for chunk in reply.iter_raw():
-                yield chunk[:length]
-                length -= len(chunk)
-                if length <= 0:
-                    break
-
-    def _straight(
-        self, method: str, url: httpx.URL, headers: dict[str, str], length: int, expected: int
-    ) -> Iterator[memoryview]:
-        idle = self._idle[url.scheme, url.host, url.port]
-        connection, again = None, False
-        try:
-            with _network():
-                connection = _still_open(idle) or self._connected(url)
-                connection.request(method, url.raw_path.decode("ascii"), headers=headers)
-                reply = connection.getresponse()
-                if reply.status != expected:
-                    body = reply.read(CHUNK)
-                    refused = httpx.Response(reply.status, headers=reply.getheaders(), content=body)
-                    raise _store_refusal(refused, str(url.copy_with(query=None)))
-            buffer = memoryview(bytearray(min(CHUNK, length)))
-            while length:
-                with _network():
-                    size = reply.readinto(buffer[:length])
-                if not size:
-                    break
-                length -= size
-                yield buffer[:size]
-            again = reply.isclosed() and not reply.will_close
-        finally:
-            if again and connection is not None:
-                idle.append(connection)
-            elif connection is not None:
-                connection.close()
-
-    def _connected(self, url: httpx.URL) -> http.client.HTTPConnection:
-        if url.scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                url.host, url.port, timeout=CONNECT_S, context=self._tls
-            )
-        else:
-            connection = http.client.HTTPConnection(url.host, url.port, timeout=CONNECT_S)
-        connection.connect()
-        connection.sock.settimeout(TIMEOUT_S)
-        return connection
-
-
-def _still_open(idle: deque[http.client.HTTPConnection]) -> http.client.HTTPConnection | None:
-    """A connection that the store has not closed while it was idle: nothing can be read from it."""
-    while True:
-        try:
-            connection = idle.pop()
-        except IndexError:
-            return None
-        poll = select.poll()
-        poll.register(connection.sock, select.POLLIN)
-        if not poll.poll(0):
-            return connection
-        connection.close()
-
-
-class _Broken(Exception):  # noqa: N818  # says what happened
-    """The connection broke; never leaves this module, and is no `OSError`, which would be the disk's."""
-
-
-@contextmanager
-def _network() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _Broken(str(error) or type(error).__name__) from error
 
 
 def _store_refusal(reply: httpx.Response, what: str) -> LoractlError:
     """What the local store (problem+json) or S3 (XML with a code) means."""
     if "problem+json" in reply.headers.get("content-type", ""):
         return LoractlError.from_problem(reply.json())
-    if not reply.is_error:
-        return StorageDown(reason=f"HTTP {reply.status_code}: it does not serve ranges, or sends elsewhere")
     code = reply.text.partition("<Code>")[2].partition("</Code>")[0] or reply.reason_phrase
     if reply.status_code in (401, 403):
         return SignatureRefused(reason=f"the store answered {code}")
