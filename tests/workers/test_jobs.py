@@ -295,8 +295,8 @@ def test_killing_the_worker_changes_nothing_but_time(
             assert not child.is_running()
         with celery(home, log) as third:
             home.wait(job, lambda now: now.state == "running" and now.attempt == 2)
-            [pool] = [process for process in third.children() if process.children()]
             [child] = eventually(lambda: children(third.pid))
+            [pool] = [process for process in third.children() if process.children()]
             pool.kill()  # Celery starts another one; the job's child goes with its parent
             psutil.wait_procs([child], timeout=PATIENCE_S)
             done = home.await_state(job, "succeeded", "failed")
