@@ -132,7 +132,7 @@ class Filled:
         self.names.append((f"{namespace}/{name}", str(manifest.digest), self.bases[second]))
         if index % 5 < 4:
             at = {"adapter_id": number, "base_id": second + 1, "name": "prod", "generation": 1}
-            rows[Alias].append(at | {"version_id": latest})
+            rows[Alias].append(at | {"version_id": latest, "target_set_id": target + 1})
             rows[AliasMove].append(at | {"to_version_id": latest, "actor": "filler", "reason": "", "at": BEGAN})
         rows[Evaluation].append(
             {"base_id": second + 1, "version_id": latest, "suite_id": 1, "harness": digest("harness"),

@@ -80,49 +80,37 @@ async def resolve(request: Request, caller: User) -> Response:
 
     An answer is given again while nothing that it depends on has changed, and while its URLs are young.
     """
-    asked = request.query_params
+    parts, asked = here(request), request.query_params
     if "ref" not in asked:
         raise BadRequest(problems="query.ref: Field required")
-    choices = (asked.get(name) for name in _CHOICES)
-    body = await run_in_threadpool(_resolve, here(request), caller, asked["ref"], *choices)
+    choices = base, engine, fit = tuple(asked.get(name) for name in _CHOICES)
+    reference = Reference.parse(asked["ref"])
+    pointer = adapters.pointer(caller, reference, base)
+    pointed = None if pointer is None else await parts.pointed(pointer)
+    key = (reference, *choices, pointed)
+    body = None if pointed is None else parts.resolutions.get(key)
+    if body is None:
+        body = await run_in_threadpool(_resolved, parts, caller, reference, base, engine, fit)
+        if pointer is not None and pointed is not None and pointed == await parts.pointed(pointer):
+            parts.resolutions.keep(key, body, life_s=parts.settings.url_ttl_s / 4)
     return Response(body, media_type="application/json")
 
 
-def _resolve(
-    parts: AppParts, caller: Caller, ref: str, base: str | None, engine: str | None, fit: str | None
-) -> bytes:
-    reference = Reference.parse(ref)
-    pointed = adapters.glance(parts.database, caller, reference, base)
-    asked = (reference, base, engine, fit, pointed)
-    body = parts.resolutions.get(asked) if pointed is not None else None
-    if body is None:
-        with parts.database.read() as session:
-            body = _resolved(parts, session, caller, reference, base, engine, fit)
-        if pointed is not None and pointed == adapters.glance(parts.database, caller, reference, base):
-            parts.resolutions.keep(asked, body, life_s=parts.settings.url_ttl_s / 4)
-    return body
-
-
 def _resolved(
-    parts: AppParts,
-    session: Session,
-    caller: Caller,
-    reference: Reference,
-    base: str | None,
-    engine: str | None,
-    fit: str | None,
+    parts: AppParts, caller: Caller, reference: Reference, base: str | None, engine: str | None, fit: str | None
 ) -> bytes:
-    row = bases.find(session, base) if base is not None else None
-    found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
-    digest = found.version.digest
-    answer = Resolution(
-        version=adapters.describe(session, [(found.version, found.adapter)])[0],
-        fit=found.fit,
-        base=found.base.digest,
-        base_assumed=found.assumed,
-        manifest=digest,
-        files=downloads.files(session, parts.store, parts.settings, [digest])[digest],
-    )
+    with parts.database.read() as session:
+        row = bases.find(session, base) if base is not None else None
+        found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
+        digest = found.version.digest
+        answer = Resolution(
+            version=adapters.describe(session, [(found.version, found.adapter)])[0],
+            fit=found.fit,
+            base=found.base.digest,
+            base_assumed=found.assumed,
+            manifest=digest,
+            files=downloads.files(session, parts.store, parts.settings, [digest])[digest],
+        )
     return answer.model_dump_json(by_alias=True).encode()
 
 

@@ -7,6 +7,7 @@ workers) comes after the block.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Annotated
@@ -16,9 +17,11 @@ from starlette.concurrency import run_in_threadpool
 
 from registry import parts as house
 from registry.core.errors import ScopeMissing, TokenMissing
+from registry.db import queries
 from registry.services.tokens import Caller, authenticate
 
 from .answers import Answers
+from .together import Together
 
 _TOKEN_TTL_S = 0.8
 _TOKENS_KEPT = 4096
@@ -35,6 +38,18 @@ class AppParts(house.Parts):
     resolutions: Answers = field(default_factory=Answers)
     """Bodies of `resolve` by the question and all facts that may change."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """What is asked together is asked of the database once."""
+        self._pointed = Together(self._all_pointed_at)
+
+    async def pointed(self, pointer: queries.Pointer) -> queries.Pointed | None:
+        """What an alias means now."""
+        return await self._pointed.ask(pointer)
+
+    def _all_pointed_at(self, pointers: Sequence[queries.Pointer]) -> list[queries.Pointed | None]:
+        with self.database.read() as session:
+            return queries.pointed_at(session, pointers)
 
     def caller(self, token: str) -> Caller:
         """The caller behind ``token``, remembered for less than a second: a revocation holds within one."""

@@ -10,14 +10,13 @@ that another transaction took in between is `WriteConflict` (both 503: nothing w
 value it cannot hold, such as NUL in text, is `BadRequest`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from sqlite3 import Connection as SqliteConnection
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
-import psycopg
-from sqlalchemy import Connection, Engine, Select, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import (
     DatabaseError,
     DataError,
@@ -45,7 +44,6 @@ class Database:
         """``url`` as SQLAlchemy spells it: ``sqlite:///path`` or ``postgresql+psycopg://…``."""
         self.engine = make_engine(url)
         self._readers = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._texts: dict[Select[*tuple[Any, ...]], bytes] = {}
 
     @property
     def dialect(self) -> str:
@@ -63,34 +61,6 @@ class Database:
         """A session for queries; nothing may be written in it."""
         with _reachable(), Session(self._readers, expire_on_commit=False, autoflush=False) as session:
             yield session
-
-    def glance(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, Any]) -> Sequence[Any] | None:
-        """The first row of a ``statement`` that is built once and asked all day.
-
-        On PostgreSQL it goes to the driver itself: session and execution context take four times what that takes.
-        Where the driver refuses, the usual way is gone, with its refusals.
-        """
-        if self.dialect == "postgresql":
-            with suppress(psycopg.Error), _reachable():
-                return self._to_the_driver(statement, values)
-        with self.read() as session:
-            return session.connection().execute(statement, values).first()
-
-    def _to_the_driver(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, Any]) -> Sequence[Any] | None:
-        text_ = self._texts.get(statement)
-        if text_ is None:
-            text_ = self._texts[statement] = str(statement.compile(dialect=self.engine.dialect)).encode()
-        with closing(self.engine.raw_connection()) as lent:
-            connection = cast(psycopg.Connection, lent.driver_connection)
-            connection.autocommit = True  # one statement needs no BEGIN and no ROLLBACK
-            try:
-                return connection.execute(text_, values).fetchone()
-            except psycopg.Error:
-                lent.invalidate()
-                raise
-            finally:
-                if lent.is_valid:
-                    connection.autocommit = False
 
     def ping(self) -> None:
         """`DatabaseDown` when the database does not answer."""

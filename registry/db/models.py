@@ -344,6 +344,7 @@ class Alias(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("adapter_id", "base_id", "name"),
         Index("ix_aliases_base_id_name_version_id", "base_id", "name", "version_id"),
+        Index("ix_aliases_base_name_target_set_version", "base_id", "name", "target_set_id", "version_id"),
         Index("ix_aliases_version_id", "version_id"),
         CheckConstraint("generation >= 1", name="generation"),
     )
@@ -352,6 +353,7 @@ class Alias(SQLModel, table=True):
     base_id: int = Field(foreign_key="bases.id")
     name: str = Field(max_length=64)
     version_id: int = Field(foreign_key="versions.id")
+    target_set_id: int | None = _to("target_sets.id", "the version's, so that compatible ones are one index range", nullable=True)
     generation: int = Field(sa_column_kwargs={"comment": "grows by one a move; what compare-and-set compares"})
 
 

@@ -1,18 +1,30 @@
 """Every SELECT that more than one service asks, named by its question.
 
-Functions take a session and give rows or None (`pointed_at`, asked all day, takes the database); what a missing
-row means is the caller's to say. Pages use keyset pagination: the last id seen is the cursor.
+Functions take a session and give rows or None; what a missing row means is the caller's to say. Pages use keyset
+pagination: the last id seen is the cursor.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, ColumnElement, Integer, Select, and_, bindparam, column, literal, or_, true, union_all
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Integer,
+    Select,
+    String,
+    and_,
+    bindparam,
+    column,
+    literal,
+    or_,
+    true,
+    union_all,
+)
 from sqlalchemy import select as columns
 from sqlmodel import Session, col, func, select
 
-from .engine import Database
 from .models import (
     Adapter,
     Alias,
@@ -173,15 +185,42 @@ class Pointed(NamedTuple):
     """Of the base."""
 
 
-def pointed_at(database: Database, namespace: str, name: str, alias: str, base: str) -> Pointed | None:
-    """Where an alias of a series points on the base with this digest, in one statement that is built once."""
-    wanted = {"wanted_namespace": namespace, "wanted_name": name, "wanted_alias": alias, "wanted_base": base}
-    row = database.glance(_pointed_at(), wanted)
-    return None if row is None else Pointed(*row)
+class Pointer(NamedTuple):
+    """An alias of a series on the base with a digest."""
+
+    namespace: str
+    name: str
+    alias: str
+    base: str
+
+
+def pointed_at(session: Session, asked: Sequence[Pointer]) -> list[Pointed | None]:
+    """What each alias means, None where it is not set; on PostgreSQL one statement for any number."""
+    connection = session.connection()
+    if connection.dialect.name == "postgresql":
+        lists = dict(zip(Pointer._fields, map(list, zip(*asked, strict=True)), strict=True))
+        found = {place: Pointed(*facts) for *facts, place in connection.execute(_pointed_at_many(), lists)}
+        return [found.get(place) for place in range(1, len(asked) + 1)]
+    rows = (connection.execute(_pointed_at_one(), pointer._asdict()).first() for pointer in asked)
+    return [None if row is None else Pointed(*row) for row in rows]
 
 
 @cache
-def _pointed_at() -> Select[*tuple[Any, ...]]:
+def _pointed_at_one() -> Select[*tuple[Any, ...]]:
+    return _pointed_at(*(bindparam(field, type_=String) for field in Pointer._fields))
+
+
+@cache
+def _pointed_at_many() -> Select[*tuple[Any, ...]]:
+    lists = (bindparam(field, type_=ARRAY(String)) for field in Pointer._fields)
+    texts = (column(field, String) for field in Pointer._fields)
+    asked = func.unnest(*lists).table_valued(*texts, with_ordinality="place").render_derived(name="asked")
+    return _pointed_at(*(asked.c[field] for field in Pointer._fields)).add_columns(asked.c.place)
+
+
+def _pointed_at(
+    namespace: ColumnElement[str], name: ColumnElement[str], alias: ColumnElement[str], base: ColumnElement[str]
+) -> Select[*tuple[Any, ...]]:
     moves = columns(func.count(col(AliasMove.id))).where(col(AliasMove.adapter_id) == Adapter.id)
     evaluations = columns(func.count(col(Evaluation.id))).where(col(Evaluation.version_id) == Version.id)
     revisions = columns(func.count(col(Revision.id))).where(col(Revision.base_id) == Base.id)
@@ -191,8 +230,8 @@ def _pointed_at() -> Select[*tuple[Any, ...]]:
         .join_from(Adapter, Alias, col(Alias.adapter_id) == Adapter.id)
         .join(Base, col(Base.id) == Alias.base_id)
         .join(Version, col(Version.id) == Alias.version_id)
-        .where(col(Adapter.namespace) == bindparam("wanted_namespace"), col(Adapter.name) == bindparam("wanted_name"))
-        .where(col(Alias.name) == bindparam("wanted_alias"), col(Base.digest) == bindparam("wanted_base"))
+        .where(col(Adapter.namespace) == namespace, col(Adapter.name) == name)
+        .where(col(Alias.name) == alias, col(Base.digest) == base)
     )
 
 
@@ -313,15 +352,17 @@ def compatible_versions(
     def narrowed(
         base_id: int | ColumnElement[int], target_set_id: int | ColumnElement[int] | None
     ) -> Select[int | None]:
-        query = columns(col(Version.id)).where(col(Version.base_id) == base_id)
-        if target_set_id is not None:
-            query = query.where(col(Version.target_set_id) == target_set_id)
-        key = col(Version.id)  # of the index that gives the range in order
+        query = columns(col(Version.id))
+        where: type[Version | Alias] = Version  # the table whose index gives the range in order
+        key = col(Version.id)
         if alias is None:
             query = query.where(col(Version.latest))
         else:
-            key = col(Alias.version_id)
-            query = query.join(Alias, key == Version.id).where(col(Alias.base_id) == base_id, col(Alias.name) == alias)
+            where, key = Alias, col(Alias.version_id)
+            query = query.join(Alias, key == Version.id).where(col(Alias.name) == alias)
+        query = query.where(col(where.base_id) == base_id)
+        if target_set_id is not None:
+            query = query.where(col(where.target_set_id) == target_set_id)
         if max_rank is not None:
             query = query.where(col(Version.rank) <= max_rank)
         if engine_bit is not None:

@@ -17,7 +17,6 @@ from registry.core.fit import FitClass
 from registry.core.names import BaseReference, Reference
 from registry.core.policy import Evidence
 from registry.db import queries
-from registry.db.engine import Database
 from registry.db.models import (
     Adapter,
     Alias,
@@ -285,17 +284,17 @@ def resolve(
     )
 
 
-def glance(database: Database, caller: Caller, reference: Reference, base: str | None) -> queries.Pointed | None:
-    """All that an answer of `resolve` for an alias on a base by its digest depends on and that may change.
+def pointer(caller: Caller, reference: Reference, base: str | None) -> queries.Pointer | None:
+    """The alias on a base by its digest that is asked for, where the caller may read it; None for other questions.
 
-    One statement, so that an answer that was made from the same facts can be given again; None for every other
-    question, and where the alias is not set on that very base.
+    What `queries.pointed_at` gives for it is all that an answer of `resolve` depends on and that may change, so that
+    an answer which was made from the same facts can be given again.
     """
     series, alias = reference.series, reference.alias
     digest = None if base is None else BaseReference.parse(base).digest
     if alias is None or digest is None or not caller.can("read", series.namespace):
         return None
-    return queries.pointed_at(database, series.namespace, series.name, alias, str(digest))
+    return queries.Pointer(series.namespace, series.name, alias, str(digest))
 
 
 def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> Base:

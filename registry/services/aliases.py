@@ -66,7 +66,14 @@ def move(
     _expect(session, adapter, alias, row, expected)
     before = row.version_id if row else None
     if row is None:
-        row = Alias(adapter_id=adapter.id, base_id=base.id, name=alias, version_id=version.id, generation=1)
+        row = Alias(
+            adapter_id=adapter.id,
+            base_id=base.id,
+            name=alias,
+            version_id=version.id,
+            target_set_id=version.target_set_id,
+            generation=1,
+        )
         try:
             with session.begin_nested():
                 session.add(row)
@@ -74,6 +81,7 @@ def move(
             raise _moved(session, adapter, alias, locked(session, adapter, base, alias)) from error
     else:
         row.version_id = version.id
+        row.target_set_id = version.target_set_id
         row.generation += 1
         session.add(row)
     session.add(

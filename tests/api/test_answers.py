@@ -11,8 +11,6 @@ from registry.api.answers import Answers
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
-from registry.db import queries
-from registry.db.engine import Database
 from registry.services import tokens
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.world import SETTINGS, World
@@ -105,16 +103,3 @@ def test_a_question_without_its_subject_is_refused(api: TestClient) -> None:
     answer = api.get("/v1/resolve")
     assert answer.status_code == 400
     assert "ref" in answer.json()["detail"]
-
-
-def test_a_connection_that_the_server_cut_is_not_an_error(postgres_database: Database) -> None:
-    def glance() -> queries.Pointed | None:
-        return queries.pointed_at(postgres_database, "team", "bot", "prod", "b3:0")
-
-    assert glance() is None
-    with postgres_database.write() as session:
-        session.connection().exec_driver_sql(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE pid <> pg_backend_pid() AND datname = current_database()"
-        )
-    assert glance() is None

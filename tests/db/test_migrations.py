@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from alembic import command
-from sqlalchemy import inspect, make_url
+from sqlalchemy import MetaData, inspect, make_url
 
 from registry.db import migrate
 from registry.db.engine import Database
@@ -77,3 +79,35 @@ def test_downgrading_to_the_base_leaves_nothing(empty: Database) -> None:
         made.attributes["connection"] = connection
         command.downgrade(made, "base")
     assert inspect(empty.engine).get_table_names() == ["alembic_version"]
+
+
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+AN_ALIAS: dict[str, dict[str, Any]] = {
+    "bases": {
+        "id": 1, "digest": "b3:1", "weights_digest": "b3:2", "arch_digest": "b3:3", "arch_kind": "raw",
+        "model_type": "llama", "parameters": 1, "weights": "full", "names": [], "created_by": "test", "created_at": AT,
+    },
+    "target_sets": {"id": 7, "digest": "sha256:1", "body": b"[]"},
+    "adapters": {"id": 1, "namespace": "team", "name": "bot", "next_version": 2, "created_at": AT},
+    "versions": {
+        "id": 1, "adapter_id": 1, "number": 1, "digest": "sha256:2", "base_id": 1, "target_set_id": 7, "latest": True,
+        "evidence": "declared", "binding": {}, "peft_type": "LORA", "runnable": True, "rank": 4, "engines": 0,
+        "spec": {}, "size": 1, "message": "", "created_by": "test", "created_at": AT,
+    },
+    "aliases": {"id": 1, "adapter_id": 1, "base_id": 1, "name": "prod", "version_id": 1, "generation": 1},
+}  # fmt: skip
+
+
+def test_an_alias_learns_the_target_set_of_its_version(empty: Database) -> None:
+    made = migrate.config()
+    with empty.engine.begin() as connection:
+        made.attributes["connection"] = connection
+        command.upgrade(made, "0002")
+    with empty.engine.begin() as connection:
+        tables = MetaData()
+        tables.reflect(connection)
+        for table, row in AN_ALIAS.items():
+            connection.execute(tables.tables[table].insert().values(row))
+    migrate.upgrade(empty)
+    with empty.read() as session:
+        assert session.connection().exec_driver_sql("SELECT name, target_set_id FROM aliases").all() == [("prod", 7)]

@@ -96,6 +96,25 @@ def test_a_search_takes_its_letters_as_they_are(database: Database, letters: str
     assert [row.name for row in page] == ([letters] if letters != "%" else [])
 
 
+def test_many_aliases_are_looked_up_at_once_each_in_its_place(database: Database) -> None:
+    with database.write() as session:
+        on = base(session, "w")
+        first, second = version(session, on, "team/one"), version(session, on, "team/two")
+        for pointed in (first, second):
+            at = {"adapter_id": pointed.adapter_id, "base_id": some(on.id), "version_id": some(pointed.id)}
+            session.add(Alias(**at, name="prod", generation=1))
+        session.flush()
+        asked = [
+            queries.Pointer("team", "two", "prod", on.digest),
+            queries.Pointer("team", "one", "canary", on.digest),
+            queries.Pointer("team", "one", "prod", on.digest),
+            queries.Pointer("team", "one", "prod", "b3:0"),
+            queries.Pointer("team", "two", "prod", on.digest),
+        ]
+        found = [None if pointed is None else pointed.version_id for pointed in queries.pointed_at(session, asked)]
+    assert found == [second.id, None, first.id, None, second.id]
+
+
 def test_only_the_newest_of_a_series_on_a_base_is_compatible_or_what_an_alias_names(database: Database) -> None:
     with database.write() as session:
         on = base(session, "w")
