@@ -10,6 +10,7 @@ from registry.core.errors import BadRequest
 from registry.core.fit import FitClass
 from registry.core.names import Reference, SeriesName
 from registry.core.policy import Evidence
+from registry.db import queries
 from registry.db.models import Adapter, Base, Version
 from registry.schemas import (
     AdapterInfo,
@@ -223,9 +224,10 @@ def list_evaluations(
     """Evaluations of all versions, oldest first."""
     (key,) = behind(after, (0,))
     with parts.database.read() as session:
-        rows = evaluations.listed(session, _series(session, caller, namespace, name), after=key, limit=limit)
-        more = cursor(rows[-1].id) if len(rows) == limit else None
-        return Page(items=evaluations.described(session, rows), cursor=more)
+        adapter = _series(session, caller, namespace, name)
+        rows = queries.evaluations_of(session, adapter.id or 0, after=key, limit=limit)
+        more = cursor(rows[-1].evaluation.id) if len(rows) == limit else None
+        return Page(items=evaluations.described(rows), cursor=more)
 
 
 @router.get("/adapters/{namespace}/{name}/aliases")

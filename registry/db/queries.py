@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
-    Integer,
     Select,
     String,
     and_,
     bindparam,
     column,
-    literal,
     or_,
     true,
     union_all,
@@ -68,6 +66,18 @@ def revision_names(session: Session, base_ids: Iterable[int]) -> dict[int, list[
     for base_id, line, number in session.exec(query):
         found.setdefault(base_id, []).append(f"{line}@r{number}")
     return found
+
+
+def base_names(session: Session, base_ids: Iterable[int]) -> dict[int, tuple[str, str | None]]:
+    """base id -> its digest and its newest ``line@rN`` name, None outside of lines."""
+    query = (
+        select(Base.id, Base.digest, Line.name, Revision.number)
+        .outerjoin(Revision, col(Revision.base_id) == Base.id)
+        .outerjoin(Line, col(Line.id) == Revision.line_id)
+        .where(col(Base.id).in_(set(base_ids)))
+        .order_by(col(Revision.id))
+    )
+    return {i or 0: (digest, line and f"{line}@r{number}") for i, digest, line, number in session.exec(query)}
 
 
 def current_base_of_line_of(session: Session, base_id: int) -> Base | None:
@@ -260,14 +270,51 @@ def on_suite(*digests: str) -> ColumnElement[bool]:
     return col(Evaluation.suite_id).in_(select(DatasetVersion.id).where(col(DatasetVersion.digest).in_(digests)))
 
 
-def newest_evaluations_of(session: Session, version_ids: Iterable[int]) -> Sequence[Evaluation]:
+class Scoring(NamedTuple):
+    """An evaluation, and the names of what it is about."""
+
+    evaluation: Evaluation
+    base: str
+    suite: str
+    version: str | None
+
+
+def newest_evaluations_of(session: Session, version_ids: Iterable[int]) -> list[Scoring]:
     """The newest scoring of each version on each base and suite."""
     newest = (
         select(func.max(Evaluation.id))
         .where(col(Evaluation.version_id).in_(set(version_ids)))
         .group_by(col(Evaluation.version_id), col(Evaluation.base_id), col(Evaluation.suite_id))
     )
-    return session.exec(select(Evaluation).where(col(Evaluation.id).in_(newest)).order_by(col(Evaluation.id))).all()
+    return _scorings(session, _scored().where(col(Evaluation.id).in_(newest)))
+
+
+def evaluations_of(session: Session, adapter_id: int, *, after: int, limit: int) -> list[Scoring]:
+    """Scorings of a series' versions, oldest first, after a cursor."""
+    query = _scored().where(col(Version.adapter_id) == adapter_id, col(Evaluation.id) > after)
+    return _scorings(session, query.limit(limit))
+
+
+def _scored() -> Select[*tuple[Any, ...]]:
+    suite = (col(Dataset.namespace), col(Dataset.name), col(DatasetVersion.number))
+    version = (col(Adapter.namespace), col(Adapter.name), col(Version.number))
+    return (
+        columns(Evaluation)
+        .add_columns(col(Base.digest), *suite, *version)
+        .join(Base, col(Base.id) == Evaluation.base_id)
+        .join(DatasetVersion, col(DatasetVersion.id) == Evaluation.suite_id)
+        .join(Dataset, col(Dataset.id) == DatasetVersion.dataset_id)
+        .outerjoin(Version, col(Version.id) == Evaluation.version_id)
+        .outerjoin(Adapter, col(Adapter.id) == Version.adapter_id)
+        .order_by(col(Evaluation.id))
+    )
+
+
+def _scorings(session: Session, query: Select[*tuple[Any, ...]]) -> list[Scoring]:
+    return [
+        Scoring(row, base, f"{place}/{suite}@v{number}", version and f"{namespace}/{name}@v{version}")
+        for row, base, place, suite, number, namespace, name, version in session.execute(query)
+    ]
 
 
 # ── data and policies ────────────────────────────────────────────────────────
@@ -297,16 +344,6 @@ def dataset_names(session: Session, kind: str, namespaces: Sequence[str] | None)
     return [f"{namespace}/{name}" for namespace, name in session.exec(query)]
 
 
-def dataset_refs(session: Session, ids: Iterable[int]) -> dict[int, str]:
-    """dataset version id -> ``namespace/name@vN``."""
-    query = (
-        select(DatasetVersion.id, Dataset.namespace, Dataset.name, DatasetVersion.number)
-        .join(Dataset)
-        .where(col(DatasetVersion.id).in_(set(ids)))
-    )
-    return {i: f"{namespace}/{name}@v{number}" for i, namespace, name, number in session.exec(query) if i is not None}
-
-
 def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy | None:
     """The newest policy of a series, or of the namespace where ``name`` is empty."""
     return session.exec(
@@ -319,20 +356,17 @@ def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy |
 
 # ── compatibility ────────────────────────────────────────────────────────────
 
+_Id = int | ColumnElement[int]
 _RANGES = 200
 """Ranges of one union: SQLite takes 500 at most."""
-
-
-def fits_to(session: Session, new_id: int, classes: Sequence[str]) -> Sequence[TargetFit]:
-    """How each (old base, target set) stands to a base, in these classes."""
-    return session.exec(select(TargetFit).where(TargetFit.new_id == new_id, col(TargetFit.fit).in_(classes))).all()
 
 
 def compatible_versions(
     session: Session,
     *,
-    exact: int | None,
-    fits: Sequence[TargetFit],
+    base_id: int,
+    exact: bool,
+    classes: Sequence[str],
     alias: str | None,
     max_rank: int | None,
     engine_bit: int | None,
@@ -341,17 +375,15 @@ def compatible_versions(
     task: str | None,
     after: int,
     limit: int,
-) -> Sequence[tuple[Version, Adapter]]:
-    """Versions bound to base ``exact``, or to one of ``fits``: the newest per series, or what ``alias`` names.
+) -> Sequence[tuple[Version, Adapter, TargetFit | None]]:
+    """Versions bound to a base, where ``exact``, or standing to it in one of ``classes``, and how they stand.
 
-    One index range per (base, target set), each cut at ``limit``, so that the cost does not grow with the
-    number of adapters. PostgreSQL takes the ranges as rows, since a union of them is built and planned for longer
-    than it runs; SQLite has no LATERAL and takes the union.
+    Of each series and base the newest, or what ``alias`` names. One index range per (base, target set), each cut at
+    ``limit``, so that the cost does not grow with the number of adapters. PostgreSQL walks the ranges in one LATERAL,
+    since a union of them is built and planned for longer than it runs; SQLite has no LATERAL and takes the union.
     """
 
-    def narrowed(
-        base_id: int | ColumnElement[int], target_set_id: int | ColumnElement[int] | None
-    ) -> Select[int | None]:
+    def narrowed(old_id: _Id, target_set_id: _Id | None) -> Select[int | None]:
         query = columns(col(Version.id))
         where: type[Version | Alias] = Version  # the table whose index gives the range in order
         key = col(Version.id)
@@ -360,7 +392,7 @@ def compatible_versions(
         else:
             where, key = Alias, col(Alias.version_id)
             query = query.join(Alias, key == Version.id).where(col(Alias.name) == alias)
-        query = query.where(col(where.base_id) == base_id)
+        query = query.where(col(where.base_id) == old_id)
         if target_set_id is not None:
             query = query.where(col(where.target_set_id) == target_set_id)
         if max_rank is not None:
@@ -377,23 +409,31 @@ def compatible_versions(
                 query = query.where(col(Adapter.task) == task)
         return query.where(key > after).order_by(key).limit(limit)
 
-    parts = [] if exact is None else [columns(narrowed(exact, None).subquery().c.id)]
-    if fits and session.get_bind().dialect.name == "postgresql":
-        pairs = [literal([f.old_id for f in fits], ARRAY(Integer))]
-        pairs += [literal([f.target_set_id for f in fits], ARRAY(Integer))]
-        rows = func.unnest(*pairs).table_valued(column("base_id", Integer), column("target_set_id", Integer))
-        ranges = rows.render_derived(name="ranges")
-        within = narrowed(ranges.c.base_id, ranges.c.target_set_id).lateral()
-        parts.append(columns(within.c.id).select_from(ranges).join(within, true()))
+    ranges = columns(col(TargetFit.old_id), col(TargetFit.target_set_id)).where(
+        col(TargetFit.new_id) == base_id, col(TargetFit.old_id) != base_id, col(TargetFit.fit).in_(classes)
+    )
+    parts = [columns(narrowed(base_id, None).subquery().c.id)] if exact else []
+    if not classes:
+        pass
+    elif session.get_bind().dialect.name == "postgresql":
+        pairs = ranges.subquery("ranges")
+        within = narrowed(pairs.c.old_id, pairs.c.target_set_id).lateral()
+        parts.append(columns(within.c.id).select_from(pairs).join(within, true()))
     else:
-        parts += [columns(narrowed(f.old_id, f.target_set_id).subquery().c.id) for f in fits]
+        parts += [columns(narrowed(*pair).subquery().c.id) for pair in session.execute(ranges)]
     ids: list[int] = []
     for first in range(0, len(parts), _RANGES):
         ids += session.execute(union_all(*parts[first : first + _RANGES]).order_by("id").limit(limit)).scalars()
     if not ids:
         return []
-    query = select(Version, Adapter).join(Adapter, col(Adapter.id) == Version.adapter_id)
-    return session.exec(query.where(col(Version.id).in_(sorted(ids)[:limit])).order_by(col(Version.id))).all()
+    stands = and_(
+        col(TargetFit.old_id) == Version.base_id,
+        col(TargetFit.new_id) == base_id,
+        col(TargetFit.target_set_id) == Version.target_set_id,
+    )
+    query = select(Version, Adapter, TargetFit).join(Adapter, col(Adapter.id) == Version.adapter_id)
+    query = query.outerjoin(TargetFit, stands).where(col(Version.id).in_(sorted(ids)[:limit]))
+    return session.exec(query.order_by(col(Version.id))).all()
 
 
 def adapters_page(

@@ -6,6 +6,7 @@ Fit is never computed adapter by adapter: it is stored per (base, base, target s
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,16 @@ from registry.db.models import (
     Version,
     VersionParent,
 )
-from registry.schemas import AdapterInfo, AliasInfo, FitInfo, LineageInfo, LineageNode, LogEntry, VersionInfo
+from registry.schemas import (
+    AdapterInfo,
+    AliasInfo,
+    EvaluationInfo,
+    FitInfo,
+    LineageInfo,
+    LineageNode,
+    LogEntry,
+    VersionInfo,
+)
 
 from . import bases, evaluations
 from .references import find_adapter, find_version, nearest
@@ -44,27 +54,23 @@ BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
 
 
 def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[VersionInfo]:
-    """Versions in the words of the wire, with aliases and newest evaluations; a few queries for any number."""
+    """Versions in the words of the wire, with aliases and newest evaluations; three queries for any number."""
     ids = [version.id for version, _ in rows if version.id is not None]
     called = bases.named(session, {version.base_id for version, _ in rows})
     aliases = queries.alias_names_of_versions(session, ids)
     found = queries.newest_evaluations_of(session, ids)
-    scored: dict[int | None, list[int]] = {}
-    for position, row in enumerate(found):
-        scored.setdefault(row.version_id, []).append(position)
-    infos = evaluations.described(session, found)
+    scored: defaultdict[int | None, list[EvaluationInfo]] = defaultdict(list)
+    for scoring, info in zip(found, evaluations.described(found), strict=True):
+        scored[scoring.evaluation.version_id].append(info)
     return [
-        _info(
-            version,
-            adapter,
-            called[version.base_id],
-            aliases.get(version.id or 0, []),
-        ).model_copy(update={"evaluations": [infos[i] for i in scored.get(version.id, [])]})
+        _info(version, adapter, called[version.base_id], aliases.get(version.id or 0, []), scored[version.id])
         for version, adapter in rows
     ]
 
 
-def _info(version: Version, adapter: Adapter, base: tuple[str, str], aliases: list[str]) -> VersionInfo:
+def _info(
+    version: Version, adapter: Adapter, base: tuple[str, str], aliases: list[str], scored: list[EvaluationInfo]
+) -> VersionInfo:
     return VersionInfo(
         ref=f"{adapter.namespace}/{adapter.name}@v{version.number}",
         version=version.number,
@@ -84,6 +90,7 @@ def _info(version: Version, adapter: Adapter, base: tuple[str, str], aliases: li
         created_by=version.created_by,
         created_at=version.created_at,
         aliases=aliases,
+        evaluations=scored,
     )
 
 
@@ -193,12 +200,11 @@ def compatible(
     namespaces = caller.readable()
     if wanted.namespace is not None:
         namespaces = [wanted.namespace] if namespaces is None or wanted.namespace in namespaces else []
-    others = [c for c in wanted.classes if c is not FitClass.EXACT]
-    fits = [f for f in queries.fits_to(session, base.id, others) if f.old_id != base.id] if others else []
     rows = queries.compatible_versions(
         session,
-        exact=base.id if FitClass.EXACT in wanted.classes else None,
-        fits=fits,
+        base_id=base.id,
+        exact=FitClass.EXACT in wanted.classes,
+        classes=[fit for fit in wanted.classes if fit is not FitClass.EXACT],
         alias=wanted.alias,
         max_rank=wanted.max_rank,
         engine_bit=wanted.engine_bit,
@@ -208,11 +214,7 @@ def compatible(
         after=after,
         limit=limit,
     )
-    known = {(f.old_id, f.target_set_id): f for f in fits}
-    return [
-        (version, adapter, _fit_info(version, base, known.get((version.base_id, version.target_set_id or 0))))
-        for version, adapter in rows
-    ]
+    return [(version, adapter, _fit_info(version, base, stored)) for version, adapter, stored in rows]
 
 
 def _fit_info(version: Version, base: Base, stored: TargetFit | None) -> FitInfo:

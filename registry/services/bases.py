@@ -201,20 +201,13 @@ def find(session: Session, ref: str) -> Base:
 
 def labels(session: Session, bases: Iterable[Base]) -> dict[int, str]:
     """What people call bases: the newest ``line@rN``, else the short digest."""
-    rows = list(bases)
-    names = queries.revision_names(session, [row.id for row in rows if row.id is not None])
-    return {
-        row.id: names[row.id][-1] if row.id in names else Digest.parse(row.digest).short
-        for row in rows
-        if row.id is not None
-    }
+    return {i: name for i, (_, name) in named(session, [row.id for row in bases if row.id is not None]).items()}
 
 
 def named(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str]]:
     """base id -> its digest, and what people call it."""
-    rows = session.exec(select(Base).where(col(Base.id).in_(set(ids)))).all()
-    called = labels(session, rows)
-    return {row.id: (row.digest, called[row.id]) for row in rows if row.id is not None}
+    found = queries.base_names(session, ids)
+    return {i: (digest, name or Digest.parse(digest).short) for i, (digest, name) in found.items()}
 
 
 def meant_by(session: Session, name: str | None, revision: str | None) -> list[Base]:

@@ -75,34 +75,17 @@ def _strengthen(session: Session, store: BlobStore, base: Base, version: Version
         session.add(version)
 
 
-def listed(session: Session, adapter: Adapter, *, after: int, limit: int) -> Sequence[Evaluation]:
-    """Evaluations of an adapter's versions, oldest first, after a cursor."""
-    query = (
-        select(Evaluation)
-        .join(Version)
-        .where(Version.adapter_id == adapter.id, col(Evaluation.id) > after)
-        .order_by(col(Evaluation.id))
-        .limit(limit)
-    )
-    return session.exec(query).all()
-
-
-def described(session: Session, rows: Sequence[Evaluation]) -> list[EvaluationInfo]:
-    """Evaluations in the words of the wire; four queries for any number."""
-    bases = {b.id: b for b in session.exec(select(Base).where(col(Base.id).in_({r.base_id for r in rows})))}
-    suites = queries.dataset_refs(session, {row.suite_id for row in rows})
-    ids = {row.version_id for row in rows if row.version_id is not None}
-    query = select(Version.id, Adapter.namespace, Adapter.name, Version.number).join(Adapter)
-    refs = {i: f"{ns}/{name}@v{n}" for i, ns, name, n in session.exec(query.where(col(Version.id).in_(ids)))}
+def described(rows: Sequence[queries.Scoring]) -> list[EvaluationInfo]:
+    """Evaluations in the words of the wire."""
     return [
         EvaluationInfo(
-            base=bases[row.base_id].digest,
-            version=refs.get(row.version_id) if row.version_id else None,
-            suite=suites[row.suite_id],
+            base=base,
+            version=version,
+            suite=suite,
             summary=row.summary,
             records=row.records,
             job=row.job_id,
             created_at=row.created_at,
         )
-        for row in rows
+        for row, base, suite, version in rows
     ]
