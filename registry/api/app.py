@@ -3,6 +3,7 @@
 ``uvicorn --factory registry.api.app:create_app``
 """
 
+import gc
 import importlib.metadata
 import os
 import time
@@ -32,7 +33,8 @@ log = structlog.get_logger()
 
 
 def create_app(parts: AppParts | None = None) -> FastAPI:
-    """The API over ``parts``; without them, over what the environment names."""
+    """The API over ``parts``; without them a process of its own, over what the environment names."""
+    alone = parts is None
     if parts is None:
         settings = Settings.from_environment(os.environ)
         logs.configure(settings.log_level)
@@ -54,6 +56,9 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
         app.include_router(store_router(parts.store))
     app.add_middleware(Bodies, limit=MAX_BODY_BYTES)
     app.add_middleware(RequestIds)
+    if alone:
+        gc.collect()
+        gc.freeze()  # what is here now stays: looking through it again and again took one request in 100 0.1 s
     return app
 
 
