@@ -51,9 +51,9 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     # Routes are tried in this order: what is asked most comes first.
     nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes, meta)
     for routes in nouns:
-        app.include_router(routes.router)
+        app.router.routes.extend(routes.router.routes)  # included, each request would be matched against them twice
     if isinstance(parts.store, LocalStore):
-        app.include_router(store_router(parts.store))
+        app.router.routes.extend(store_router(parts.store).routes)
     app.add_middleware(Bodies, limit=MAX_BODY_BYTES)
     app.add_middleware(RequestIds)
     if alone:
@@ -141,12 +141,11 @@ class Bodies:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         announced = int(length) if length.isdigit() else 0
-        too_large = BodyTooLarge(method=scope["method"], path=scope["path"][:200], limit=self.limit)
         if (announced or b"transfer-encoding" in headers) and b"authorization" not in headers:
             await _refuse(TokenMissing(), scope, receive, send)
             return
         if announced > self.limit:
-            await _refuse(too_large, scope, receive, send)
+            await _refuse(self._too_large(scope), scope, receive, send)
             return
         received, answering = 0, False
 
@@ -155,7 +154,7 @@ class Bodies:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.limit:
-                raise too_large
+                raise self._too_large(scope)
             return message
 
         async def answer(message: Message) -> None:
@@ -167,7 +166,10 @@ class Bodies:
         with suppress(BodyTooLarge):
             await self.app(scope, count, answer)
         if received > self.limit and not answering:
-            await _refuse(too_large, scope, receive, send)
+            await _refuse(self._too_large(scope), scope, receive, send)
+
+    def _too_large(self, scope: Scope) -> BodyTooLarge:
+        return BodyTooLarge(method=scope["method"], path=scope["path"][:200], limit=self.limit)
 
 
 async def _refuse(error: LoractlError, scope: Scope, receive: Receive, send: Send) -> None:
