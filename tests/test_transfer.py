@@ -1,8 +1,10 @@
 """Push and pull against a real registry: they are inverse, resume after any kill, and move no byte twice."""
 
+import datetime as dt
 import hashlib
 import json
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from registry.core.errors import (
     NonFinite,
     PathUnusable,
     SignatureRefused,
+    StorageDown,
 )
 from registry.schemas import BaseRegistration, Download, SignedRequest, Wishes
 from tests import live
@@ -396,6 +399,56 @@ def test_a_get_that_stays_refused_is_a_refusal(
     ]
     with pytest.raises(SignatureRefused):
         transfer.fetch(stale, tmp_path, refresh=lambda: stale)
+
+
+def _store_that_answers(*answers: bytes) -> tuple[str, list[str]]:
+    """A server that gives one raw answer per connection and hangs up: its URL, and the ranges it is asked for."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    asked: list[str] = []
+
+    def serve() -> None:
+        with listening:
+            for answer in answers:
+                connection, _ = listening.accept()
+                with connection:
+                    head = connection.recv(65536).decode().lower()
+                    asked.append(head.partition("range: bytes=")[2].partition("\r\n")[0])
+                    connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}/blob", asked
+
+
+def _promised(url: str, content: bytes) -> Download:
+    signed = SignedRequest(method="GET", url=url, expires_at=dt.datetime.now(dt.UTC))
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return Download(path="data.bin", size=len(content), digest=digest, get=signed)
+
+
+def test_a_body_that_was_cut_off_is_taken_up_where_it_broke(tmp_path: Path) -> None:
+    url, asked = _store_that_answers(
+        b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n0123",
+        b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 206 Partial Content\r\ncontent-length: 6\r\n\r\n456789",
+    )
+    file = _promised(url, b"0123456789")
+    transfer.fetch([file], tmp_path, refresh=lambda: [file])
+    assert contents(tmp_path) == {"data.bin": b"0123456789"}
+    assert asked == ["", "4-9", "4-9"]
+
+
+@pytest.mark.parametrize("status", ["200 OK", "302 Found"])
+def test_what_is_no_answer_to_the_range_is_not_taken(
+    status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transfer, "RANGE", 5)
+    monkeypatch.setattr(transfer, "TRIES", 1)
+    answer = f"HTTP/1.1 {status}\r\nlocation: /blob\r\ncontent-length: 10\r\n\r\n0123456789".encode()
+    url, _ = _store_that_answers(answer, answer)
+    file = _promised(url, b"0123456789")
+    with pytest.raises(StorageDown, match=status[:3]):
+        transfer.fetch([file], tmp_path, refresh=lambda: [file], threads=1)
+    assert not (tmp_path / "data.bin").exists()
 
 
 def _expired(signed: SignedRequest) -> SignedRequest:
