@@ -103,7 +103,8 @@ class Filled:
             self._write(rows)
         self.adapters = max(self.adapters, adapters)
         with self.database.read() as session:
-            session.connection().execute(text("ANALYZE"))
+            postgres = self.database.dialect == "postgresql"  # its autovacuum would come by in a minute
+            session.connection().execute(text("VACUUM (ANALYZE)" if postgres else "ANALYZE"))
 
     def _adapter(self, rows: dict[type[SQLModel], list[dict[str, Any]]], index: int) -> None:
         draw = random.Random(index)

@@ -384,15 +384,15 @@ def compatible_versions(
     """
 
     def narrowed(old_id: _Id, target_set_id: _Id | None) -> Select[int | None]:
-        query = columns(col(Version.id))
-        where: type[Version | Alias] = Version  # the table whose index gives the range in order
-        key = col(Version.id)
+        where: type[Version | Alias] = Version if alias is None else Alias  # whose index gives the range in order
+        key = col(Version.id) if alias is None else col(Alias.version_id)
+        query: Select[Any] = columns(key.label("id")).where(col(where.base_id) == old_id)
         if alias is None:
             query = query.where(col(Version.latest))
         else:
-            where, key = Alias, col(Alias.version_id)
-            query = query.join(Alias, key == Version.id).where(col(Alias.name) == alias)
-        query = query.where(col(where.base_id) == old_id)
+            query = query.where(col(Alias.name) == alias)
+            if any(narrow is not None for narrow in (max_rank, engine_bit, evidence, namespaces, task)):
+                query = query.join(Version, col(Version.id) == key)
         if target_set_id is not None:
             query = query.where(col(where.target_set_id) == target_set_id)
         if max_rank is not None:
