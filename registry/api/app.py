@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import logs
-from registry.core.errors import BodyTooLarge, LoractlError, SchemaMissing, TokenMissing
+from registry.core.errors import BodyTooLarge, LoractlError, SchemaMissing
 from registry.db import migrate
 from registry.services import tokens
 from registry.settings import Settings
@@ -25,7 +25,7 @@ from registry.storage.local import LocalStore
 
 from . import adapters, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
 from . import tokens as token_routes
-from .deps import AppParts
+from .deps import AppParts, known_caller
 from .store import store_router
 
 MAX_BODY_BYTES = 64 << 20
@@ -124,7 +124,7 @@ class RequestIds:
 
 
 class Bodies:
-    """Refuse bodies that are too large, or sent without a token, before they are read; a route is called after that.
+    """Refuse bodies that are too large, or come without a living token, before they are read; then a route is called.
 
     What goes to the local store is bounded by its signature and passes as it is.
     """
@@ -141,9 +141,12 @@ class Bodies:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         announced = int(length) if length.isdigit() else 0
-        if (announced or b"transfer-encoding" in headers) and b"authorization" not in headers:
-            await _refuse(TokenMissing(), scope, receive, send)
-            return
+        if announced or b"transfer-encoding" in headers:
+            try:
+                await known_caller(Request(scope))
+            except LoractlError as error:
+                await _refuse(error, scope, receive, send)
+                return
         if announced > self.limit:
             await _refuse(self._too_large(scope), scope, receive, send)
             return

@@ -110,18 +110,19 @@ async def _parts(request: Request) -> AppParts:
     return parts(request)
 
 
-async def _anyone(request: Request) -> Caller:
+async def known_caller(request: Request) -> Caller:
+    """`anyone`, without a thread for who is remembered."""
     found, token = parts(request), _bearer(request)
     caller = found.known(token)
     return caller if caller is not None else await run_in_threadpool(found.caller, token)
 
 
 async def _user(request: Request) -> Caller:
-    return user(await _anyone(request))
+    return user(await known_caller(request))
 
 
 async def _worker(request: Request) -> Caller:
-    return worker(await _anyone(request))
+    return worker(await known_caller(request))
 
 
 def _bearer(request: Request) -> str:
@@ -132,6 +133,6 @@ def _bearer(request: Request) -> str:
 
 
 Parts = Annotated[AppParts, Depends(_parts)]
-Anyone = Annotated[Caller, Depends(_anyone)]
+Anyone = Annotated[Caller, Depends(known_caller)]
 User = Annotated[Caller, Depends(_user)]
 Worker = Annotated[Caller, Depends(_worker)]

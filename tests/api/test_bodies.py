@@ -53,6 +53,21 @@ def test_a_body_without_a_token_is_not_waited_for(url: str, header: str) -> None
     assert announce(url, header) == (401, "token-missing")
 
 
+@pytest.mark.parametrize("header", ["content-length: 1000", "transfer-encoding: chunked"])
+@pytest.mark.parametrize("scheme", ["Bearer", "Basic"])
+def test_a_body_behind_a_token_that_is_none_is_not_waited_for(url: str, header: str, scheme: str) -> None:
+    sent = announce(url, header, f"authorization: {scheme} {tokens.make_text()}")
+    assert sent == (401, "token-refused" if scheme == "Bearer" else "token-missing")
+
+
+def test_the_refusal_of_a_token_is_the_same_with_and_without_a_body(url: str, http: httpx.Client) -> None:
+    headers = {"authorization": f"Bearer {tokens.make_text()}", "x-request-id": "same"}
+    with_body = http.post(f"{url}/v1/tokens", json={"name": "x"}, headers=headers)
+    without = http.get(f"{url}/v1/tokens", headers=headers)
+    assert (with_body.status_code, with_body.json()) == (without.status_code, without.json())
+    assert with_body.headers["www-authenticate"] == without.headers["www-authenticate"]
+
+
 def test_a_body_that_announces_too_much_is_not_waited_for(url: str, token: str) -> None:
     sent = announce(url, f"content-length: {LIMIT + 1}", f"authorization: Bearer {token}")
     assert sent == (413, "body-too-large")
