@@ -99,16 +99,23 @@ def status(out: Output, campaign: str | None, watch: bool) -> None:
     out.emit(info, lambda: _status(info))
 
 
-@command(upgrade, "loractl upgrade approve c0123 team/bot", "loractl upgrade approve c0123 team/bot --alias prod")
+@command(
+    upgrade,
+    "loractl upgrade approve c0123 team/bot",
+    "loractl upgrade approve c0123 team/bot --alias prod",
+    "loractl upgrade approve c0123 team/bot --decline",
+)
 @click.argument("campaign", metavar="ID")
 @click.argument("name", metavar="ADAPTER")
 @click.option("--alias", "alias_name", default="prod", show_default=True, help="The alias that waits.")
-def approve(out: Output, campaign: str, name: str, alias_name: str) -> None:
-    """Promote an adapter that passed its gate and whose policy asks first."""
+@click.option("--decline", is_flag=True, help="Say no: the alias stays on the old base.")
+def approve(out: Output, campaign: str, name: str, alias_name: str, decline: bool) -> None:
+    """Promote an adapter that passed its gate and whose policy asks first, or decline it."""
     from registry.schemas import ApproveRequest
 
     with config.connect() as client:
-        info = client.approve(campaign, ApproveRequest(adapter=str(SeriesName.parse(name)), alias=alias_name))
+        series = str(SeriesName.parse(name))
+        info = client.approve(campaign, ApproveRequest(adapter=series, alias=alias_name, approved=not decline))
     out.emit(info, lambda: _status(info))
 
 
@@ -166,7 +173,7 @@ def _follow(out: Output, client: "RegistryClient", info: "CampaignInfo") -> "Cam
             time.sleep(POLL_S)
             info = client.upgrade(info.id)
     if waiting:
-        out.say(f"Adapters wait for approval: loractl upgrade approve {info.id} ADAPTER")
+        out.say(f"Adapters wait for approval: loractl upgrade approve {info.id} ADAPTER (--decline says no)")
     return info
 
 
