@@ -499,7 +499,7 @@ def expire(session: Session, now: datetime, limit: int = 100) -> list[str]:
 
 
 def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta) -> int:
-    """Empty what ended pushes left in staging, and objects of pushes nobody knows after ``grace``; how many went."""
+    """Empty what ended pushes left in staging, and after ``grace`` what no push knows; how many went."""
     staged: dict[str, list[Stat]] = {}
     for stat in store.walk("staging/"):
         staged.setdefault(stat.key.split("/")[1], []).append(stat)
@@ -519,11 +519,15 @@ def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta)
         with database.write() as session:
             for row in uploads:
                 session.merge(row).upload_id = None
+    before = (now - grace).timestamp()
+    with database.read() as session:
+        living = select(PushBlob.upload_id).where(col(PushBlob.upload_id).is_not(None))
+        keep = {upload_id for upload_id in session.exec(living) if upload_id}
+    gone += store.sweep_multiparts("staging/", keep=keep, before=before)
     for push_id, stats in staged.items():
         state = states.get(push_id)
         for stat in stats:
-            old = now.timestamp() - stat.modified_at > grace.total_seconds()
-            if state not in UNFINISHED if state is not None else old:
+            if state not in UNFINISHED if state is not None else stat.modified_at < before:
                 store.delete(stat.key)
                 gone += 1
     return gone

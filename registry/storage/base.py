@@ -10,7 +10,7 @@ raises `StorageDown` when the store does not answer and `BadKey` for what cannot
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -107,6 +107,12 @@ class BlobStore(Protocol):
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """Forget the upload and its parts; one that is over already is fine."""
+
+    def sweep_multiparts(self, prefix: str, *, keep: Collection[str], before: float) -> int:
+        """Forget uploads to keys under ``prefix`` that are as old as ``before`` (Unix seconds), but those in ``keep``.
+
+        How many went. Also goes what is left of an upload whose process died while it began or ended.
+        """
 
     def presign_get(self, key: str, *, expires_s: int, filename: str | None = None) -> SignedRequest:
         """A GET, with or without ranges; ``filename`` is what a browser saves it as."""

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +263,27 @@ class LocalStore:
         """Forget the upload and its parts."""
         with suppress(UploadNotFound), refusals(0), self._upload(key, upload_id, fcntl.LOCK_EX) as (folder, _):
             shutil.rmtree(folder)
+
+    def sweep_multiparts(self, prefix: str, *, keep: Collection[str], before: float) -> int:
+        """Forget old uploads, finished by nobody; old is one that no part came to since."""
+        gone = 0
+        for folder in self._uploads.iterdir():
+            with suppress(FileNotFoundError, PartBusy), refusals(0):  # somebody else tidies, or writes
+                if folder.name not in keep and folder.stat().st_mtime <= before:
+                    gone += self._forget(folder, prefix)
+        return gone
+
+    def _forget(self, folder: Path, prefix: str) -> bool:
+        about = folder / "about.json"
+        if not about.exists():  # died while starting, or while tidying
+            shutil.rmtree(folder)
+            return True
+        with _locked(about, fcntl.LOCK_EX, folder.name, "its parts"):
+            key = json.loads(about.read_text() or "{}").get("key", prefix)
+            if not key.startswith(prefix):
+                return False
+            shutil.rmtree(folder)
+            return True
 
     @contextmanager
     def _upload(self, key: str, upload_id: str, lock: int) -> Iterator[tuple[Path, dict[str, int]]]:

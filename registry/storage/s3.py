@@ -10,7 +10,7 @@ import base64
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -150,6 +150,22 @@ class S3Store:
         """Forget the upload and its parts."""
         with suppress(UploadNotFound), _refusals(key, upload_id):
             self._calls.abort_multipart_upload(Bucket=self._bucket, Key=check_key(key), UploadId=upload_id)
+
+    def sweep_multiparts(self, prefix: str, *, keep: Collection[str], before: float) -> int:
+        """Forget old uploads; the store itself forgets those that it does not list."""
+        with _refusals(prefix):
+            pages = self._calls.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=f"{check_key(prefix.rstrip('/'))}/"
+            )
+            old = [
+                (upload["Key"], upload["UploadId"])
+                for page in pages
+                for upload in page.get("Uploads", [])
+                if upload["UploadId"] not in keep and upload["Initiated"].timestamp() <= before
+            ]
+        for key, upload_id in old:
+            self.abort_multipart(key, upload_id)
+        return len(old)
 
     # ── blobs ────────────────────────────────────────────────────────────────
 

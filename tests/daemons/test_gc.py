@@ -89,6 +89,27 @@ def test_what_no_push_knows_goes_after_its_grace(world: World) -> None:
     assert world.store.head(key) is None
 
 
+def test_an_upload_that_no_push_knows_goes_after_its_grace_and_a_living_ones_stays(world: World) -> None:
+    world = world.with_settings(multipart_from=100, part_size=5 << 20)
+    data = ROWS * 10
+    request, _ = files_push("dataset", {"data.jsonl": data})
+    info = world.open("dataset", "team/rows", request)
+    digest = str(Digest.sha256(data))
+    ask = PartsRequest(digest=digest, parts=[PartWanted(number=1, sha256=digest)])
+    pushes.parts(world.database, world.store, world.settings, ADMIN, info.id, ask, world.now)
+    key = blobs.staging_key(info.id, digest)
+    with world.database.read() as session:
+        [(_, living)] = pushes.uploads_of(session, info.id)
+    orphan = world.store.start_multipart(key, size=len(data), part_size=5 << 20)  # died before the row knew of it
+    gc.step(parts_of(world))
+    assert world.store.list_parts(key, orphan) == []
+    world.later(hours=2)
+    assert gc.step(parts_of(world))
+    with pytest.raises(UploadNotFound):
+        world.store.list_parts(key, orphan)
+    assert world.store.list_parts(key, living) == []
+
+
 def test_blobs_in_their_place_are_never_touched(world: World) -> None:
     outcome = world.push_rows("dataset", "team/rows", ROWS)
     world.later(days=400)

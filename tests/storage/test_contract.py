@@ -386,6 +386,19 @@ def test_an_aborted_upload_is_over(upload: Upload) -> None:
     assert upload.store.head(upload.key) is None
 
 
+def test_uploads_that_nobody_finished_are_swept_but_young_kept_and_other_ones(upload: Upload, push: str) -> None:
+    upload.send(1)
+    own, now = f"staging/{push}/", time.time()
+    assert upload.store.sweep_multiparts(own, keep=(), before=now - 3600) == 0
+    assert upload.store.sweep_multiparts(own, keep=(upload.id,), before=now + 60) == 0
+    assert upload.store.sweep_multiparts(f"staging/{push[:-1]}/", keep=(), before=now + 60) == 0
+    assert upload.arrived() == [1]
+    assert upload.store.sweep_multiparts(own, keep=(), before=now + 60) == 1
+    with pytest.raises(UploadNotFound):
+        upload.arrived()
+    assert upload.store.sweep_multiparts(own, keep=(), before=now + 60) == 0
+
+
 def test_an_upload_belongs_to_its_key(upload: Upload) -> None:
     with pytest.raises(UploadNotFound):
         upload.store.list_parts(key_of("another"), upload.id)

@@ -114,6 +114,25 @@ def test_a_part_is_written_by_one_request_at_a_time(folder: LocalStore, upload_i
     assert folder.list_parts(KEY, upload_id) == [Part(n, len(DATA), SHA256, SHA256.hex) for n in (1, 2)]
 
 
+def test_an_upload_that_somebody_writes_to_is_not_swept(folder: LocalStore, upload_id: str) -> None:
+    with closing(folder.receive(grant(folder, upload_id=upload_id, part=1))):
+        assert folder.sweep_multiparts("staging/", keep=(), before=time.time() + 60) == 0
+    assert folder.sweep_multiparts("staging/", keep=(), before=time.time() + 60) == 1
+
+
+@pytest.mark.parametrize("left", [(), ("data",), ("data", "about.json"), ("about.json",), ("about.json", "1.lock")])
+def test_what_is_left_of_an_upload_is_swept_wherever_it_died(
+    folder: LocalStore, upload_id: str, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    uploads = tmp_path / "store" / ".uploads"
+    for path in (uploads / upload_id).iterdir():
+        path.unlink()
+    for name in left:
+        (uploads / upload_id / name).touch()
+    assert folder.sweep_multiparts("staging/", keep=(), before=time.time() + 60) == 1
+    assert list(uploads.iterdir()) == []
+
+
 def test_completing_waits_for_nobody_and_nobody_writes_afterwards(folder: LocalStore, upload_id: str) -> None:
     for number in (1, 2):
         land(folder.receive(grant(folder, upload_id=upload_id, part=number)), DATA)
