@@ -50,6 +50,8 @@ BASES = "base"
 """The namespace whose scopes decide about base models."""
 UNFINISHED = (PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
 MAX_PARTS = 10_000
+MAX_CONTENTS = 4
+"""Contents of one part that are remembered as signed for."""
 MAX_ADAPTER_WEIGHTS = 64
 """Safetensors files of one adapter."""
 MAX_SMALL_FILE = 1 << 30
@@ -373,18 +375,25 @@ def parts(
                 store.presign_part(key, upload_id, part.number, size=size, sha256=sha256, expires_s=expires_s)
             )
             promised[str(part.number)] = part.sha256
-    if promised.items() - (row.parts or {}).items():
+    if any((row.parts or {}).get(number, "").split()[:1] != [sha256] for number, sha256 in promised.items()):
         _promise(database, row, promised)
     told = {number: str(part.sha256) if part.sha256 else None for number, part in sorted(arrived.items())}
     return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=told, put=put)
 
 
 def _promise(database: Database, row: PushBlob, promised: dict[str, str]) -> None:
-    """Keep what parts were signed for: completing names it again, and not every store lists it."""
+    """Keep what each part was signed for: completing names it again, and not every store lists it.
+
+    Each of several contents may still arrive, so the newest few are kept, newest first.
+    """
     with database.write() as session:
         query = select(PushBlob).where(PushBlob.push_id == row.push_id, PushBlob.digest == row.digest)
         found = session.exec(query.with_for_update()).one()
-        found.parts = (found.parts or {}) | promised
+        known = found.parts or {}
+        for number, sha256 in promised.items():
+            others = [other for other in known.get(number, "").split() if other != sha256]
+            known = known | {number: " ".join([sha256, *others[: MAX_CONTENTS - 1]])}
+        found.parts = known
         session.add(found)
 
 

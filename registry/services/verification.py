@@ -13,10 +13,11 @@ job uses them before that (``full``).
 import base64
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import islice, product
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -36,6 +37,7 @@ from registry.core.errors import (
     BadManifest,
     BlobNotFound,
     BlobsMissing,
+    ChecksumRefused,
     DigestMismatch,
     DuplicateTensor,
     LfsPointer,
@@ -55,7 +57,7 @@ from registry.db.engine import Database
 from registry.db.models import Base, Blob, Push, PushBlob
 from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_adapter_tensors, header_from, parse_json
 from registry.schemas import Wishes
-from registry.storage.base import BlobReader, BlobStore
+from registry.storage.base import BlobReader, BlobStore, Part
 
 from . import bases, blobs, commits, datasets, fits, pushes
 
@@ -67,6 +69,8 @@ MAX_ADAPTER_HEADERS = 64 << 20
 """Bytes of the headers of all weight files of one adapter."""
 READ_FIRST = 8 << 30
 """Bytes of a base that is read completely before its commit."""
+_GUESSES = 64
+"""How often completing is tried where a store does not say which of several contents arrived."""
 log = structlog.get_logger()
 
 
@@ -384,9 +388,7 @@ def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
     if row.upload_id is not None:
         try:
             listed = store.list_parts(key, row.upload_id)
-            promised = {int(number): Digest.parse(digest) for number, digest in (row.parts or {}).items()}
-            parts = [replace(part, sha256=part.sha256 or promised.get(part.number)) for part in listed]
-            store.complete_multipart(key, row.upload_id, parts)
+            _complete(store, key, row.upload_id, listed, row.parts or {})
         except UploadNotFound:
             if store.head(key) is None:
                 raise
@@ -395,6 +397,23 @@ def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
             raise BlobsMissing(id=push_id, count=1, digests=row.digest)
         return blobs.blob_key(row.digest)
     return key
+
+
+def _complete(store: BlobStore, key: str, upload_id: str, listed: Sequence[Part], signed: Mapping[str, str]) -> None:
+    """Complete with what arrived; where the store does not list that, with what was signed for, the newest first."""
+    contents: list[list[Digest | None]] = [
+        [part.sha256] if part.sha256 else [Digest.parse(text) for text in signed.get(str(part.number), "").split()]
+        for part in listed
+    ]
+    guesses = list(islice(product(*(known or [None] for known in contents)), _GUESSES))
+    for guess in guesses:
+        try:
+            parts = [replace(part, sha256=sha256) for part, sha256 in zip(listed, guess, strict=True)]
+            store.complete_multipart(key, upload_id, parts)
+            return
+        except ChecksumRefused:
+            if guess is guesses[-1]:
+                raise
 
 
 def _place(database: Database, store: BlobStore, claim: Claim, facts: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ from registry.db.models import (
     Version,
     VersionParent,
 )
-from registry.schemas import PartsRequest, PartWanted, PushRequest
+from registry.schemas import PartsRequest, PartWanted, PushRequest, SignedRequest
 from registry.services import aliases, blobs, commits, pushes, verification
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
@@ -446,6 +446,25 @@ def test_a_killed_upload_in_parts_resumes_and_sends_no_part_twice(world: World, 
     world.commit(info.id)
     assert world.describe(info.id).state == "committed"
     assert world.store.head(blobs.blob_key(large)).size == len(data)  # type: ignore[union-attr]
+
+
+def test_what_was_signed_later_and_never_sent_does_not_change_what_is_committed(world: World) -> None:
+    world = world.with_settings(multipart_from=100, part_size=PART)
+    data = b'{"prompt": "1+1=", "completion": " 2"}\n' * 10
+    request, contents = files_push("dataset", {"data.jsonl": data})
+    info = world.open("dataset", "team/rows", request)
+    [digest] = contents
+
+    def sign(promised: bytes) -> SignedRequest:
+        ask = PartsRequest(digest=digest, parts=[PartWanted(number=1, sha256=str(Digest.sha256(promised)))])
+        return pushes.parts(world.database, world.store, world.settings, ADMIN, info.id, ask, world.now).put[1]
+
+    signed = sign(data)
+    sign(data[::-1])
+    sign(data[::-1])
+    put(signed, data).raise_for_status()
+    world.commit(info.id)
+    assert world.describe(info.id).state == "committed"
 
 
 def test_two_who_begin_the_same_upload_share_one(world: World, tmp_path: Path, base: Path) -> None:
