@@ -176,10 +176,7 @@ def _gated(session: Session, old: Base) -> list[tuple[Adapter, Alias]]:
 
 
 def create(session: Session, caller: Caller, request: UpgradeRequest, now: datetime) -> Campaign:
-    """Store the plan; `CampaignExists` while another one of the line is not finished.
-
-    One that was planned for an older revision and never started makes room.
-    """
+    """Store the plan; `CampaignExists` while another one of the line runs. One that nobody started makes room."""
     campaign, items = plan(session, caller, request, now)
     active = _active(session, campaign.line_id)
     if active is not None and not _makes_room(session, active, campaign, now):
@@ -203,10 +200,11 @@ def _active(session: Session, line_id: int) -> Campaign | None:
 
 def _makes_room(session: Session, active: Campaign, wanted: Campaign, now: datetime) -> bool:
     active = _row(session, active.id)
-    newer = _superseded(session, active)
-    if active.state != CampaignState.PLANNED or active.new_id == wanted.new_id or newer is None:
+    if active.state != CampaignState.PLANNED:
         return False
-    _end(session, active, f"superseded: the line moved on to {newer}, and nobody had started it", now)
+    newer = _superseded(session, active)
+    why = f"the line moved on to {newer}" if newer else f"planned again as {wanted.id}"
+    _end(session, active, f"superseded: {why}, and nobody had started it", now)
     session.flush()
     return True
 

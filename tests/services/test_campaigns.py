@@ -645,13 +645,31 @@ def test_a_plan_that_nobody_started_makes_room_for_a_newer_revision(upgrade: Upg
     request = UpgradeRequest(line="demo", to="demo")
     with upgrade.world.database.write() as session:
         forgotten = campaigns.create(session, ADMIN, request, upgrade.world.now).id
-    with upgrade.world.database.write() as session, pytest.raises(CampaignExists):
-        campaigns.create(session, ADMIN, request, upgrade.world.now)
     upgrade.world.later(seconds=1)
     upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3), old="demo@r1")
     ended = upgrade.info(forgotten)
     assert (ended.state, ended.items[0].state) == ("aborted", "aborted")
     assert "the line moved on to demo@r3" in ended.reason
+
+
+def test_a_plan_is_no_start_so_it_keeps_nobody_from_starting_the_same(world: World, tmp_path: Path) -> None:
+    upgrade = Upgrade(world, tmp_path, GOOD | {"carry": 1.0})
+    upgrade.policy(POLICY)
+    upgrade.serve()
+    upgrade.world.push_base(upgrade.v2, line="demo")
+    with upgrade.world.database.write() as session:
+        forgotten = campaigns.create(session, ADMIN, UpgradeRequest(line="demo", to="demo"), upgrade.world.now).id
+    upgrade.world.later(seconds=1)
+    started = upgrade.begin()
+    ended = upgrade.info(forgotten)
+    assert (ended.state, ended.items[0].state) == ("aborted", "aborted")
+    assert ended.reason == f"superseded: planned again as {started}, and nobody had started it"
+    with world.database.write() as session, pytest.raises(MoveNotAllowed):
+        campaigns.start(session, ADMIN, forgotten, world.now)
+    with pytest.raises(CampaignExists):
+        upgrade.begin()
+    upgrade.run()
+    assert upgrade.info(started).state == "finished"
 
 
 # ── equal content, and what breaks ───────────────────────────────────────────
