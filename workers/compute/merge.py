@@ -1,49 +1,60 @@
-"""Merge: W + scale·B·A as a new base folder, streamed block by block; nothing is written in place.
+"""Merge: W + scale·B·A as a new base folder; nothing is written in place.
 
-The update is added in float32 and rounded once to the base's own type. Memory is a few blocks, whatever the
-size of a tensor. A row of every block is read back and compared with the same sum in float64. An output head
-tied to the embedding is stored apart, and untied in the config, when the adapter changes one of the two.
+What changes, and how, is decided here; `stream` does it, block by block in bounded memory. The update is added in
+float32 and rounded once. A folder that is not finished has no config.json, and no shard under its own name. An
+output head tied to the embedding is stored apart, and untied in the config, when the adapter changes one of the two.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from blake3 import blake3
-from torch import Tensor
-
-from registry.core.errors import BadTensor, NotRunnable, PathUnusable
-from registry.files import atomic_write, base_shards
+from registry.core.errors import NotRunnable, PathUnusable
+from registry.files import base_shards, refuse_os_error, sync_folder
 
 from .finetune import Report, silent
-from .lora import Adapter, Patch, fitted, is_transposed
+from .lora import Adapter, fitted, is_transposed
 from .model import Model, skeleton
-from .shards import Stored, stored_in, stored_name, stored_tensors
-from .weights import framed, write_file
+from .shards import FLOATS, Stored, stored_in, stored_name, stored_tensors
+from .stream import PARTIAL, Change, Made, stream
+from .weights import DTYPES, framed, write_file
 
-Change = Callable[[Tensor, slice], Tensor]
-"""New values for a block of rows, computed in the block's own type."""
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+INDEX = "model.safetensors.index.json"
+OUT_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_CONFIG_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote: BLAKE3 per tensor, which tensors changed, and whether the head had to be untied."""
+    """What a merge wrote: BLAKE3 per tensor (if asked for), which tensors changed, and whether the head was untied."""
 
     tensors: dict[str, str]
     changed: tuple[str, ...]
     untied: bool
 
 
-def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> Merged:
-    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's shards, names and types."""
+def merge(
+    base: Path,
+    adapter: Adapter,
+    out: Path,
+    report: Report = silent,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    digests: bool = True,
+    durable: bool = True,
+    threads: int | None = None,
+) -> Merged:
+    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's names, and in its types and shards
+    unless ``dtype`` (a key of `OUT_TYPES`) or ``max_shard_bytes`` asks for others.
+
+    ``durable``: it is on the disk, not only in memory, when this returns. ``threads``: one a core by default.
+    """
     if out.exists() and any(out.iterdir()):
         raise PathUnusable(path=str(out), reason="a merge goes to a new or empty folder, never over another model")
     model = skeleton(base)
@@ -53,28 +64,34 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent) -> M
     changes, extra, untied = _plan(model, adapter, stored)
     for name in changes:
         tensor = stored[extra.get(name, name)]
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise NotRunnable(
                 what="Merging", reason=f"tensor '{name}' is stored as {tensor.dtype}; dequantise the base"
             )
+    shards = _shards(base, out, changes, extra, OUT_TYPES[dtype] if dtype else None, max_shard_bytes)
+    total = sum(shard.size for shard in shards)
     out.mkdir(parents=True, exist_ok=True)
-    _copy_other_files(base, out, untied)
-    total = sum(tensor.size for tensor in stored.values()) + sum(stored[name].size for name in extra.values())
-    digests: dict[str, str] = {}
-    places: dict[str, str] = {}
-    for path in base_shards(base):
-        tensors, metadata = stored_in(path)
-        written = {name: tensors[name] for name in tensors}
-        written |= {name: stored[source] for name, source in extra.items() if source in tensors}
-        digests |= _write_shard(
-            out / path.name, path, written, metadata, changes, lambda done: report({"step": done, "steps": total}),
-            before=sum(stored[name].size for name in places if name in stored),
-        )  # fmt: skip
-        places |= dict.fromkeys(written, path.name)
-    if (base / "model.safetensors.index.json").is_file():
+    try:
+        for shard in shards:
+            shard.begin()
+        made = [tensor for shard in shards for tensor in shard.tensors]
+        taken = stream(made, lambda done: report({"step": done, "steps": total}), digests=digests, threads=threads)
+        for shard in shards:
+            shard.finish(durable)
+    except BaseException:
+        for shard in shards:
+            shard.partial.unlink(missing_ok=True)
+            shard.path.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(out)
+    if len(shards) > 1 or (max_shard_bytes is None and (base / INDEX).is_file()):
+        places = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_file(out / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
-    return Merged(digests, tuple(sorted(changes)), untied)
+        write_file(out / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
+    _copy_other_files(base, out)
+    _write_config(base, out, untied, dtype)
+    return Merged(taken, tuple(sorted(changes)), untied)
 
 
 # ── which tensors change, and how ────────────────────────────────────────────
@@ -85,14 +102,13 @@ def _plan(model: Model, adapter: Adapter, stored: dict[str, Stored]) -> tuple[di
     wanted: dict[str, Change] = {}
     patched, replaced = fitted(model, adapter)
     for name, _, parameters in replaced:
-        wanted |= {f"{name}.{key}": _replaced(value) for key, value in parameters.items()}
+        wanted |= {f"{name}.{key}": Change(value=value) for key, value in parameters.items()}
     for name, module, patch in patched:
         transposed = is_transposed(module)
-        if patch.magnitude_O is not None and transposed:
-            raise NotRunnable(what="Merging", reason=f"'{name}' has DoRA on a weight stored as inputs × outputs")
-        wanted[f"{name}.weight"] = _added(wanted.get(f"{name}.weight"), patch, transposed)
+        weight, bias = (wanted.get(f"{name}.{part}", Change()) for part in ("weight", "bias"))
+        wanted[f"{name}.weight"] = replace(weight, patch=patch, transposed=transposed)
         if patch.bias_O is not None:
-            wanted[f"{name}.bias"] = _shifted(wanted.get(f"{name}.bias"), patch.bias_O.float() * patch.scale)
+            wanted[f"{name}.bias"] = replace(bias, shift_N=patch.bias_O.float() * patch.scale)
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     pair = [f"{name}.weight" for name, module in model.named_modules() if module is head or module is embedding]
@@ -111,93 +127,126 @@ def _plan(model: Model, adapter: Adapter, stored: dict[str, Stored]) -> tuple[di
     return changes, extra, untied
 
 
-def _added(before: Change | None, patch: Patch, transposed: bool) -> Change:
-    """W + scale·B·A; with DoRA its rows brought to the recorded lengths."""
-
-    def change(w_rows: Tensor, rows: slice) -> Tensor:
-        w_rows = before(w_rows, rows) if before else w_rows
-        a, b = patch.a_RI.to(w_rows.dtype), patch.b_OR.to(w_rows.dtype)
-        w_rows = w_rows + patch.scale * (a[:, rows].T @ b.T if transposed else b[rows] @ a)
-        if patch.magnitude_O is not None:
-            w_rows = w_rows * (patch.magnitude_O[rows].to(w_rows.dtype) / w_rows.norm(dim=1))[:, None]
-        return w_rows
-
-    return change
+# ── where to ─────────────────────────────────────────────────────────────────
 
 
-def _replaced(value: Tensor) -> Change:
-    return lambda w_rows, rows: value[rows].to(w_rows.dtype)
+@dataclass(frozen=True)
+class _Shard:
+    """A file to be written."""
+
+    path: Path
+    header: bytes
+    tensors: tuple[Made, ...]
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}{PARTIAL}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    def begin(self) -> None:
+        """The header, and room for the tensors."""
+        try:
+            with self.partial.open("wb") as file:
+                file.write(self.header)
+                file.truncate(len(self.header) + self.size)
+        except OSError as error:
+            refuse_os_error(error, self.path)
+
+    def finish(self, durable: bool) -> None:
+        """Give the complete file its name."""
+        try:
+            if durable:
+                with self.partial.open("rb") as file:
+                    os.fsync(file.fileno())
+            self.partial.replace(self.path)
+        except OSError as error:
+            refuse_os_error(error, self.path)
 
 
-def _shifted(before: Change | None, shift_O: Tensor) -> Change:
-    return lambda w_rows, rows: (before(w_rows, rows) if before else w_rows) + shift_O[rows].to(w_rows.dtype)
+Written = tuple[str, Stored, str]
+"""A tensor's name, where it comes from, and its type."""
 
 
-# ── writing ──────────────────────────────────────────────────────────────────
+def _shards(
+    base: Path, out: Path, changes: dict[str, Change], extra: dict[str, str], dtype: str | None, limit: int | None
+) -> list[_Shard]:
+    """The base's own shards, or shards of at most ``limit`` bytes (or one tensor) each."""
+    files: list[tuple[str, list[Written]]] = []
+    metadata: dict[str, str] = {}
+    for path in base_shards(base):
+        tensors, found = stored_in(path)
+        metadata |= found
+        sources = tensors | {name: tensors[source] for name, source in extra.items() if source in tensors}
+        written = [(name, s, dtype if dtype and s.dtype in FLOATS else s.dtype) for name, s in sources.items()]
+        files.append((path.name, written))
+    if limit is not None:
+        groups = list(_filled([tensor for _, written in files for tensor in written], limit))
+        files = [(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, start=1)]
+        if len(files) == 1:
+            files = [("model.safetensors", groups[0])]
+    return [_shard(out / name, written, changes, metadata) for name, written in files]
 
 
-def _copy_other_files(base: Path, out: Path, untied: bool) -> None:
+def _bytes(source: Stored, dtype: str) -> int:
+    return source.size // DTYPES[source.dtype].itemsize * DTYPES[dtype].itemsize
+
+
+def _filled(tensors: Sequence[Written], limit: int) -> Iterator[list[Written]]:
+    """The tensors in their order, a new group before the one that a group has no more room for."""
+    group: list[Written] = []
+    room = limit
+    for name, source, dtype in tensors:
+        size = _bytes(source, dtype)
+        if group and size > room:
+            yield group
+            group, room = [], limit
+        group.append((name, source, dtype))
+        room -= size
+    yield group
+
+
+def _shard(path: Path, written: list[Written], changes: dict[str, Change], metadata: dict[str, str]) -> _Shard:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    starts = []
+    for name, source, dtype in written:
+        starts.append(end)
+        end += _bytes(source, dtype)
+        header[name] = {"dtype": dtype, "shape": list(source.shape), "data_offsets": [starts[-1], end]}
+    data = framed(header)
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    tensors = tuple(
+        Made(name, source, dtype, changes.get(name), partial, len(data) + start)
+        for (name, source, dtype), start in zip(written, starts, strict=True)
+    )
+    return _Shard(path, data, tensors)
+
+
+# ── everything but the weights ───────────────────────────────────────────────
+
+
+def _copy_other_files(base: Path, out: Path) -> None:
     for path in sorted(base.iterdir()):
-        if not path.is_file() or path.name.endswith(_WEIGHTS):
-            continue
-        if path.name == "config.json" and untied:
-            config = json.loads(path.read_bytes())
-            for part in (config, config.get("text_config")):
-                if isinstance(part, dict):
-                    part["tie_word_embeddings"] = False
-            write_file(out / path.name, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-        else:
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, out / path.name)
 
 
-def _write_shard(
-    target: Path,
-    source: Path,
-    tensors: dict[str, Stored],
-    metadata: dict[str, str],
-    changes: dict[str, Change],
-    progress: Callable[[int], None],
-    before: int,
-) -> dict[str, str]:
-    """One shard with its changes; BLAKE3 of every tensor in it."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.size]
-        }  # fmt: skip
-        end += tensor.size
-    digests = {}
-    with source.open("rb") as reads, atomic_write(target) as writes, Path(writes.name).open("rb") as back:
-        at = writes.write(framed(header))
-        for name, tensor in tensors.items():
-            digest, change = blake3(), changes.get(name)
-            for rows, block in tensor.blocks(reads.fileno()):
-                made = block if change is None else _apply(change, block, rows)
-                data = made.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                at += writes.write(data)
-                digest.update(data)
-                if change is not None:
-                    writes.flush()
-                    _check(back.fileno(), at - len(data), name, target.name, change, block, rows)
-                progress(before := before + len(data))
-            digests[name] = digest.hexdigest()
-    return digests
-
-
-def _apply(change: Change, block: Tensor, rows: slice) -> Tensor:
-    """The changed block: summed in float32 (float64 for a float64 base), rounded once."""
-    wide = torch.promote_types(block.dtype, torch.float32)
-    return change(block.to(wide), rows).to(block.dtype)
-
-
-def _check(file: int, at: int, name: str, path: str, change: Change, block: Tensor, rows: slice) -> None:
-    """The block's first row as it lies in the file, against float64: at most a rounding and a float32 sum apart."""
-    size = block[0].numel() * block.element_size()
-    row = torch.frombuffer(bytearray(os.pread(file, size, at)), dtype=block.dtype).double()
-    exact = change(block[:1].double(), slice(rows.start, rows.start + 1)).reshape(-1)
-    info = torch.finfo(block.dtype)
-    bound = info.eps * exact.abs() + 1e-5 * (exact.abs().max() + block[0].double().abs().max()) + info.tiny
-    if bool(((row - exact).abs() > bound).any()):
-        worst = float((row - exact).abs().max())
-        raise BadTensor(path=path, tensor=name, reason=f"row {rows.start} is off its float64 value by {worst:.3g}")
+def _write_config(base: Path, out: Path, untied: bool, dtype: str | None) -> None:
+    """Last of all: with config.json the folder is a model."""
+    data = (base / "config.json").read_bytes()
+    if untied or dtype:
+        config = json.loads(data)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                if untied:
+                    part["tie_word_embeddings"] = False
+                if dtype:
+                    part |= {key: _CONFIG_TYPES[dtype] for key in ("dtype", "torch_dtype") if key in part}
+        if dtype and not config.keys() & {"dtype", "torch_dtype"}:
+            config["dtype"] = _CONFIG_TYPES[dtype]
+        data = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    write_file(out / "config.json", data)

@@ -15,6 +15,8 @@ from .model import Model
 from .weights import DTYPES
 
 BLOCK_BYTES = 8 << 20
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that an update can be added to."""
 
 
 @dataclass(frozen=True)
