@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from workers.compute.lora import attached, layers_of
+from workers.compute.bank import attached
 from workers.compute.model import load
 from workers.compute.weights import read_adapter
 
@@ -39,7 +39,7 @@ def main() -> int:
     tokenizer: Any = AutoTokenizer.from_pretrained(args.base)
     ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
     with torch.inference_mode():
-        with attached(layers_of(model, read_adapter(args.adapter))):
+        with attached(model, read_adapter(args.adapter)):
             ours = [model(row).logits for row in ids]
         theirs_model = PeftModel.from_pretrained(model, args.adapter)
         theirs = [theirs_model(row).logits for row in ids]

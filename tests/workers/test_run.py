@@ -13,8 +13,8 @@ from registry.core.errors import BadRequest, LoractlError
 from registry.core.recipes import Compare, Evaluate, Merge, Rebase, recipe_digest
 from registry.core.records import parse_records
 from tests.workers import factories
+from workers.compute.bank import attached
 from workers.compute.data import Row
-from workers.compute.lora import attached, layers_of
 from workers.compute.model import load
 from workers.compute.weights import read_adapter, read_metadata, write_adapter
 from workers.run import main, run
@@ -103,7 +103,7 @@ def test_merge_leaves_a_model_that_answers_as_adapted(folders: dict[str, Path], 
     run(Merge(base=factories.BASE, adapter=factories.ADAPTER), folders, tmp_path / "out", silent)
     merged, _ = load(tmp_path / "out" / "base", "fp32")
     model, _ = load(folders["base"], "fp32")
-    with attached(layers_of(model, read_adapter(folders["adapter"]))):
+    with attached(model, read_adapter(folders["adapter"])):
         torch.testing.assert_close(factories.logits(merged), factories.logits(model), atol=1e-4, rtol=1e-4)
 
 

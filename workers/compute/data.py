@@ -23,6 +23,9 @@ from registry.core.rows import parse_row
 
 from .model import Tokenizer
 
+_ROW = 256
+"""Rows of packed sequences are this long or as the longest sequence: longer ones spend more on attention."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -140,33 +143,103 @@ def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[int, ...], tuple[str, .
 def batches(examples: Sequence[Example], batch_tokens: int, seed: int) -> Iterator[list[Example]]:
     """Batches without end: every epoch in an order of its own, drawn from the seed and the epoch's number.
 
-    Rows are taken until the next one would exceed ``batch_tokens``, padding included (at least one).
+    Rows are taken until the next one would exceed ``batch_tokens`` (at least one).
     """
     batch: list[Example] = []
-    longest = epoch = 0
+    size = epoch = 0
     while True:
         order = list(examples)
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for example in order:
-            longest = max(longest, len(example.ids))
-            if batch and longest * (len(batch) + 1) > batch_tokens:
+            if batch and size + len(example.ids) > batch_tokens:
                 yield batch
-                batch, longest = [], len(example.ids)
+                batch, size = [], 0
             batch.append(example)
+            size += len(example.ids)
         epoch += 1
 
 
-def collate(batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (B×T, padded on the right), the positions that predict a completion's token (B×T), those tokens (N).
+@dataclass(frozen=True)
+class Packed:
+    """Sequences laid one behind another in rows of equal length.
 
-    Padding on the right needs no attention mask: a causal model never looks to the right.
+    Each begins at position 0, by which transformers tells where one ends: none looks into another. Rows are filled up
+    with the token 0 at positions that count from 0 again, as a sequence that nobody asks.
     """
-    ids_BT = padded([example.ids for example in batch])
-    asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        asked_BT[row, len(example.prompt) - 1 : len(example.ids) - 1] = True
+
+    ids_BT: Tensor
+    positions_BT: Tensor
+    asked_BT: Tensor
+    """The positions that predict a completion's token."""
+    targets_N: Tensor
+    """Those tokens, row by row."""
+    weights_N: Tensor
+    """1 ⁄ the number of such tokens in the batch that each belongs to, so that a weighted sum is a mean per batch."""
+    owner_N: Tensor
+    """The batch that each belongs to."""
+    rows: tuple[int, ...]
+    """Rows per batch, in order."""
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Packed(**moved, rows=self.rows)
+
+
+def pack(many: Sequence[Sequence[Example]], *, together: bool = True) -> Packed:
+    """Batches as rows of one length, one batch behind the other; with ``together`` rows hold several sequences.
+
+    Without it every sequence has a row of its own, for models that would let one look into another.
+    """
+    if together:
+        width = max(_width(batch) for batch in many)
+        lines = [_laid_out(batch, width) for batch in many]
+    else:
+        width = max(len(example.ids) for batch in many for example in batch)
+        lines = [[[example] for example in batch] for batch in many]
+    shape = (sum(map(len, lines)), width)
+    ids_BT, asked_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    positions_BT = torch.zeros(shape, dtype=torch.long)
+    owner_B = torch.zeros(shape[0], dtype=torch.long)
+    row = 0
+    for owner, batch_lines in enumerate(lines):
+        for line in batch_lines:
+            at = 0
+            for example in line:
+                end = at + len(example.ids)
+                ids_BT[row, at:end] = torch.tensor(example.ids)
+                positions_BT[row, at:end] = torch.arange(end - at)
+                asked_BT[row, at + len(example.prompt) - 1 : end - 1] = True
+                at = end
+            positions_BT[row, at:] = torch.arange(width - at)
+            owner_B[row] = owner
+            row += 1
+    owner_N = owner_B[:, None].expand(shape)[asked_BT]
+    weights_N = 1 / torch.bincount(owner_N, minlength=len(many))[owner_N].float()
     targets_N = ids_BT.roll(-1, dims=1)[asked_BT]
-    return ids_BT.to(device), asked_BT.to(device), targets_N.to(device)
+    return Packed(ids_BT, positions_BT, asked_BT, targets_N, weights_N, owner_N, tuple(map(len, lines)))
+
+
+def _width(batch: Sequence[Example]) -> int:
+    """The length of a batch's rows when it is alone: its longest sequence, or `_ROW`, or all of it."""
+    longest = max(len(example.ids) for example in batch)
+    return min(sum(len(example.ids) for example in batch), max(longest, _ROW))
+
+
+def _laid_out(batch: Sequence[Example], width: int) -> list[list[Example]]:
+    """First fit, longest first; equal lengths in their order, so that equal batches are equal rows."""
+    lines: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(batch, key=lambda example: -len(example.ids)):
+        size = len(example.ids)
+        place = next((i for i, free in enumerate(room) if free >= size), None)
+        if place is None:
+            lines.append([example])
+            room.append(width - size)
+        else:
+            lines[place].append(example)
+            room[place] -= size
+    return lines
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:

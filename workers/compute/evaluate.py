@@ -5,13 +5,14 @@ A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for oth
 
     {"metrics": ["likelihood", "exact-match"], "max_new_tokens": 32}
 
-By default rows with choices are scored by accuracy and likelihood, others by likelihood. Every batch is made
-once, of rows of like length, and every adapter answers the same batch: K adapters in one pass are K passes.
+By default rows with choices are scored by accuracy and likelihood, others by likelihood. Rows of like length are
+put together, and one pass through the base answers them for as many adapters as fit (see `bank`).
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import get_args
 
@@ -26,15 +27,20 @@ from registry.core.recipes import Metric
 from registry.core.records import Record, item_id, split_of
 
 from . import metrics as metric
+from .bank import Bank
 from .data import Example, Row, padded, read_rows, tokenize
 from .finetune import Report, silent
-from .lora import Adapter, Hook, attached, layers_of
+from .lora import Adapter
 from .model import Model, Tokenizer
 
 BARE = "bare"
 HARNESS = 1
 """Raised whenever the same model would get another score: old records then no longer pair with new ones."""
-_BATCH_TOKENS = 1024
+_BATCH_TOKENS = 2048
+_TOGETHER = 16
+"""Adapters in one pass, the bare base among them."""
+_GENERATED = 32
+"""Rows that are generated at once."""
 _MAX_LENGTH = 2048
 
 
@@ -109,31 +115,44 @@ def evaluate(
     """Records by adapter name (`BARE` for the base alone), in the order of the suite's rows."""
     limit = min(_MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH)
     examples = [tokenize(tokenizer, row, limit) for row in suite.rows]
-    hooks: dict[str, Sequence[Hook]] = {BARE: []} if bare else {}
-    hooks |= {name: layers_of(model, adapter) for name, adapter in adapters.items()}
-    queries = list(_batches([query for i, example in enumerate(examples) for query in _queries(i, example)]))
+    names = ([BARE] if bare else []) + list(adapters)
+    bank = Bank(model, list(adapters.values()))
+    order = {name: which for which, name in enumerate(adapters)}
+    # Rows of an adapted head must stand in their order, so that there nothing is left out before it.
+    whole = bank.touches(model.get_output_embeddings())
+    queries = [query for i, example in enumerate(examples) for query in _queries(i, example)]
     prompts = [i for i, example in enumerate(examples) if "exact-match" in suite.metrics_of(example)]
-    outputs: dict[str, dict[int, tuple[str, bool]]] = {name: {} for name in hooks}
-    scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in hooks}
-    steps = (len(queries) + len(prompts)) * len(hooks)
-    step = 0
-    with torch.inference_mode():
-        for batch in queries:
-            for name, layers in hooks.items():
-                with attached(layers):
-                    for query, values in zip(batch, _log_probabilities(model, batch), strict=True):
+    outputs: dict[str, dict[int, tuple[str, bool]]] = {name: {} for name in names}
+    scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in names}
+    step, steps = 0, (len(queries) + len(prompts)) * len(names)
+    with torch.inference_mode(), bank.attached():
+        for company in _companies(names):
+            for batch in _batches(queries, len(company)):
+                bank.assign([(order.get(name), len(batch)) for name in company])
+                found = _log_probabilities(model, batch, len(company), whole)
+                for name, answers in zip(company, found, strict=True):
+                    for query, values in zip(batch, answers, strict=True):
                         for choice, value in zip(query.choices, values, strict=True):
                             scores[name][query.item][choice] = value
-                report({"step": (step := step + 1), "steps": steps, "adapter": name})
-        for i in prompts:
-            for name, layers in hooks.items():
-                with attached(layers):
-                    outputs[name][i] = _generate(model, tokenizer, examples[i].prompt, suite.max_new_tokens)
-                report({"step": (step := step + 1), "steps": steps, "adapter": name})
+                step += len(batch) * len(company)
+                report({"step": step, "steps": steps, "adapters": len(company)})
+            for some in _prompts([(i, examples[i].prompt) for i in prompts], len(company)):
+                bank.assign([(order.get(name), len(some)) for name in company])
+                made = _generate(model, tokenizer, [prompt for _, prompt in some] * len(company), suite.max_new_tokens)
+                for place, name in enumerate(company):
+                    own = made[place * len(some) : (place + 1) * len(some)]
+                    outputs[name] |= {i: text for (i, _), text in zip(some, own, strict=True)}
+                step += len(some) * len(company)
+                report({"step": step, "steps": steps, "adapters": len(company)})
     return {
         name: [_record(suite, e, scores[name][i], outputs[name].get(i)) for i, e in enumerate(examples)]
-        for name in hooks
+        for name in names
     }
+
+
+def _companies(names: Sequence[str]) -> list[Sequence[str]]:
+    """Who goes through the base together."""
+    return [names[start : start + _TOGETHER] for start in range(0, len(names), _TOGETHER)]
 
 
 def _queries(item: int, example: Example) -> Iterator[Query]:
@@ -148,11 +167,11 @@ def _queries(item: int, example: Example) -> Iterator[Query]:
         yield Query(item, (choice,), ids, first, tuple((token,) for token in completion))
 
 
-def _batches(queries: Sequence[Query]) -> Iterator[list[Query]]:
-    """Queries of like length together, at most `_BATCH_TOKENS` tokens with padding (at least one query)."""
+def _batches(queries: Sequence[Query], many: int) -> Iterator[list[Query]]:
+    """Queries of like length together, at most `_BATCH_TOKENS` tokens for ``many``, padded (at least one query)."""
     batch: list[Query] = []
     for query in sorted(queries, key=lambda query: (len(query.ids), query.item)):
-        if batch and len(query.ids) * (len(batch) + 1) > _BATCH_TOKENS:
+        if batch and len(query.ids) * (len(batch) + 1) * many > _BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(query)
@@ -160,33 +179,51 @@ def _batches(queries: Sequence[Query]) -> Iterator[list[Query]]:
         yield batch
 
 
-def _log_probabilities(model: Model, batch: Sequence[Query]) -> list[list[float]]:
-    """Per query and choice: the sum of ln p over the completion's tokens."""
+def _log_probabilities(model: Model, batch: Sequence[Query], many: int, whole: bool) -> list[list[list[float]]]:
+    """Per adapter, query and choice: the sum of ln p over the completion's tokens."""
     ids_BT = padded([query.ids for query in batch])
     asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
     for row, query in enumerate(batch):
         asked_BT[row, query.first - 1 : len(query.ids)] = True
-    kept_BT = asked_BT.to(model.device)
-    logits_NV: Tensor = model(input_ids=ids_BT.to(model.device), logits_to_keep=kept_BT, use_cache=False).logits
-    logits_NV = logits_NV.reshape(int(asked_BT.sum()), -1).float()
+    asked_BT = asked_BT.repeat(many, 1).to(model.device)
+    inputs = {"input_ids": ids_BT.repeat(many, 1).to(model.device), "use_cache": False}
+    if whole:
+        logits_NV: Tensor = model(**inputs).logits[asked_BT].float()
+    else:
+        logits_NV = model(**inputs, logits_to_keep=asked_BT).logits.reshape(int(asked_BT.sum()), -1).float()
     log_z_N = logits_NV.logsumexp(dim=1)
-    found, at = [], 0
-    for query in batch:
-        span = slice(at, at := at + len(query.asked))
-        asked_NC = torch.tensor(query.asked, device=model.device)
-        found.append((logits_NV[span].gather(1, asked_NC) - log_z_N[span, None]).sum(0).tolist())
+    found: list[list[list[float]]] = []
+    at = 0
+    for _ in range(many):
+        found.append([])
+        for query in batch:
+            span = slice(at, at := at + len(query.asked))
+            asked_NC = torch.tensor(query.asked, device=model.device)
+            found[-1].append((logits_NV[span].gather(1, asked_NC) - log_z_N[span, None]).sum(0).tolist())
     return found
 
 
-def _generate(model: Model, tokenizer: Tokenizer, prompt: Sequence[int], max_new_tokens: int) -> tuple[str, bool]:
-    """The greedy continuation, and whether it came to an end of its own."""
-    ids = torch.tensor([prompt], device=model.device)
+def _prompts(prompts: Sequence[tuple[int, tuple[int, ...]]], many: int) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+    """Prompts of equal length together, at most `_GENERATED` rows for ``many``: nothing is padded, nothing masked."""
+    ordered = sorted(prompts, key=lambda item: (len(item[1]), item[0]))
+    for _, group in groupby(ordered, key=lambda item: len(item[1])):
+        equal = list(group)
+        size = max(1, _GENERATED // many)
+        yield from (equal[start : start + size] for start in range(0, len(equal), size))
+
+
+def _generate(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    """The greedy continuations of prompts of one length, and whether each came to an end of its own."""
+    ids_BT = torch.tensor(prompts, device=model.device)
     end = tokenizer.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, bos_token_id=None
     )
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[0, len(prompt) :].tolist()
-    return tokenizer.decode(made, skip_special_tokens=True), end in made
+    made_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=greedy)
+    rows = made_BT[:, ids_BT.shape[1] :].tolist()
+    return [(tokenizer.decode(row, skip_special_tokens=True), end in row) for row in rows]
 
 
 def _record(suite: Suite, example: Example, scores: Sequence[float], output: tuple[str, bool] | None) -> Record:

@@ -1,22 +1,18 @@
-"""The layer this project exists for, on any linear module of a frozen base (Hu et al. 2021, arXiv:2106.09685):
+"""An adapter: what it does to which modules of a base, whether it fits a model, and a new one (arXiv:2106.09685).
 
-    h = W₀x + scale·B·A·x        A random, B = 0 at the start
+    ΔW = scale·B·A        A random, B = 0 at the start
 
-It is a forward hook beside the module, so that the base's weights are never written: what was attached is
-detached by forgetting it, and the recorded weights are there bit by bit.
-Legend: R rank, I inputs, O outputs; an embedding has I = vocabulary.
+What carries it, alone or with others, is `bank`. Legend: R rank, I inputs, O outputs; an embedding has I = vocabulary.
 """
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from registry.core.errors import NotRunnable, UnknownTargets
@@ -62,59 +58,8 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D | nn.Embedding)
 
 
-# ── the layer ────────────────────────────────────────────────────────────────
+# ── on a model ───────────────────────────────────────────────────────────────
 
-
-class Layer:
-    """One patch on one module: called by the module with its input and output, it returns h."""
-
-    def __init__(self, module: nn.Module, patch: Patch, dropout: float = 0.0) -> None:
-        weight = module.get_parameter("weight")
-        self.module, self.scale, self.dropout = module, patch.scale, dropout
-        self.a_RI = patch.a_RI.detach().to(weight.device, torch.float32, copy=True)
-        self.b_OR = patch.b_OR.detach().to(weight.device, torch.float32, copy=True)
-        self.shift_O = None if patch.bias_O is None else patch.bias_O.to(weight) * patch.scale
-        self.stretch_O = None
-        if patch.magnitude_O is not None:
-            update = patch.update.dense().to(weight.device)
-            length_O = (weight.float().T if is_transposed(module) else weight.float()).add(update).norm(dim=1)
-            self.stretch_O = (patch.magnitude_O.to(length_O) / length_O).to(weight.dtype)
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        """h = W₀x + scale·B·A·x; with DoRA, all but the bias times magnitude ⁄ ‖W₀ + ΔW‖ by rows."""
-        x = inputs[0]
-        if isinstance(module, nn.Embedding):
-            low = F.embedding(x, self.a_RI.T).to(h.dtype)
-        else:
-            low = F.linear(F.dropout(x, self.dropout, self.dropout > 0), self.a_RI.to(x.dtype))
-        update = F.linear(low * self.scale, self.b_OR.to(h.dtype), self.shift_O)
-        if self.stretch_O is None:
-            return h + update
-        bias: Tensor | None = getattr(module, "bias", None)
-        bare = h if bias is None else h - bias
-        stretched: Tensor = self.stretch_O * (bare + update) + (h - bare)
-        return stretched
-
-
-class Replacement:
-    """Another weight or bias in the place of a module's own (``modules_to_save``, trained biases)."""
-
-    def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
-        own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
-        self.module, self.only_bias = module, parameters.keys() == {"bias"}
-        self.parameters = {**own, **{name: value.to(own[name]) for name, value in parameters.items()}}
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        """The module's output with its parameters replaced."""
-        if self.only_bias:
-            return h + (self.parameters["bias"] - module.get_parameter("bias"))
-        x, weight, bias = inputs[0], self.parameters["weight"], self.parameters.get("bias")
-        if isinstance(module, nn.Embedding):
-            return F.embedding(x, weight)
-        return F.linear(x, weight.T if isinstance(module, Conv1D) else weight, bias)
-
-
-Hook = Replacement | Layer
 Patched = list[tuple[str, nn.Module, Patch]]
 Replaced = list[tuple[str, nn.Module, dict[str, Tensor]]]
 
@@ -148,15 +93,6 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
     return patched, replaced
 
 
-def layers_of(model: Model, adapter: Adapter, dropout: float = 0.0) -> list[Hook]:
-    """The adapter's hooks for this model: replacements, then patches in the adapter's order."""
-    patched, replaced = fitted(model, adapter)
-    return [
-        *(Replacement(module, parameters) for _, module, parameters in replaced),
-        *(Layer(module, patch, dropout) for _, module, patch in patched),
-    ]
-
-
 def _find(model: Model, name: str) -> tuple[str, nn.Module]:
     found = module_name(model, name)
     if found is None:
@@ -170,17 +106,6 @@ def _misfit(reason: str) -> NotRunnable:
 
 def _shape(shape: Sequence[int] | None) -> str:
     return "not there" if shape is None else "×".join(map(str, shape))
-
-
-@contextmanager
-def attached(layers: Sequence[Hook]) -> Iterator[None]:
-    """The layers' modules answer as adapted inside the block, and as they were after it."""
-    handles = [layer.module.register_forward_hook(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ── a new adapter ────────────────────────────────────────────────────────────

@@ -59,6 +59,22 @@ def skeleton(folder: Path) -> Model:
         raise NotABase(path=str(folder), reason=str(error).splitlines()[0]) from error
 
 
+@torch.no_grad()
+def keeps_apart(model: Model) -> bool:
+    """Whether sequences that are laid behind one another, each from position 0 on, do not look into another.
+
+    Transformers tells them apart for models that make their mask in its way; others, such as recurrent ones, would
+    run on. Asked of two short sequences, since no list of models would stay true.
+    """
+    size = min(4, model.config.get_text_config().vocab_size - 1)
+    one_T = torch.arange(1, size + 1, device=model.device)
+    ids_BT = torch.cat([one_T, one_T.flip(0)])[None]
+    positions_BT = torch.arange(size, device=model.device).repeat(2)[None]
+    packed = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0, size:]
+    alone = model(input_ids=ids_BT[:, size:], position_ids=positions_BT[:, :size], use_cache=False).logits[0]
+    return torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=1e-2)
+
+
 def module_name(model: Model, name: str) -> str | None:
     """The model's own name of what an adapter calls ``name``: as it is, or with or without the base prefix."""
     prefix = f"{model.base_model_prefix}."

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from registry.core.errors import BadDataset
 from tests.workers import factories
-from workers.compute.data import Example, Row, batches, collate, parse_rows, read_rows, tokenize
+from workers.compute.data import Example, Row, batches, pack, parse_rows, read_rows, tokenize
 
 TOKENIZER = factories.tokenizer()
 
@@ -25,19 +25,52 @@ texts = st.text(min_size=1, max_size=20)
 @given(texts, texts)
 def test_only_the_completion_and_its_end_are_learnt(prompt: str, completion: str) -> None:
     made = example(prompt, completion, max_length=256)
-    ids_BT, asked_BT, targets_N = collate([made], torch.device("cpu"))
-    assert TOKENIZER.decode(targets_N.tolist()) == completion + "</s>"
-    assert ids_BT[0, 0] == TOKENIZER.bos_token_id
-    assert asked_BT.sum() == len(completion.encode()) + 1
+    packed = pack([[made]])
+    assert TOKENIZER.decode(packed.targets_N.tolist()) == completion + "</s>"
+    assert packed.ids_BT[0, 0] == TOKENIZER.bos_token_id
+    assert packed.asked_BT.sum() == len(completion.encode()) + 1
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6))
 def test_a_batch_asks_for_the_same_tokens_as_its_rows_alone(pairs: list[tuple[str, str]]) -> None:
     made = [example(prompt, completion, max_length=256) for prompt, completion in pairs]
-    _, _, together = collate(made, torch.device("cpu"))
-    apart = [collate([one], torch.device("cpu"))[2] for one in made]
-    assert torch.equal(together, torch.cat(apart))
+    packed = pack([made])
+    apart = [token for one in made for token in pack([[one]]).targets_N.tolist()]
+    assert sorted(packed.targets_N.tolist()) == sorted(apart)
+    assert packed.weights_N.sum().item() == pytest.approx(1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_batches_that_are_packed_together_keep_their_own_rows_and_tokens(
+    many: list[list[tuple[str, str]]],
+) -> None:
+    made = [[example(prompt, completion, max_length=256) for prompt, completion in batch] for batch in many]
+    packed = pack(made)
+    assert sum(packed.rows) == len(packed.ids_BT)
+    for owner, batch in enumerate(made):
+        mine = packed.owner_N == owner
+        assert sorted(packed.targets_N[mine].tolist()) == sorted(pack([batch]).targets_N.tolist())
+        assert packed.weights_N[mine].sum().item() == pytest.approx(1)
+
+
+def test_no_packed_sequence_looks_into_another() -> None:
+    model = factories.llama()
+    made = [example("a" * size, "b" * (9 - size)) for size in (1, 3, 5, 8)]
+    packed = pack([made])
+    assert packed.ids_BT.shape == (1, sum(len(one.ids) for one in made))
+    together = model(input_ids=packed.ids_BT, position_ids=packed.positions_BT, use_cache=False).logits[0]
+    ordered = sorted(made, key=lambda one: -len(one.ids))
+    alone = torch.cat([model(input_ids=torch.tensor([one.ids])).logits[0] for one in ordered])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_without_packing_every_sequence_has_a_row_of_its_own() -> None:
+    made = [example("a" * size, "b" * (9 - size)) for size in (1, 3, 8)]
+    apart = pack([made], together=False)
+    assert apart.rows == (3,)
+    assert torch.equal(apart.ids_BT[2, : len(made[2].ids)], torch.tensor(made[2].ids))
 
 
 @settings(deadline=None)
@@ -116,7 +149,7 @@ def test_every_epoch_holds_every_row_once_in_an_order_of_its_own() -> None:
 def test_a_batch_stays_within_its_tokens_and_holds_a_row_at_least() -> None:
     made = [example("p", "x" * length) for length in (1, 2, 3, 30)]
     for batch in itertools.islice(batches(made, 12, seed=0), 30):
-        assert len(batch) * max(len(one.ids) for one in batch) <= 12 or len(batch) == 1
+        assert sum(len(one.ids) for one in batch) <= 12 or len(batch) == 1
 
 
 def test_a_folder_gives_the_rows_of_all_its_files_in_order(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from registry.core.errors import BadDataset, NotRunnable, TrainingFailed
 from registry.core.recipes import FineTune
 from tests.workers import factories
+from workers.compute.bank import attached
 from workers.compute.data import Row
-from workers.compute.finetune import Trained, finetune, learning_rate
-from workers.compute.lora import Adapter, attached, fresh, layers_of
+from workers.compute.finetune import Task, Trained, finetune, finetune_many, learning_rate
+from workers.compute.lora import Adapter, fresh
 from workers.compute.weights import write_adapter
 
 TOKENIZER = factories.tokenizer()
@@ -166,6 +167,48 @@ def test_the_trained_adapter_answers_as_it_did_in_training() -> None:
     trained = finetune(model, TOKENIZER, factories.recipe(steps=30), factories.rows(4))
     row = Row({"prompt": "0+0=", "completion": " 0"}, "x.jsonl", 1)
     bare = finetune(model, TOKENIZER, factories.recipe(steps=1), [row]).losses[0]
-    with attached(layers_of(model, trained.adapter)):
+    with attached(model, trained.adapter):
         adapted = finetune(model, TOKENIZER, factories.recipe(steps=1), [row]).losses[0]
     assert adapted < bare
+
+
+def tasks() -> list[Task]:
+    """Adapters with ranks, targets, rows, rates, lengths and starts of their own."""
+    start = factories.random_adapter(factories.llama(), seed=5)
+    return [
+        Task(factories.recipe(steps=7), factories.rows()),
+        Task(factories.recipe(steps=4, rank=2, seed=4, targets=("all-linear",), schedule="cosine"), factories.rows(5)),
+        Task(factories.recipe(steps=9, pull=0.5, learning_rate=3e-3, batch_tokens=40), factories.rows(11), start),
+    ]
+
+
+def test_many_adapters_train_at_once_as_each_would_alone() -> None:
+    alone = [train(task.recipe, rows=task.rows, start=task.start) for task in tasks()]
+    together = finetune_many(factories.llama(), TOKENIZER, tasks())
+    for one, other in zip(alone, together, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=2e-3)
+        size = sum(float(patch.b_OR.norm()) for patch in one.adapter.patches.values())
+        assert distance(one.adapter, other.adapter) < 0.02 * size
+
+
+@pytest.mark.parametrize("at", [2, 5, 8])
+def test_many_that_were_stopped_resume_to_the_bytes_of_an_uninterrupted_run(at: int, tmp_path: Path) -> None:
+    whole = finetune_many(factories.llama(), TOKENIZER, tasks())
+    with pytest.raises(KeyboardInterrupt):
+        finetune_many(
+            factories.llama(), TOKENIZER, tasks(), report=stop_after(at), checkpoint_dir=tmp_path
+        )
+    resumed = finetune_many(factories.llama(), TOKENIZER, tasks(), checkpoint_dir=tmp_path)
+    for place, (one, other) in enumerate(zip(whole, resumed, strict=True)):
+        assert one.losses == other.losses
+        assert written(one.adapter, tmp_path / f"{place}a") == written(other.adapter, tmp_path / f"{place}b")
+
+
+def test_who_has_finished_is_not_trained_on_while_others_go_on() -> None:
+    told: list[tuple[int, int]] = []
+    finetune_many(
+        factories.llama(), TOKENIZER, tasks(), report=lambda now: told.append((now["task"], now["step"]))
+    )
+    assert [sum(task == place for task, _ in told) for place in range(3)] == [7, 4, 9]
+    assert told[:3] == [(0, 1), (1, 1), (2, 1)]
+    assert told[-2:] == [(2, 8), (2, 9)]

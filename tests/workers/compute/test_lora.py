@@ -3,7 +3,8 @@ import torch
 
 from registry.core.errors import NotRunnable, UnknownTargets
 from tests.workers import factories
-from workers.compute.lora import Adapter, attached, fresh, layers_of, target_modules
+from workers.compute.bank import Bank, attached
+from workers.compute.lora import Adapter, fresh, target_modules
 from workers.compute.model import Model
 
 
@@ -11,7 +12,7 @@ from workers.compute.model import Model
 def test_a_fresh_adapter_changes_nothing(make: type[Model]) -> None:
     model = make()
     before = factories.logits(model)
-    with attached(layers_of(model, fresh(model, factories.recipe(targets=("all-linear",))))):
+    with attached(model, fresh(model, factories.recipe(targets=("all-linear",)))):
         assert torch.equal(factories.logits(model), before)
 
 
@@ -19,7 +20,7 @@ def test_a_detached_adapter_leaves_the_base_as_it_was() -> None:
     model = factories.llama()
     before = factories.logits(model)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    with attached(layers_of(model, factories.random_adapter(model))):
+    with attached(model, factories.random_adapter(model)):
         assert not torch.allclose(factories.logits(model), before)
     assert torch.equal(factories.logits(model), before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -29,7 +30,7 @@ def test_a_detached_adapter_leaves_the_base_as_it_was() -> None:
 def test_an_attached_adapter_answers_as_its_dense_update_would(make: type[Model]) -> None:
     model = make()
     adapter = factories.random_adapter(model, targets=("all-linear",))
-    with attached(layers_of(model, adapter)):
+    with attached(model, adapter):
         adapted = factories.logits(model)
     for name, patch in adapter.patches.items():
         weight, update = model.get_submodule(name).weight, patch.update.dense()
@@ -68,19 +69,19 @@ def test_equal_seeds_draw_equal_adapters() -> None:
 def test_an_adapter_of_other_shapes_is_refused_by_module_and_shape() -> None:
     adapter = factories.random_adapter(factories.llama(hidden_size=48))
     with pytest.raises(NotRunnable, match=r"q_proj.*32×32"):
-        layers_of(factories.llama(), adapter)
+        Bank(factories.llama(), [adapter])
 
 
 def test_an_adapter_for_a_module_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(NotRunnable, match=r"no module 'model.layers.2.self_attn.q_proj'"):
-        layers_of(factories.llama(), factories.random_adapter(factories.llama(num_hidden_layers=3)))
+        Bank(factories.llama(), [factories.random_adapter(factories.llama(num_hidden_layers=3))])
 
 
 def test_names_without_the_base_prefix_find_their_modules() -> None:
     model = factories.llama()
     adapter = factories.random_adapter(model)
     bare = Adapter({name.removeprefix("model."): patch for name, patch in adapter.patches.items()}, adapter.config)
-    with attached(layers_of(model, adapter)):
+    with attached(model, adapter):
         expected = factories.logits(model)
-    with attached(layers_of(model, bare)):
+    with attached(model, bare):
         assert torch.equal(factories.logits(model), expected)

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from registry.core.errors import NotABase, NotRunnable
 from tests.workers import factories
-from workers.compute.model import dtype_for, load, module_name, skeleton
+from workers.compute.model import dtype_for, keeps_apart, load, module_name, skeleton
 
 
 def test_a_precision_that_is_asked_for_is_taken() -> None:
@@ -39,3 +40,11 @@ def test_what_is_no_base_or_an_unknown_one_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(NotABase):
         skeleton(tmp_path)
+
+
+def test_packed_sequences_are_kept_apart_by_attention_and_not_by_a_recurrent_model() -> None:
+    torch.manual_seed(0)
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4))
+    assert keeps_apart(factories.llama())
+    assert keeps_apart(factories.gpt2())
+    assert not keeps_apart(recurrent.eval())

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from registry.core.errors import BadHeader, BadTensor, NotAnAdapter, NotRunnable
 from tests.workers import factories
-from workers.compute.lora import Adapter, attached, layers_of
+from workers.compute.bank import attached
+from workers.compute.lora import Adapter
 from workers.compute.model import Model
 from workers.compute.weights import read_adapter, read_metadata, write_adapter
 
@@ -44,7 +45,7 @@ def peft_adapter(model: Model, folder: Path, **options: Any) -> torch.Tensor:
 
 
 def here(model: Model, folder: Path) -> torch.Tensor:
-    with attached(layers_of(model, read_adapter(folder))):
+    with attached(model, read_adapter(folder)):
         return factories.logits(model)
 
 
@@ -55,7 +56,7 @@ def test_what_is_made_here_loads_in_peft_with_the_same_logits(
 ) -> None:
     model = make()
     adapter = factories.random_adapter(model, targets=("all-linear",), rank_stabilised=rank_stabilised)
-    with attached(layers_of(model, adapter)):
+    with attached(model, adapter):
         expected = factories.logits(model)
     wrapped = PeftModel.from_pretrained(make(), write(adapter, tmp_path))
     torch.testing.assert_close(factories.logits(wrapped), expected, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,6 @@
 """Tier 3: a few steps on the new base from the best of the carried adapter and a fresh one (docs: rebase).
 
-Both starts are given the same steps, rows and rates, so that carrying has to earn its place; the calibration
+Both starts are given the same steps, rows and rates in one run, so that carrying has to earn its place; the calibration
 split of a suite chooses between what came out, without a suite the loss of the last quarter of training.
 The carried adapter is held to where it began by a pull that decays to zero over these steps.
 """
@@ -15,7 +15,7 @@ from registry.core.recipes import FineTune
 
 from ..data import Row
 from ..evaluate import Suite, evaluate
-from ..finetune import Report, Trained, finetune, silent
+from ..finetune import Report, Task, Trained, finetune_many, silent
 from ..lora import Adapter, restarted
 from ..metrics import mean
 from ..model import Model, Tokenizer
@@ -47,18 +47,16 @@ def warm_start(
 ) -> Chosen:
     """Train from ``carried`` and from scratch by ``recipe`` (its steps, rates and pull are this tier's) and choose."""
     starts = {"carry": carried, "scratch": restarted(carried, recipe.seed)}
-    trained: dict[str, Trained] = {}
-    for name, start in starts.items():
-        done = len(trained) * recipe.steps
-        pull = (recipe.pull or PULL) if name == "carry" else 0.0
-        held = recipe.model_copy(update={"pull": pull})
+    pulls = {"carry": recipe.pull or PULL, "scratch": 0.0}
+    tasks = [Task(recipe.model_copy(update={"pull": pulls[name]}), rows, start) for name, start in starts.items()]
 
-        def shifted(progress: dict[str, Any], name: str = name, done: int = done) -> None:
-            shift = {"step": progress["step"] + done, "steps": recipe.steps * len(starts), "candidate": name}
-            report(progress | shift)
+    def shifted(progress: dict[str, Any]) -> None:
+        place = progress["task"]
+        step = (progress["step"] - 1) * len(tasks) + place + 1
+        report(progress | {"step": step, "steps": recipe.steps * len(tasks), "candidate": list(starts)[place]})
 
-        folder = checkpoint / name if checkpoint is not None else None
-        trained[name] = finetune(model, tokenizer, held, rows, start=start, report=shifted, checkpoint_dir=folder)
+    runs = finetune_many(model, tokenizer, tasks, report=shifted, checkpoint_dir=checkpoint)
+    trained = dict(zip(starts, runs, strict=True))
     steps = sum(len(run.losses) for run in trained.values())
     candidates = {name: {"loss": fmean(run.losses[-max(1, recipe.steps // 4) :])} for name, run in trained.items()}
     calibration = suite.only("calibration") if suite is not None else None

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 
 from registry.core.errors import NotRunnable
 from tests.workers import factories
+from workers.compute.bank import attached
 from workers.compute.evaluate import Suite
 from workers.compute.finetune import finetune
-from workers.compute.lora import attached, fresh, layers_of
+from workers.compute.lora import fresh
 from workers.compute.rebase.carry import carry
 from workers.compute.rebase.retrain import gain, recovered, retrain
 from workers.compute.rebase.warm_start import warm_start
@@ -24,9 +25,9 @@ def test_carrying_to_the_same_base_keeps_the_logits(tmp_path: Path) -> None:
     base = factories.saved(model, tmp_path)
     head = {"lm_head.weight": torch.randn(259, 32, generator=torch.Generator().manual_seed(1))}
     adapter = replace(factories.random_adapter(model), replaced=head)
-    with attached(layers_of(model, adapter)):
+    with attached(model, adapter):
         expected = factories.logits(model)
-    with attached(layers_of(model, carry(adapter, base, base))):
+    with attached(model, carry(adapter, base, base)):
         torch.testing.assert_close(factories.logits(model), expected, atol=1e-4, rtol=1e-4)
 
 
