@@ -315,6 +315,9 @@ def log(out: Output, ref: str) -> None:
     with config.connect() as client:
         series = str(name.series)
         history = client.log(series)
+        while history.cursor is not None:
+            more = client.log(series, cursor=history.cursor)
+            history = more.model_copy(update={"entries": history.entries + more.entries})
         version = version_of(client, name)
         lineage = client.lineage(series, f"v{version.version}")
     out.emit({"log": history, "lineage": lineage}, lambda: _log(history, lineage))

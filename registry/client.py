@@ -185,9 +185,9 @@ class RegistryClient:
         """The canonical bytes of a version's manifest."""
         return self._send("GET", _series("adapter", name, "versions", version, "manifest")).content
 
-    def log(self, name: str, *, limit: int | None = None) -> wire.LogInfo:
-        """What happened to an adapter, newest first."""
-        return self._get(_series("adapter", name, "log"), wire.LogInfo, limit=limit)
+    def log(self, name: str, *, limit: int | None = None, cursor: str | None = None) -> wire.LogInfo:
+        """What happened to an adapter, newest first; goes on behind ``cursor``."""
+        return self._get(_series("adapter", name, "log"), wire.LogInfo, limit=limit, cursor=cursor)
 
     def lineage(self, name: str, version: str | None = None) -> wire.LineageInfo:
         """Where versions came from and what was made of them; of one version, or of the newest."""

@@ -193,11 +193,21 @@ def show_version(namespace: str, name: str, version: str, parts: Parts, caller: 
 
 
 @router.get("/adapters/{namespace}/{name}/log")
-def show_log(namespace: str, name: str, parts: Parts, caller: User, limit: Limit = 100) -> LogInfo:
+def show_log(
+    namespace: str,
+    name: str,
+    parts: Parts,
+    caller: User,
+    limit: Limit = 100,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> LogInfo:
     """What happened to the adapter, newest first."""
+    version, move = behind(after, adapters.NEWEST)
     with parts.database.read() as session:
         adapter = _series(session, caller, namespace, name)
-        return LogInfo(name=f"{namespace}/{name}", entries=adapters.history(session, adapter, limit=limit))
+        entries, last = adapters.history(session, adapter, before=(version, move), limit=limit)
+        more = cursor(*last) if len(entries) == limit else None
+        return LogInfo(name=f"{namespace}/{name}", entries=entries, cursor=more)
 
 
 @router.get("/adapters/{namespace}/{name}/lineage")

@@ -5,6 +5,7 @@ Fit is never computed adapter by adapter: it is stored per (base, base, target s
 (`registry.services.fits`).
 """
 
+import heapq
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -347,18 +348,27 @@ def _nearest(session: Session, graded: Sequence[tuple[FitInfo, Version]], engine
 # ── history and lineage ──────────────────────────────────────────────────────
 
 
-def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]:
-    """What happened to an adapter, newest first: versions and alias moves, who and why."""
+NEWEST = ((1 << 31) - 1, (1 << 31) - 1)
+"""Before everything in `history`."""
+
+
+def history(
+    session: Session, adapter: Adapter, *, before: tuple[int, int] = NEWEST, limit: int
+) -> tuple[list[LogEntry], tuple[int, int]]:
+    """What happened to an adapter, newest first: versions and alias moves, who and why; and where to go on.
+
+    ``before`` is (number of a version, id of a move): each of the two goes on below its own last one, so that
+    clocks which differ between processes leave nothing out.
+    """
     assert adapter.id is not None
-    versions = versions_page(session, adapter, before=1 << 30, limit=limit)
-    moves = session.exec(
-        select(AliasMove).where(AliasMove.adapter_id == adapter.id).order_by(col(AliasMove.id).desc()).limit(limit)
-    ).all()
+    versions = versions_page(session, adapter, before=before[0], limit=limit)
+    query = select(AliasMove).where(AliasMove.adapter_id == adapter.id, col(AliasMove.id) < before[1])
+    moves = session.exec(query.order_by(col(AliasMove.id).desc()).limit(limit)).all()
     named = {i for m in moves for i in (m.from_version_id, m.to_version_id) if i is not None}
     numbers = dict(session.exec(select(Version.id, Version.number).where(col(Version.id).in_(named))).all())
     called = bases.named(session, {v.base_id for v in versions} | {m.base_id for m in moves})
     names = _actor_names(session, {v.created_by for v in versions} | {m.actor for m in moves})
-    entries = [
+    made = [
         LogEntry(
             at=version.created_at,
             actor=names.get(version.created_by, version.created_by),
@@ -369,7 +379,7 @@ def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]
         )
         for version in versions
     ]
-    entries += [
+    moved_to = [
         LogEntry(
             at=moved.at,
             actor=names.get(moved.actor, moved.actor),
@@ -382,7 +392,12 @@ def history(session: Session, adapter: Adapter, *, limit: int) -> list[LogEntry]
         )
         for moved in moves
     ]
-    return sorted(entries, key=lambda entry: entry.at, reverse=True)[:limit]
+    told = list(heapq.merge(made, moved_to, key=lambda entry: entry.at, reverse=True))[:limit]
+    of_versions = sum(entry.event == "version" for entry in told)
+    of_moves = len(told) - of_versions
+    version_told = versions[of_versions - 1].number if of_versions else before[0]
+    move_told = moves[of_moves - 1].id if of_moves else None
+    return told, (version_told, move_told or before[1])
 
 
 def _actor_names(session: Session, ids: set[str]) -> dict[str, str]:

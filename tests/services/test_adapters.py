@@ -106,7 +106,7 @@ def test_the_log_tells_versions_and_moves_newest_first(here: Upgrade) -> None:
     here.serve(seed=9)
     with here.world.database.read() as session:
         adapter = find_adapter(session, ADMIN, Reference.parse("team/bot").series)
-        told = adapters.history(session, adapter, limit=3)
+        told, _ = adapters.history(session, adapter, limit=3)
     assert {entry.event for entry in told} == {"version", "alias"}
     assert any("v1 → v2" in entry.detail for entry in told), [entry.detail for entry in told]
     assert [entry.at for entry in told] == sorted((entry.at for entry in told), reverse=True)
