@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Header, Query, Response
 
 from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Page
 from registry.services import bases, pushes
@@ -32,7 +32,7 @@ def list_bases(
     after: Annotated[str | None, Query(alias="cursor")] = None,
 ) -> Page[BaseInfo]:
     """Bases, newest first; with ``line`` those of one line."""
-    (before,) = behind(after, (1 << 31,))
+    (before,) = behind(after, ((1 << 31) - 1,))
     with parts.database.read() as session:
         rows = bases.page(session, caller, line=line, before=before, limit=limit)
         more = cursor(rows[-1].id) if len(rows) == limit else None
@@ -47,11 +47,14 @@ def show(ref: str, parts: Parts, caller: User) -> BaseInfo:
 
 
 @router.get("/bases/{ref}/table")
-def table(ref: str, parts: Parts, caller: User) -> Response:
+def table(ref: str, parts: Parts, caller: User, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The tensor table, compressed; immutable by digest."""
     with parts.database.read() as session:
         digest, body = bases.table(session, caller, ref)
-    return Response(body, media_type="application/zlib", headers={"ETag": f'"{digest}"'})
+    headers = {"ETag": f'"{digest}"'}
+    if if_none_match == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/zlib", headers=headers)
 
 
 @router.get("/bases/{a}/diff/{b}")
