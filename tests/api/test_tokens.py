@@ -1,0 +1,109 @@
+"""The life of a token over HTTP, on both databases: shown once, used, limited, expired, revoked."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlmodel import select
+
+from registry.api.app import create_app
+from registry.api.deps import AppParts
+from registry.broker import Broker
+from registry.db.models import Token
+from registry.services import tokens
+from tests.world import SETTINGS, World
+
+ADMIN = tokens.make_text()
+READER = {"name": "reader", "scopes": {"team": ["read"]}}
+
+
+@pytest.fixture
+def api(world: World) -> Iterator[TestClient]:
+    settings = replace(SETTINGS, bootstrap_token=ADMIN)
+    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+    with TestClient(create_app(parts), headers=bearer(ADMIN)) as client:
+        yield client
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def make(api: TestClient, **changes: Any) -> dict[str, Any]:
+    answer = api.post("/v1/tokens", json=READER | changes)
+    assert answer.status_code == 201, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def test_a_token_is_shown_once_and_begins_with_its_id(world: World, api: TestClient) -> None:
+    made = make(api)
+    secret = made["token"].split("_", 2)[2]
+    assert made["token"].startswith(f"lora_{made['id']}_")
+    listed = api.get("/v1/tokens")
+    assert made["id"] in {token["id"] for token in listed.json()["items"]}
+    revoked = api.delete(f"/v1/tokens/{made['id']}")
+    for answer in (listed.text, revoked.text):
+        assert secret not in answer
+    stored = world.one(select(Token).where(Token.id == made["id"]))
+    assert secret not in str(stored.model_dump())
+
+
+def test_a_token_is_who_it_was_made_for_and_may_what_it_was_given(api: TestClient) -> None:
+    token = bearer(make(api)["token"])
+    me = api.get("/v1/whoami", headers=token).json()
+    assert (me["name"], me["kind"], me["scopes"]) == ("reader", "user", {"team": ["read"]})
+    assert api.get("/v1/adapters", headers=token).status_code == 200
+    for ask in (
+        api.put("/v1/namespaces/team/policy", json={}, headers=token),
+        api.get("/v1/tokens", headers=token),
+        api.post("/v1/tokens", json=READER, headers=token),
+    ):
+        assert (ask.status_code, ask.json()["code"]) == (403, "scope-missing")
+
+
+def test_an_admin_of_a_namespace_gives_scopes_there_and_nowhere_else(api: TestClient) -> None:
+    token = bearer(make(api, scopes={"team": ["admin"]})["token"])
+    assert api.post("/v1/tokens", json=READER, headers=token).status_code == 201
+    for scopes in ({"other": ["read"]}, {"*": ["read"]}, {"team": ["read"], "other": ["read"]}):
+        assert api.post("/v1/tokens", json=READER | {"scopes": scopes}, headers=token).status_code == 403
+    assert {tuple(t["scopes"]) for t in api.get("/v1/tokens", headers=token).json()["items"]} == {("team",)}
+
+
+def test_a_token_expires_when_it_was_said_to(world: World, api: TestClient) -> None:
+    made = make(api, expires_in=60)
+    assert datetime.fromisoformat(made["expires_at"]) == world.now + timedelta(seconds=60)
+    world.later(seconds=61)
+    answer = api.get("/v1/whoami", headers=bearer(made["token"]))
+    assert (answer.status_code, answer.json()["code"]) == (401, "token-refused")
+    assert "expired" in answer.json()["detail"]
+    for never in (0, -1):
+        assert api.post("/v1/tokens", json=READER | {"expires_in": never}).status_code == 400
+
+
+def test_a_revoked_token_opens_nothing_though_it_was_just_used(world: World, api: TestClient) -> None:
+    made = make(api)
+    token = bearer(made["token"])
+    assert api.get("/v1/whoami", headers=token).status_code == 200
+    gone = api.delete(f"/v1/tokens/{made['id']}", headers=token)  # its own, which needs no scope
+    assert (gone.status_code, datetime.fromisoformat(gone.json()["revoked_at"])) == (200, world.now)
+    answer = api.get("/v1/whoami", headers=token)
+    assert (answer.status_code, answer.json()["code"]) == (401, "token-refused")
+    assert "revoked" in answer.json()["detail"]
+    assert api.delete(f"/v1/tokens/{made['id']}").json()["code"] == "move-not-allowed"
+    assert api.delete("/v1/tokens/absent").status_code == 404
+
+
+def test_a_workers_token_has_queues_and_no_scopes(api: TestClient) -> None:
+    made = make(api, kind="worker", scopes={}, queues=["gpu"])
+    assert api.get("/v1/adapters", headers=bearer(made["token"])).status_code == 403
+    asked = {"queue": "gpu", "worker": "w"}
+    assert api.post("/v1/jobs/claim", json=asked, headers=bearer(made["token"])).json()["job"] is None
+    wrong: list[dict[str, Any]] = [
+        {"kind": "worker", "queues": ["gpu"]}, {"queues": ["gpu"]}, {"scopes": {}}, {"scopes": {"team": ["all"]}},
+    ]  # fmt: skip
+    for changes in wrong:
+        assert api.post("/v1/tokens", json=READER | changes).status_code == 400
