@@ -422,6 +422,12 @@ class ScopeMissing(Forbidden):
     help = "Ask an admin of the namespace: loractl token create --scope {scope} --namespace {namespace}"
 
 
+class GateLoosened(Forbidden):
+    code = "gate-loosened"
+    says = "This policy asks less of {name} than the one in force: {what}. That needs 'admin' on '{namespace}'."
+    help = "Keep what the policy in force asks (loractl policy show {name}), or ask an admin of '{namespace}'"
+
+
 class NotYourJob(Forbidden):
     code = "not-your-job"
     says = "A worker token may only touch jobs it has claimed; '{id}' is not one of them."

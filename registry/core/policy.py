@@ -1,8 +1,8 @@
 """Policy: what must hold before an alias of an adapter moves, and what is done when its base changes.
 
 Revisioned, per adapter, with a default per namespace. The verdict itself is `registry.core.gate`.
-Whoever may promote sets it; taking the last gate, or the wanted evidence, from an alias needs admin, as moving
-that alias by force does.
+Whoever may promote sets it; asking less of a candidate than before (`loosened`) needs admin, as moving an alias by
+force does: else one could be had by the other.
 """
 
 from enum import StrEnum
@@ -81,3 +81,32 @@ class Policy(Frozen):
     def is_gated(self, alias: str) -> bool:
         """Whether ``alias`` moves only by a promotion: the policy names it, and demands scores or evidence."""
         return alias in self.aliases and bool(self.gates or self.evidence)
+
+
+def loosened(before: Policy, after: Policy) -> list[str]:
+    """What ``after`` asks less of a candidate than ``before``, in words: gates, guard, margins, alpha, evidence.
+
+    A gate is the same one when suite and metric are, whichever version of the suite it names. A margin in another
+    unit cannot be compared, so it counts as wider.
+    """
+    found = []
+    for kind, old, new in (
+        ("gate", before.gates, after.gates),
+        ("guard", (before.guard,) if before.gates and before.guard else (), (after.guard,) if after.guard else ()),
+    ):
+        for gate in old:
+            called = f"the {kind} {gate.suite} ({gate.metric})"
+            margins = [other.margin for other in new if _measure(other) == _measure(gate)]
+            if not margins:
+                found.append(f"{called} is gone")
+            elif not any(m.of_gain == gate.margin.of_gain and m.value <= gate.margin.value for m in margins):
+                found.append(f"{called} had the margin {gate.margin} and has {', '.join(map(str, margins))}")
+    if before.gates and after.alpha > before.alpha:
+        found.append(f"alpha was {before.alpha:g} and is {after.alpha:g}")
+    if before.evidence is not None and not (after.evidence and after.evidence.at_least(before.evidence)):
+        found.append(f"the evidence was {before.evidence} and is {after.evidence or 'any'}")
+    return found
+
+
+def _measure(gate: Gate) -> tuple[str, str]:
+    return gate.suite.partition("@")[0], gate.metric

@@ -4,10 +4,10 @@ from datetime import datetime
 
 from sqlmodel import Session
 
-from registry.core.errors import BadRequest, PolicyNotFound
+from registry.core.errors import BadRequest, GateLoosened, PolicyNotFound
 from registry.core.gate import require_possible
 from registry.core.names import check_name
-from registry.core.policy import Policy
+from registry.core.policy import Policy, loosened
 from registry.core.recipes import FineTune, parse_recipe
 from registry.core.records import CONTINUOUS
 from registry.db import queries
@@ -44,8 +44,8 @@ def put(
 ) -> tuple[StoredPolicy, list[str]]:
     """A new revision, and notes such as the smallest suite that can pass.
 
-    Gates are replaced and margins set by whoever may promote, on record; to take the last gate (or the wanted
-    evidence) from an alias needs admin, as moving it by force does: else one could be had by the other.
+    Whoever may promote sets it, on record. To take the last gate (or the wanted evidence) from an alias, or to ask
+    less than before (`GateLoosened`), needs admin, as moving it by force does: else one could be had by the other.
     `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass,
     `BadRequest` for a guard or a recipe that is none, or whose datasets the caller may not read.
     """
@@ -59,12 +59,15 @@ def put(
         raise BadRequest(problems="guard.margin: a guard has no gain; its margin must be absolute")
     if policy.recipe is not None:
         _check_recipe(session, caller, policy.recipe)
-    if ungated(effective(session, namespace, name), policy):
+    subject = f"{namespace}/{name}" if name else namespace
+    in_force = effective(session, namespace, name)
+    if ungated(in_force, policy):
         caller.require("admin", namespace)
+    if (less := loosened(in_force, policy)) and not caller.can("admin", namespace):
+        raise GateLoosened(name=subject, what="; ".join(less), namespace=namespace)
     notes = []
     for gate in every_gate(policy):
         suite = find_dataset(session, caller, "suite", gate.suite)
-        subject = f"{namespace}/{name}" if name else namespace
         needed = require_possible(gate, policy, n=suite.gate_rows, name=subject)
         kind = "at least" if gate.metric in CONTINUOUS else "without a flip, at least"
         notes.append(f"{gate.suite}: {suite.gate_rows} gate items; {kind} {needed} are needed at margin {gate.margin}")

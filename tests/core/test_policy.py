@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from registry.core.policy import Evidence, Gate, Margin, Policy
+from registry.core.policy import Evidence, Gate, Margin, Policy, loosened
 from registry.core.recipes import TIERS
 
 GATE = Gate(suite="team/suite@v2", metric="likelihood", margin=Margin(value=0.02, of_gain=True))
@@ -76,3 +76,20 @@ def test_what_makes_no_sense_is_refused_by_its_field(changes: dict[str, object],
 def test_a_policy_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Policy().alpha = 0.1  # type: ignore[misc]  # that it must not is the point
+
+
+@given(POLICIES)
+def test_a_policy_asks_no_less_than_itself(policy: Policy) -> None:
+    assert loosened(policy, policy) == []
+
+
+@given(POLICIES, POLICIES, POLICIES)
+def test_what_asks_no_less_twice_asks_no_less(a: Policy, b: Policy, c: Policy) -> None:
+    b, c = (policy.model_copy(update={"gates": policy.gates + a.gates}) for policy in (b, c))
+    if not loosened(a, b) and not loosened(b, c):
+        assert loosened(a, c) == []
+
+
+@given(POLICIES)
+def test_nothing_is_looser_than_no_policy(policy: Policy) -> None:
+    assert loosened(Policy(), policy) == []
