@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlmodel import col, select
 
 from cli.main import run
+from registry.db.models import AliasMove, CampaignItem
+from registry.schemas import UpgradeRequest
 from tests import live
 from tests.factories import adapter_config, base_of, tiny_adapter, tiny_base, write_json
 
@@ -262,6 +265,42 @@ def test_an_upgrade_is_planned_started_reported_and_aborted(
     assert "upgraded/bot" in told("upgrade", "status", started["id"])
     assert f"# Upgrade {started['id']}: upgraded, upgraded@r1 → upgraded@r2" in told("upgrade", "report", started["id"])
     assert call("upgrade", "report")["id"] == started["id"]
+
+
+@pytest.mark.parametrize("decline", [False, True])
+def test_a_person_says_yes_or_no_where_a_policy_asks(
+    registry: live.Live, call: Call, bases: tuple[Path, Path], tmp_path: Path, *, decline: bool
+) -> None:
+    old, new = bases
+    line = f"asked-{decline}".lower()
+    call("base", "push", old, "--line", line)
+    call("push", tiny_adapter(tmp_path / "a", old, seed=6), f"{line}/bot", "--base", old, "--alias", "prod")
+    call("base", "push", new, "--line", line)
+    request = UpgradeRequest(line=line, to=f"{line}@r2", old=f"{line}@r1", namespaces=[line])
+    with registry.client() as client:
+        planned = client.create_upgrade(request)  # never started, so nobody but us moves it
+    with registry.parts.database.write() as session:
+        item = session.exec(select(CampaignItem).where(CampaignItem.campaign_id == planned.id)).one()
+        item.state = "waiting"
+        session.add(item)
+    call("upgrade", "approve", planned.id, f"{line}/bot", *(["--decline"] if decline else []))
+    with registry.parts.database.read() as session:
+        item = session.exec(select(CampaignItem).where(CampaignItem.campaign_id == planned.id)).one()
+    assert (item.facts["approved"], item.facts["decided_by"]) == (not decline, "admin")
+
+
+def test_a_log_goes_on_past_its_first_page(
+    registry: live.Live, call: Call, told: Callable[..., str], bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tiny_adapter(tmp_path / "a", bases[0], seed=7)
+    call("push", folder, "long/bot", "--base", bases[0], "--alias", "prod", "-m", "the first of all")
+    with registry.parts.database.write() as session:
+        first = session.exec(select(AliasMove).order_by(col(AliasMove.id).desc())).first()
+        assert first is not None
+        for generation in range(2, 152):
+            session.add(AliasMove(**first.model_dump(exclude={"id", "generation"}), generation=generation))
+    assert len(call("log", "long/bot")["log"]["entries"]) == 152
+    assert "the first of all" in told("log", "long/bot")
 
 
 def test_doctor_looks_here_and_there(call: Call) -> None:
