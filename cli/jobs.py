@@ -182,7 +182,7 @@ def train(
     output = read.output | {key: value for key, value in given.items() if value is not None}
     if "adapter" not in output:
         raise BadRequest(problems='name the result: --output team/bot, or adapter = "team/bot" under [output]')
-    _ask(out, JobRequest(recipe=read.recipe, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=read.recipe, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
 
 
 @command(
@@ -209,7 +209,7 @@ def evaluate(
     recipe["adapters"] = [str(Reference.parse(ref)) for ref in refs]
     if base_text:
         recipe["base"] = _base(out, base_text)
-    _ask(out, JobRequest(recipe=recipe, queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=recipe, queue=queue, fresh=fresh), no_wait)
 
 
 @command(
@@ -242,7 +242,7 @@ def merge(
     recipe: dict[str, Any] = {"kind": "merge", "adapter": str(Reference.parse(ref))}
     if base_text:
         recipe["base"] = _base(out, base_text)
-    _ask(out, JobRequest(recipe=recipe, output=Goes(line=line), queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=recipe, output=Goes(line=line), queue=queue, fresh=fresh), no_wait)
 
 
 @command(
@@ -270,7 +270,7 @@ def rebase(
     if suite_ref and tier != "carry":
         recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
     goes = Goes(adapter=name or str(reference.series), aliases=list(aliases))
-    _ask(out, JobRequest(recipe=recipe, output=goes, queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=recipe, output=goes, queue=queue, fresh=fresh), no_wait)
 
 
 def _base(out: Output, text: str) -> str:
@@ -278,7 +278,8 @@ def _base(out: Output, text: str) -> str:
         return bases.wanted(text, bar).ref
 
 
-def _ask(out: Output, request: "JobRequest", no_wait: bool) -> None:
+def ask(out: Output, request: "JobRequest", no_wait: bool) -> None:
+    """Ask for a job, and unless ``no_wait`` follow it to its end."""
     with config.connect() as client:
         job = client.submit(request)
         if no_wait:
@@ -488,6 +489,25 @@ def _job(job: "JobInfo") -> None:
     if rows:
         click.echo()
         table(["adapter", "metric", "split", "mean", "n"], rows)
+    if modules := _modules(result.get("modules") or {}):
+        click.echo()
+        table(["module", "how many", "rank before", "rank now", "least energy kept"], modules)
+
+
+def _modules(modules: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of ranks and kept energy, a row for all modules of one kind: those with the same last part of their name."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, module in modules.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(module)
+    return [
+        [kind, str(len(found)), _span([m["before"] for m in found]), _span([m["after"] for m in found]),
+         number(min((m["energy"] for m in found if m["energy"] is not None), default=None))]
+        for kind, found in kinds.items()
+    ]  # fmt: skip
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)}–{max(values)}"
 
 
 def _who(name: str, job: "JobInfo") -> str:

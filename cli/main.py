@@ -35,6 +35,7 @@ COMMANDS = {
     "push": "adapters", "pull": "adapters", "list": "adapters", "show": "adapters", "log": "adapters",
     "diff": "adapters", "alias": "adapters", "promote": "adapters", "rollback": "adapters", "policy": "adapters",
     "dataset": "jobs", "suite": "jobs", "train": "jobs", "evaluate": "jobs", "merge": "jobs", "rebase": "jobs",
+    "combine": "updates", "compress": "updates", "extract": "updates",
     "jobs": "jobs",
     "upgrade": "upgrades", "schedule": "upgrades",
 }  # fmt: skip

@@ -39,7 +39,18 @@ from registry.core.errors import (
     WorkFailed,
 )
 from registry.core.manifest import Lineage, canonical_json
-from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, Recipe, parse_recipe
+from registry.core.recipes import (
+    Combine,
+    Compress,
+    Evaluate,
+    Extract,
+    FineTune,
+    MakesAdapter,
+    Merge,
+    Rebase,
+    Recipe,
+    parse_recipe,
+)
 from registry.files import Scan, digest_base, scan_folder
 from registry.schemas import (
     ClaimInfo,
@@ -216,7 +227,7 @@ class Worker:
         pushes: list[str] = []
         evaluations: list[ScoredInfo] = []
         match recipe:
-            case FineTune() | Rebase():
+            case FineTune() | Rebase() | Combine() | Compress() | Extract():
                 pushes.append(self._push_adapter(recipe, out / "adapter", lease))
             case Merge():
                 pushes.append(self._push_base(recipe, out / "base", lease))
@@ -253,11 +264,10 @@ class Worker:
             time.sleep(pause)
             pause = min(_BEAT_S, 2 * pause)
 
-    def _push_adapter(self, recipe: FineTune | Rebase, folder: Path, lease: "_Lease") -> str:
-        training = recipe.training if isinstance(recipe, Rebase) else recipe
-        parents = [recipe.adapter] if isinstance(recipe, Rebase) else [recipe.start] if recipe.start else []
+    def _push_adapter(self, recipe: MakesAdapter, folder: Path, lease: "_Lease") -> str:
+        parents, training = _origins(recipe, lease)
         lineage = Lineage(
-            parents=tuple(parents),
+            parents=parents,
             datasets=training.datasets if training else (),
             recipe=recipe.model_dump(mode="json"),
         )
@@ -298,6 +308,7 @@ class _Lease:
         assert claimed.job is not None
         self.client = client
         self.id, self.attempt, self.output = claimed.job.id, claimed.job.attempt, claimed.job.output
+        self.inputs = claimed.inputs
         self.cancelled = self.lost = False
         self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None
@@ -396,6 +407,21 @@ def _with_checkpoints(recipe: Recipe) -> Recipe:
         case Rebase(training=FineTune() as training):
             return recipe.model_copy(update={"training": _with_checkpoints(training)})
     return recipe
+
+
+def _origins(recipe: MakesAdapter, lease: _Lease) -> tuple[tuple[str, ...], FineTune | None]:
+    """The versions that an adapter was made from, each once, and the training that made it, if one did."""
+    match recipe:
+        case FineTune():
+            return ((recipe.start,) if recipe.start else ()), recipe
+        case Rebase():
+            return (recipe.adapter,), recipe.training
+        case Compress():
+            return (recipe.adapter,), None
+        case Combine():
+            return tuple(dict.fromkeys(recipe.adapters)), None
+        case Extract():
+            return (lease.inputs["tuned"],), None
 
 
 def _wishes(lease: _Lease) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``--out``:
 
     result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
-    adapter/                finetune, rebase: a PEFT folder
+    adapter/                finetune, rebase, combine, compress, extract: a PEFT folder
     base/                   merge: a model that transformers loads
     records-<i>.jsonl       evaluate: per item, for adapter i; the bare base's in records-bare.jsonl
     error.json              the refusal, instead of result.json; exit status 1
@@ -35,9 +35,13 @@ import transformers
 
 from registry.core.errors import BadRequest, LoractlError
 from registry.core.recipes import (
+    Combine,
     Compare,
+    Compress,
     Evaluate,
+    Extract,
     FineTune,
+    MakesAdapter,
     Merge,
     Precision,
     Rebase,
@@ -48,12 +52,16 @@ from registry.core.recipes import (
 )
 from registry.core.records import summary, to_jsonl
 
+from .compute.combine import combine
+from .compute.compress import compress
 from .compute.data import Row, read_rows
 from .compute.evaluate import Suite, evaluate
+from .compute.extract import Other, extract
 from .compute.finetune import Trained, finetune
 from .compute.lora import Adapter
 from .compute.merge import merge
 from .compute.model import dtype_for, load
+from .compute.plain import Kept
 from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
 from .compute.rebase.signals import compare
@@ -96,6 +104,12 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
             facts = _merge(inputs, out, report)
         case Rebase():
             facts = _rebase(recipe, inputs, out, report, checkpoint)
+        case Combine():
+            facts = _combine(recipe, inputs, out, report)
+        case Compress():
+            facts = _compress(recipe, inputs, out, report)
+        case Extract():
+            facts = _extract(recipe, inputs, out, report)
         case Compare():
             facts = asdict(compare(inputs["old"], inputs["base"], report))
     facts |= {
@@ -166,13 +180,37 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
     return _training_facts(chosen.trained, training.precision) | facts
 
 
+def _combine(recipe: Combine, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    adapters = [read_adapter(inputs[f"adapter.{i}"]) for i in range(len(recipe.adapters))]
+    combined = combine(adapters, recipe, report)
+    _write(combined.adapter, out, recipe.base, recipe)
+    return {"method": recipe.method, "modules": _by_name(combined.modules)}
+
+
+def _compress(recipe: Compress, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    made = compress(read_adapter(inputs["adapter"]), recipe, report)
+    _write(made.adapter, out, recipe.base, recipe)
+    size = {"before": made.bytes_before, "after": made.bytes_after}
+    return {"modules": _by_name(made.modules), "energy": made.energy, "bytes": size}
+
+
+def _extract(recipe: Extract, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    made = extract(inputs["base"], inputs["tuned"], recipe, report)
+    _write(made.adapter, out, recipe.base, recipe)
+    return {"modules": _by_name(made.modules), "energy": made.energy, "rest": _by_name(made.rest)}
+
+
+def _by_name(found: Mapping[str, Kept] | Mapping[str, Other]) -> dict[str, Any]:
+    return {name: asdict(value) for name, value in found.items()}
+
+
 def _rows(inputs: Inputs) -> list[Row]:
     """The rows of all datasets, in the order of their roles."""
     roles = sorted((role for role in inputs if role.startswith("dataset.")), key=lambda role: int(role[8:]))
     return [row for role in roles for row in read_rows(inputs[role])]
 
 
-def _write(adapter: Adapter, out: Path, base: str, recipe: FineTune | Rebase) -> None:
+def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None:
     write_adapter(adapter, out / "adapter", base=base, recipe=str(recipe_digest(recipe)))
 
 

@@ -315,6 +315,18 @@ class NotRunnable(Conflict):
     help = "It is stored, versioned and bound like any other; only training, evaluation and merging need more."
 
 
+class NotCombinable(Conflict):
+    code = "not-combinable"
+    says = "These adapters cannot be combined by '{method}': {reason}"
+    help = "'concat' takes plain LoRA adapters of any ranks and scales: loractl combine REF… --into NAME"
+
+
+class NotExtractable(Conflict):
+    code = "not-extractable"
+    says = "No adapter can be extracted: {reason}"
+    help = "Both must be one model, trained and untrained; see: loractl base diff A B"
+
+
 # ── things that are not there ────────────────────────────────────────────────
 
 

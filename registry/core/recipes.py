@@ -16,6 +16,8 @@ from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 Precision = Literal["auto", "fp32", "bf16"]
 Metric = Literal["likelihood", "accuracy", "exact-match"]
 Tier = Literal["carry", "warm-start", "retrain"]
+Combination = Literal["linear", "concat", "svd", "ties", "dare"]
+Rest = Literal["refuse", "replace", "drop"]
 TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
 
 
@@ -111,6 +113,102 @@ class Rebase(Frozen):
         return self
 
 
+ENERGY = 0.95
+"""The share of ‖ΔW‖² that is kept where nobody says how much."""
+Energy = Annotated[float, Field(gt=0, le=1)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Combine(Frozen):
+    """Several adapters of one base as one adapter; the methods are those of `workers.compute.combine`."""
+
+    kind: Literal["combine"] = "combine"
+    base: BaseDigest
+    adapters: Annotated[tuple[Sha256, ...], Field(min_length=2, max_length=100)]
+    method: Combination = "concat"
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
+    """What each adapter's ΔW is multiplied by; None: each by 1."""
+    rank: Rank | None = None
+    """svd, ties, dare: the rank of every module; neither this nor ``energy``: the largest among its adapters."""
+    energy: Energy | None = None
+    """svd, ties, dare: the share of ‖ΔW‖² to keep, module by module."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """ties, dare: the share of ΔW's elements that stay."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """dare: of the elements that are dropped."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.adapters)} adapters")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("weights: at least one must not be zero")
+        if (self.density is not None) != (self.method in ("ties", "dare")):
+            raise ValueError(f"method '{self.method}' {'takes no' if self.density else 'needs a'} density")
+        if self.method in ("linear", "concat") and (self.rank or self.energy):
+            raise ValueError(f"method '{self.method}' takes neither rank nor energy")
+        if self.rank and self.energy:
+            raise ValueError("rank and energy exclude each other")
+        return self
+
+
+class Compress(Frozen):
+    """The same update in fewer parameters: by energy, by rank or by bytes; exactly one of them."""
+
+    kind: Literal["compress"] = "compress"
+    base: BaseDigest
+    adapter: Sha256
+    energy: Energy | None = None
+    """The share of ‖ΔW‖² to keep, module by module; `ENERGY` when none of the three is given."""
+    rank: Rank | None = None
+    """Of every module, at most."""
+    bytes: Annotated[int, Field(ge=1)] | None = None
+    """Of all factors together, at most: ranks go where they keep most of ‖ΔW‖² per byte."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_energy(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not any(values.get(key) is not None for key in ("energy", "rank", "bytes")):
+            return {**values, "energy": ENERGY}
+        return values
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.energy is not None) + (self.rank is not None) + (self.bytes is not None) != 1:
+            raise ValueError("energy, rank and bytes exclude each other")
+        return self
+
+
+class Extract(Frozen):
+    """A LoRA adapter on ``base`` out of a full fine-tune of it: the truncated SVD of W_tuned − W_base."""
+
+    kind: Literal["extract"] = "extract"
+    base: BaseDigest
+    tuned: BaseDigest
+    energy: Energy | None = None
+    """The share of ‖W_tuned − W_base‖² to keep, module by module; `ENERGY` without a rank."""
+    rank: Rank | None = None
+    """Of every module, at most."""
+    rest: Rest = "refuse"
+    """What is done about parameters that differ and are no linear layer's weight: refused by name and size;
+    replaced whole (embeddings, output heads, biases); or left as they are in the base."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_energy(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("energy") is None and values.get("rank") is None:
+            return {**values, "energy": ENERGY}
+        return values
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.energy is not None and self.rank is not None:
+            raise ValueError("energy and rank exclude each other")
+        if self.base == self.tuned:
+            raise ValueError("base and tuned are the same weights")
+        return self
+
+
 class Compare(Frozen):
     """Relative drift ρ = ‖W2 − W1‖/‖W1‖ per tensor, and whether ``base`` is exactly a cast of ``old``."""
 
@@ -119,11 +217,16 @@ class Compare(Frozen):
     base: BaseDigest
 
 
-Recipe = Annotated[FineTune | Evaluate | Merge | Rebase | Compare, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[FineTune | Evaluate | Merge | Rebase | Compare] = TypeAdapter(Recipe)
+AnyRecipe = FineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Compare
+MakesAdapter = FineTune | Rebase | Combine | Compress | Extract
+"""Recipes whose result is a version of an adapter."""
+Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
+BASE_ROLES = ("base", "old", "tuned")
+"""Roles of `inputs_of` that are base models; all others are versions of adapters, datasets or suites."""
+_ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
 
-def parse_recipe(data: bytes | dict[str, Any]) -> FineTune | Evaluate | Merge | Rebase | Compare:
+def parse_recipe(data: bytes | dict[str, Any]) -> AnyRecipe:
     """A recipe from JSON; `BadRequest` names the field and what is allowed there."""
     try:
         return _ADAPTER.validate_json(data) if isinstance(data, bytes) else _ADAPTER.validate_python(data)
@@ -139,11 +242,11 @@ def recipe_digest(recipe: Frozen) -> Digest:
     return Digest.sha256(canonical_json(recipe.model_dump(mode="json", exclude={"checkpoint_every"})))
 
 
-def inputs_of(recipe: FineTune | Evaluate | Merge | Rebase | Compare) -> dict[str, str]:
+def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
     """What a worker must have on disk before it runs ``recipe``: role -> digest.
 
-    Roles are the names of `workers.run --in`: ``base``, ``old``, ``adapter``, ``adapter.N``, ``dataset.N``,
-    ``suite``, ``start``.
+    Roles are the names of `workers.run --in`: ``base``, ``old``, ``tuned``, ``adapter``, ``adapter.N``,
+    ``dataset.N``, ``suite``, ``start``. Combining and compressing read no base: factors are all there is to them.
     """
     found: dict[str, str] = {"base": recipe.base}
     match recipe:
@@ -161,6 +264,12 @@ def inputs_of(recipe: FineTune | Evaluate | Merge | Rebase | Compare) -> dict[st
                 found |= _training_inputs(recipe.training)
             if recipe.suite is not None:
                 found["suite"] = recipe.suite
+        case Combine():
+            return {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
+        case Compress():
+            return {"adapter": recipe.adapter}
+        case Extract():
+            found["tuned"] = recipe.tuned
         case Compare():
             found["old"] = recipe.old
     return found

@@ -444,4 +444,8 @@ def _node(
         if caller.can("read", dataset.namespace):
             ref = f"{dataset.namespace}/{dataset.name}@v{row.number}"
             return LineageNode(digest=digest, ref=ref, kind=dataset.kind, base=None, recipe=None), None
+    if tuned := session.exec(select(Base).where(Base.manifest == digest)).first():  # an adapter was extracted from it
+        assert tuned.id is not None
+        called = bases.labels(session, [tuned])[tuned.id]
+        return LineageNode(digest=digest, ref=called, kind="base", base=tuned.digest, recipe=None), None
     return LineageNode(digest=digest, ref=None, kind="unknown", base=None, recipe=None), None

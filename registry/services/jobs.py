@@ -34,8 +34,20 @@ from registry.core.errors import (
 from registry.core.lifecycle import JOB, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import Reference, SeriesName, check_name
+from registry.core.recipes import (
+    BASE_ROLES,
+    AnyRecipe,
+    Combine,
+    Evaluate,
+    FineTune,
+    MakesAdapter,
+    Merge,
+    Rebase,
+    inputs_of,
+    parse_recipe,
+    recipe_digest,
+)
 from registry.core.recipes import Compare as CompareRecipe
-from registry.core.recipes import Evaluate, FineTune, Merge, Rebase, inputs_of, parse_recipe, recipe_digest
 from registry.core.records import parse_records
 from registry.db import queries
 from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Job, JobEvent, StoredManifest, Version
@@ -49,7 +61,6 @@ from .pushes import BASES
 from .references import find_adapter, find_data, find_version
 from .tokens import Caller
 
-AnyRecipe = FineTune | Evaluate | Merge | Rebase | CompareRecipe
 MAX_EVENTS = 10_000
 """Events kept of one job's attempts together; what a worker reports beyond is dropped."""
 MAX_EVENT_BYTES = 4096
@@ -131,17 +142,18 @@ def _planned(
     plan = dict(words)
     kind = plan.get("kind")
     adapter = plan.get("adapter")
-    if kind in ("merge", "rebase") and isinstance(adapter, str) and not plan.get("old" if kind == "rebase" else "base"):
+    own = "old" if kind == "rebase" else "base"
+    if kind in ("merge", "rebase", "compress") and isinstance(adapter, str) and not plan.get(own):
         version = _meant(session, caller, adapter, None)
         plan["adapter"] = version.digest
-        plan["old" if kind == "rebase" else "base"] = session.get_one(Base, version.base_id).digest
+        plan[own] = session.get_one(Base, version.base_id).digest
     listed = plan.get("adapters")
-    if kind == "evaluate" and not plan.get("base") and isinstance(listed, list) and listed:
+    if kind in ("evaluate", "combine") and not plan.get("base") and isinstance(listed, list) and listed:
         plan["base"] = session.get_one(Base, _meant(session, caller, str(listed[0]), None).base_id).digest
-    for field in ("base", "old"):
+    for field in BASE_ROLES:
         if isinstance(plan.get(field), str):
             plan[field] = bases.find(session, plan[field]).digest
-    on = queries.base_by_digest(session, str(plan.get("old") if kind == "rebase" else plan.get("base")))
+    on = queries.base_by_digest(session, str(plan.get(own)))
     for field in ("adapter", "start"):
         if isinstance(plan.get(field), str):
             plan[field] = _meant(session, caller, plan[field], on).digest
@@ -231,7 +243,7 @@ def _namespace(session: Session, request: JobRequest, recipe: AnyRecipe) -> str:
 
 def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> None:
     output = request.output
-    if isinstance(recipe, FineTune | Rebase):
+    if isinstance(recipe, MakesAdapter):
         if output.adapter is None:
             raise BadRequest(problems="output.adapter: name the adapter that the result becomes a version of")
         caller.require("publish", SeriesName.parse(output.adapter).namespace)
@@ -253,7 +265,7 @@ def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> Non
 
 def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
     for role, digest in inputs_of(recipe).items():
-        if role in ("base", "old"):
+        if role in BASE_ROLES:
             base = queries.base_by_digest(session, digest)
             if base is None or base.weights != "full":
                 raise WeightsAbsent(base=digest[:15], work=f"a job of kind '{recipe.kind}'")
@@ -261,12 +273,12 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
             version = session.exec(select(Version).where(Version.digest == digest)).first()
             if version is not None and not version.runnable:
                 raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")
-            if version is not None and role == "adapter":
+            if version is not None and (role == "adapter" or isinstance(recipe, Combine)):
                 _check_bound(session, recipe, version)
 
 
 def _check_bound(session: Session, recipe: AnyRecipe, version: Version) -> None:
-    """A merge, and the old side of a rebase, is on the base that the adapter belongs to; else factors mean nothing."""
+    """Factors are read on the base that the adapter belongs to (rebase: the old one); elsewhere they mean nothing."""
     asked = recipe.old if isinstance(recipe, Rebase) else recipe.base
     actual = session.get_one(Base, version.base_id)
     if actual.digest != asked:
@@ -356,7 +368,7 @@ def inputs(session: Session, job: Job) -> dict[str, str]:
     """role -> manifest digest of what the job's worker must fetch."""
     found = {}
     for role, digest in inputs_of(parse_recipe(job.recipe)).items():
-        if role in ("base", "old"):
+        if role in BASE_ROLES:
             base = queries.base_by_digest(session, digest)
             if base is not None and base.manifest is not None:
                 found[role] = base.manifest
@@ -454,7 +466,7 @@ def _made(
     session: Session, job: Job, recipe: AnyRecipe, pushed: Sequence[str], now: datetime
 ) -> list[dict[str, Any]]:
     """Commit the one push of a job that makes something; the outcome of each."""
-    wanted = "adapter" if isinstance(recipe, FineTune | Rebase) else "base" if isinstance(recipe, Merge) else None
+    wanted = "adapter" if isinstance(recipe, MakesAdapter) else "base" if isinstance(recipe, Merge) else None
     if len(pushed) != (wanted is not None):
         raise BadRequest(problems=f"pushes: a job of kind '{job.kind}' makes {f'one {wanted}' if wanted else 'none'}")
     return [commits.commit_verified(session, identity, job, now) for identity in pushed]

@@ -36,13 +36,13 @@ base push · base list · base show · base diff · base digest
 push · pull · list · show · log · diff
 alias set · alias list · promote · rollback
 policy show · policy set · dataset push · suite push
-train · evaluate · merge · rebase
+train · evaluate · merge · rebase · combine · compress · extract
 upgrade plan · upgrade start · upgrade status · upgrade abort · upgrade report
 schedule add · schedule list · schedule rm
 jobs list · jobs show · jobs watch · jobs logs · jobs cancel · jobs retry
 token create · token list · token revoke · completion
 """
-LATER = ["combine", "compress", "extract", "ledger", "gc", "fsck", "backup", "restore", "audit", "upgrade pause"]
+LATER = ["ledger", "gc", "fsck", "backup", "restore", "audit", "upgrade pause"]
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.core.errors import BadRequest
-from registry.core.recipes import Compare, Evaluate, FineTune, Merge, Rebase, inputs_of, parse_recipe, recipe_digest
+from registry.core.recipes import (
+    Combine,
+    Compare,
+    Compress,
+    Evaluate,
+    Extract,
+    FineTune,
+    Merge,
+    Rebase,
+    inputs_of,
+    parse_recipe,
+    recipe_digest,
+)
 
 B1, B2 = ("b3:" + d * 64 for d in "12")
 S1, S2, S3 = ("sha256:" + d * 64 for d in "123")
@@ -19,7 +31,11 @@ RECIPES: list[dict[str, Any]] = [
     {"kind": "rebase", "tier": "carry", "adapter": S1, "old": B1, "base": B2},
     {"kind": "rebase", "tier": "warm-start", "adapter": S1, "old": B1, "base": B2, "training": TRAIN, "suite": S3},
     {"kind": "compare", "old": B1, "base": B2},
+    {"kind": "combine", "base": B1, "adapters": [S1, S2], "method": "ties", "density": 0.2, "weights": [1, -0.5]},
+    {"kind": "compress", "base": B1, "adapter": S1, "bytes": 1000},
+    {"kind": "extract", "base": B1, "tuned": B2, "rest": "drop"},
 ]
+COMBINE, EXTRACT = RECIPES[-3], RECIPES[-1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -51,6 +67,9 @@ def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
         (RECIPES[4], {"base": B2, "old": B1, "adapter": S1}),
         (RECIPES[5], {"base": B2, "old": B1, "adapter": S1, "dataset.0": S1, "suite": S3}),
         (RECIPES[6], {"base": B2, "old": B1}),
+        (RECIPES[7], {"adapter.0": S1, "adapter.1": S2}),
+        (RECIPES[8], {"adapter": S1}),
+        (RECIPES[9], {"base": B1, "tuned": B2}),
     ],
 )
 def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -75,6 +94,17 @@ def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[
         (RECIPES[4] | {"training": TRAIN}, "takes no training recipe"),
         (RECIPES[4] | {"tier": "retrain"}, "needs a training recipe"),
         (RECIPES[5] | {"training": TRAIN | {"base": B1}}, "for another base"),
+        (COMBINE | {"adapters": [S1]}, "adapters"),
+        (COMBINE | {"weights": [1.0]}, "1 weights for 2 adapters"),
+        (COMBINE | {"weights": [0, 0]}, "not be zero"),
+        (COMBINE | {"weights": [1, float("nan")]}, "finite"),
+        (COMBINE | {"density": None}, "needs a density"),
+        (COMBINE | {"method": "svd"}, "takes no density"),
+        (COMBINE | {"method": "concat", "density": None, "rank": 3}, "neither rank nor energy"),
+        (COMBINE | {"rank": 3, "energy": 0.5}, "exclude each other"),
+        (RECIPES[8] | {"rank": 3}, "exclude each other"),
+        (EXTRACT | {"rank": 3, "energy": 0.5}, "exclude each other"),
+        (EXTRACT | {"tuned": B1}, "the same weights"),
     ],
 )
 def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> None:
@@ -84,4 +114,9 @@ def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> 
 
 def test_kinds_are_told_apart() -> None:
     kinds = [type(parse_recipe(recipe)) for recipe in RECIPES]
-    assert kinds == [FineTune, FineTune, Evaluate, Merge, Rebase, Rebase, Compare]
+    assert kinds == [FineTune, FineTune, Evaluate, Merge, Rebase, Rebase, Compare, Combine, Compress, Extract]
+
+
+def test_work_that_says_no_measure_is_equal_to_work_that_says_the_usual_one() -> None:
+    for recipe in ({"kind": "compress", "base": B1, "adapter": S1}, {"kind": "extract", "base": B1, "tuned": B2}):
+        assert recipe_digest(parse_recipe(recipe)) == recipe_digest(parse_recipe(recipe | {"energy": 0.95}))

@@ -307,6 +307,35 @@ def test_an_adapter_is_merged_into_its_own_base_and_rebased_from_it(small: Shop,
     small.asked({"kind": "merge", "base": "demo@r1", "adapter": "team/bot@v1"}, line="merged")
 
 
+def test_adapters_are_combined_and_compressed_on_their_own_base_which_needs_no_weights(
+    small: Shop, tmp_path: Path
+) -> None:
+    bare = tiny_base(tmp_path / "bare", seed=5)
+    small.world.register(base_of(bare), line="bare")
+    for name, base in (("one", bare), ("two", bare), ("other", small.base)):
+        small.world.push_adapter(tiny_adapter(tmp_path / name, base, seed=len(name)), f"team/{name}", base)
+    combined = small.asked({"kind": "combine", "adapters": ["team/one@v1", "team/two@v1"]}, adapter="team/both")
+    assert combined.recipe["base"] == str(base_of(bare).digest)
+    assert list(small.do(lambda s: jobs.inputs(s, combined))) == ["adapter.0", "adapter.1"]
+    compressed = small.asked({"kind": "compress", "adapter": "team/one@v1"}, adapter="team/small")
+    assert (compressed.recipe["base"], compressed.recipe["energy"]) == (combined.recipe["base"], 0.95)
+    with pytest.raises(OtherBase, match="a job of kind 'combine'"):
+        small.asked({"kind": "combine", "adapters": ["team/one@v1", "team/other@v1"]}, adapter="team/both")
+    with pytest.raises(BadRequest, match=r"output\.adapter"):
+        small.asked({"kind": "compress", "adapter": "team/one@v1"})
+
+
+def test_an_extraction_needs_the_weights_of_both_bases(small: Shop, tmp_path: Path) -> None:
+    small.world.register(base_of(tiny_base(tmp_path / "bare", seed=5)), line="bare")
+    small.world.push_base(tiny_base(tmp_path / "tuned", seed=6), line="tuned")
+    with pytest.raises(WeightsAbsent):
+        small.asked({"kind": "extract", "base": "demo@r1", "tuned": "bare@r1"}, adapter="team/tuned")
+    job = small.asked({"kind": "extract", "base": "demo@r1", "tuned": "tuned@r1"}, adapter="team/tuned")
+    assert {role: text[:7] for role, text in small.do(lambda s: jobs.inputs(s, job)).items()} == {
+        "base": "sha256:", "tuned": "sha256:"
+    }  # fmt: skip
+
+
 def test_work_for_other_aliases_is_other_work(small: Shop) -> None:
     plain, _ = small.submit()
     wished, reused = small.submit(output={"aliases": ["prod", "canary"]})

@@ -11,6 +11,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+_EXACT = 768
+"""The smaller side up to which a dense matrix is decomposed exactly."""
+_DEPTH = 3
+_FIRST_RANK = 64
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -57,17 +62,21 @@ class LowRank:
         _, r_a = torch.linalg.qr(self.a_RI.double().T)
         return float(torch.linalg.matrix_norm(r_b @ r_a.T))
 
-    def truncate(self, rank: int) -> "LowRank":
-        """The nearest matrix of rank at most ``rank`` (Eckart–Young), the root of each σ in either factor."""
-        u, s, v = self.svd()
+    @classmethod
+    def cut(cls, svd: tuple[Tensor, Tensor, Tensor], rank: int, dtype: torch.dtype) -> "LowRank":
+        """U·diag(s)·Vᵀ up to ``rank``, the root of each σ in either factor."""
+        u, s, v = svd
         root = s[:rank].sqrt()
-        return LowRank((root[:, None] * v[:rank]).to(self.a_RI.dtype), (u[:, :rank] * root).to(self.b_OR.dtype))
+        return cls((root[:, None] * v[:rank]).to(dtype), (u[:, :rank] * root).to(dtype))
+
+    def truncate(self, rank: int) -> "LowRank":
+        """The nearest matrix of rank at most ``rank`` (Eckart–Young)."""
+        return LowRank.cut(self.svd(), rank, self.b_OR.dtype)
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank that keeps this share of ‖B·A‖²."""
         _, s, _ = self.svd()
-        kept = torch.cumsum(s**2, 0) / (s**2).sum().clamp_min(torch.finfo(s.dtype).tiny)
-        return min(int((kept < energy - 1e-12).sum()) + 1, len(s))
+        return rank_for(s, energy)
 
     def angles(self, other: Self) -> tuple[Tensor, Tensor]:
         """Principal angles, ascending, in radians, between the output spaces and between the input spaces."""
@@ -80,6 +89,68 @@ class LowRank:
         floor = s.max() * max(self.shape) * torch.finfo(self.b_OR.dtype).eps if len(s) else 0.0
         kept = s > floor
         return u[:, kept], s[kept], v[kept]
+
+
+# ── dense matrices ───────────────────────────────────────────────────────────
+
+
+def rank_for(s_K: Tensor, energy: float, total: float | None = None) -> int:
+    """The smallest rank, from 1, at which Σσ² is this share of ``total`` (None: of all of Σσ²).
+
+    An energy of 1 keeps every σ that is no rounding noise of float64.
+    """
+    if not len(s_K):
+        return 0
+    if energy >= 1:
+        return max(1, int((s_K > s_K.max() * len(s_K) * torch.finfo(torch.float64).eps).sum()))
+    whole = float((s_K**2).sum()) if total is None else total
+    return min(int((torch.cumsum(s_K**2, 0) < (energy - 1e-12) * whole).sum()) + 1, len(s_K))
+
+
+def leading(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``rank`` leading singular triplets of a dense matrix, in float64; the same ones at every call.
+
+    Exact in float64 where the smaller side is at most 768 or small beside the rank, else by randomised block Krylov
+    iteration (Musco and Musco 2015, arXiv:1504.05477): Q spans [WΩ, WWᵀWΩ, …], and the SVD of QᵀW is taken. U·s·Vᵀ
+    is then a projection of W, so that Σσ² is what it really keeps of ‖W‖², never more.
+    """
+    small, block = min(w_OI.shape), rank + 8
+    if small <= _EXACT or (_DEPTH + 1) * block >= small:
+        u, s, v = torch.linalg.svd(w_OI.double(), full_matrices=False)
+        return u[:, :rank], s[:rank], v[:rank]
+    x = torch.randn(w_OI.shape[1], block, generator=torch.Generator().manual_seed(0), dtype=w_OI.dtype)
+    blocks = []
+    for _ in range(_DEPTH + 1):
+        y, _ = torch.linalg.qr(w_OI @ x)
+        blocks.append(y)
+        x = w_OI.T @ y
+    q, _ = torch.linalg.qr(torch.cat(blocks, dim=1).double())
+    u, s, v = torch.linalg.svd((q.to(w_OI.dtype).T @ w_OI).double(), full_matrices=False)
+    return (q @ u)[:, :rank], s[:rank], v[:rank]
+
+
+def nearest(
+    w_OI: Tensor, *, rank: int | None = None, energy: float = 1.0, noise: float = 0.0
+) -> tuple[LowRank, float]:
+    """The nearest low-rank matrix to a dense one, in its type, and the share of ‖W‖² that it keeps.
+
+    By ``rank``, or by the smallest rank that keeps ``energy``; σ up to ``noise`` are never taken, so that the rank
+    may be 0. Memory: W, and with many ranks asked for a float64 copy of it.
+    """
+    small, total = min(w_OI.shape), float(torch.linalg.vector_norm(w_OI, dtype=torch.float64)) ** 2
+    if not total:
+        return LowRank(w_OI.new_zeros(0, w_OI.shape[1]), w_OI.new_zeros(w_OI.shape[0], 0)), 1.0
+    asked = min(rank or _FIRST_RANK, small)
+    while True:
+        u, s, v = leading(w_OI, asked)
+        floor = max(noise, float(s[0]) * max(w_OI.shape) * torch.finfo(w_OI.dtype).eps)
+        reached = energy < 1 and float((s**2).sum()) >= energy * total
+        if rank is not None or asked == small or reached or float(s[-1]) <= floor:
+            break
+        asked = min(4 * asked, small)
+    wanted = rank if rank is not None else rank_for(s, energy, total) if energy < 1 else small
+    kept = min(wanted, int((s > floor).sum()))
+    return LowRank.cut((u, s, v), kept, w_OI.dtype), float((s[:kept] ** 2).sum()) / total
 
 
 def _angles(x_NK: Tensor, y_NL: Tensor) -> Tensor:
