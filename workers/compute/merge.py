@@ -75,7 +75,9 @@ def merge(
         for shard in shards:
             shard.begin()
         made = [tensor for shard in shards for tensor in shard.tensors]
-        taken = stream(made, lambda done: report({"step": done, "steps": total}), digests=digests, threads=threads)
+        taken = stream(
+            made, lambda done: report({"step": done, "steps": total}), digests=digests, durable=durable, threads=threads
+        )  # fmt: skip
         for shard in shards:
             shard.finish(durable)
     except BaseException:

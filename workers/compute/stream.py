@@ -4,12 +4,13 @@ One thread a core, each with tensors of its own and, while there are enough, a f
 writer at a time). A thread reads a block by its position, adds the update in float32 while the block lies in the
 core's second-level cache, rounds once, writes and hashes it there: memory is a few blocks a thread, whatever the
 size of a tensor. Afterwards a part of a row of every block is read back and compared with its float64 value.
-Legend: N rows and M columns as stored, n rows of a block, R rank, K sampled rows, S sampled columns.
+Legend: N rows and M columns as stored, n rows of a block, R rank, O outputs, I inputs; K rows, S columns sampled.
 """
 
 import contextlib
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ PIECE_ELEMENTS = 1 << 25
 _SAMPLED = 64
 """Columns of a sampled row that are compared."""
 
+_FLUSHED_S = 0.05
 PARTIAL = ".partial"
 """The end of a file's name until it is complete."""
 
@@ -64,27 +66,26 @@ class Change:
         plain = self.value is None and self.shift_N is None
         return plain and self.patch is not None and self.patch.magnitude_O is None
 
-    def factors(self, rows: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Left (n×R) and right (R×M) whose product is the update of these rows."""
+    def factors(self, rows: slice | Tensor, dtype: torch.dtype, at: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Left (n×R) and right (R×M) whose product is the update of these rows, in columns ``at``."""
         assert self.patch is not None
         a_RI, b_OR = self.patch.a_RI, self.patch.b_OR
         left_nR = a_RI.T[rows] if self.transposed else b_OR[rows]
-        right_RM = b_OR.T if self.transposed else a_RI
+        right_RM = (b_OR.T if self.transposed else a_RI)[:, at]
         return (left_nR.to(dtype) * self.patch.scale).contiguous(), right_RM.to(dtype).contiguous()
 
-    def exact(self, w_KS: Tensor, rows_K: Tensor, columns_KS: Tensor, lengths_M: Tensor | None) -> Tensor:
-        """The new values of some columns of some rows in float64; DoRA by rows needs all columns."""
+    def exact(self, w_KS: Tensor, rows_K: Tensor, at: slice, lengths_M: Tensor | None) -> Tensor:
+        """The new values of columns ``at`` of some rows in float64; DoRA by rows needs all columns."""
         if self.value is not None:
-            w_KS = self.value.reshape(len(self.value), -1)[rows_K[:, None], columns_KS].double()
+            w_KS = self.value[rows_K].reshape(len(rows_K), -1)[:, at].double()
         if self.patch is not None:
-            left_KR, right_RM = self.factors(rows_K, torch.float64)
-            w_KS = w_KS + torch.einsum("kr,rks->ks", left_KR, right_RM[:, columns_KS])
+            w_KS = w_KS.addmm(*self.factors(rows_K, torch.float64, at))
             if self.patch.magnitude_O is not None:
                 magnitude_O = self.patch.magnitude_O.double()
                 if lengths_M is None:
                     w_KS = w_KS * (magnitude_O[rows_K] / w_KS.norm(dim=1))[:, None]
                 else:
-                    w_KS = w_KS * (magnitude_O / lengths_M)[columns_KS]
+                    w_KS = w_KS * (magnitude_O / lengths_M)[at]
         return w_KS if self.shift_N is None else w_KS + self.shift_N[rows_K].double()[:, None]
 
 
@@ -171,9 +172,12 @@ def stream(
     report: Callable[[int], None],
     *,
     digests: bool = True,
+    durable: bool = False,
     threads: int | None = None,
 ) -> dict[str, str]:
     """Write the tensors into their files, which are there and long enough; BLAKE3 by name where asked for.
+
+    ``durable``: what is written goes to the disk meanwhile, so that little is left to wait for at the end.
 
     ``report`` hears now and then, from the calling thread, how many bytes are written; what it raises ends the work.
 
@@ -188,8 +192,10 @@ def stream(
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # a thread's own number is everyone's default
         work = _Work(made, files, digests)
         many = max(1, min(threads or cores(), work.left))
-        with ThreadPoolExecutor(many, "merge") as pool:
+        with ThreadPoolExecutor(many + 1, "merge") as pool:
             running = [pool.submit(work.run) for _ in range(many)]
+            if durable:
+                pool.submit(work.flush)
             try:
                 while wait(running, timeout=0.2, return_when=FIRST_EXCEPTION).not_done and not work.stopped:
                     report(work.written)
@@ -272,6 +278,14 @@ class _Work:
         except BaseException:
             self.stopped = True
             raise
+
+    def flush(self) -> None:
+        """Send to the disk what is written so far, until all is; a failure is met again by whoever closes the files."""
+        with contextlib.suppress(OSError):
+            while not self.stopped:
+                for path in self._busy:
+                    os.fsync(self.files[path])
+                time.sleep(_FLUSHED_S)
 
     def _next(self, path: Path | None) -> Piece | None:
         """A piece of the file that this thread was at, else of the one with the fewest writers."""
@@ -367,20 +381,19 @@ class _Work:
         made, (_, columns) = piece.made, piece.made.shape
         by_rows = change.patch is not None and change.patch.magnitude_O is not None and lengths_M is None
         many = columns if by_rows else min(columns, _SAMPLED)
-        places = [(first + k % (last - first), k * many % (columns - many + 1))
-                  for k, (first, last) in enumerate(piece.blocks())]  # fmt: skip
+        start = sum(made.name.encode()) * _SAMPLED % (columns - many + 1)
+        at = slice(start, start + many)
+        rows = [first + k % (last - first) for k, (first, last) in enumerate(piece.blocks())]
         source, types = made.source, (DTYPES[made.source.dtype], DTYPES[made.dtype])
-        w_KS = _sampled(self.files[source.path], source.start, types[0], columns, many, places)
-        written_KS = _sampled(self.files[made.path], made.start, types[1], columns, many, places)
-        rows_K = torch.tensor([row for row, _ in places])
-        columns_KS = torch.tensor([column for _, column in places])[:, None] + torch.arange(many)
-        exact_KS = change.exact(w_KS, rows_K, columns_KS, lengths_M)
+        w_KS = _sampled(self.files[source.path], source.start, types[0], columns, rows, at)
+        written_KS = _sampled(self.files[made.path], made.start, types[1], columns, rows, at)
+        exact_KS = change.exact(w_KS, torch.tensor(rows), at, lengths_M)
         info, error_KS = torch.finfo(DTYPES[made.dtype]), (written_KS - exact_KS).abs()
         largest_K1 = torch.maximum(exact_KS.abs(), w_KS.abs()).amax(dim=1, keepdim=True)
         wrong_KS = ~(error_KS <= info.eps * exact_KS.abs() + 1e-5 * largest_K1 + info.tiny) & w_KS.isfinite()
         if bool(wrong_KS.any()):
             row, column = map(int, wrong_KS.nonzero()[0])
-            reason = f"row {int(rows_K[row])} is off its float64 value by {float(error_KS[row, column]):.3g}"
+            reason = f"row {rows[row]} is off its float64 value by {float(error_KS[row, column]):.3g}"
             raise BadTensor(path=made.file_name, tensor=made.name, reason=reason)
 
 
@@ -433,10 +446,8 @@ def _write(file: int, at: int, data: memoryview) -> None:
         done += os.pwrite(file, data[done:], at + done)
 
 
-def _sampled(
-    file: int, start: int, dtype: torch.dtype, columns: int, many: int, places: Sequence[tuple[int, int]]
-) -> Tensor:
-    """``many`` values from each of ``places`` (row, column), in float64."""
-    size = dtype.itemsize
-    data = bytearray().join(os.pread(file, many * size, start + (row * columns + at) * size) for row, at in places)
-    return torch.frombuffer(data, dtype=dtype).view(len(places), many).double()
+def _sampled(file: int, start: int, dtype: torch.dtype, columns: int, rows: Sequence[int], at: slice) -> Tensor:
+    """Columns ``at`` of some rows of a tensor in a file, in float64."""
+    size, many = dtype.itemsize, at.stop - at.start
+    data = bytearray().join(os.pread(file, many * size, start + (row * columns + at.start) * size) for row in rows)
+    return torch.frombuffer(data, dtype=dtype).view(len(rows), many).double()
