@@ -1,6 +1,7 @@
 """Commands about work: datasets, suites, training, evaluation, merging, rebasing, and jobs themselves."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -216,30 +217,36 @@ def evaluate(
     None,
     "loractl merge team/bot:prod --line llama-bot",
     "loractl merge ./bot --local --for ./llama --out ./llama-bot",
-    "loractl merge team/bot:prod --local --for ./llama --out ./llama-bot",
+    "loractl merge team/bot:prod --local --for ./llama --out ./llama-bot --dtype bf16 --max-shard-size 5GB --verify",
 )
 @click.argument("ref", metavar="REF")
 @click.option("--for", "base_text", metavar="BASE", help="Into which base; with --local a folder.")
 @click.option("--line", help="The line that the merged base becomes the newest revision of.")
 @click.option("--local", is_flag=True, help="On this machine, into a folder; REF may be a folder too.")
 @click.option("--out", "target", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="With --local.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Type of the weights; default: the base's.")
+@click.option("--max-shard-size", metavar="SIZE", help="Size of a weight file, such as 5GB; default: the base's files.")
+@click.option("--verify", is_flag=True, help="Also compare the logits of the result with those of base and adapter.")
 @job_options
 def merge(
     out: Output, ref: str, base_text: str | None, line: str | None, local: bool, target: Path | None,
-    queue: str, fresh: bool, no_wait: bool,
+    dtype: str | None, max_shard_size: str | None, verify: bool, queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Merge an adapter into its base: W + scale·B·A, as a new base model."""
     from registry.schemas import JobRequest
     from registry.schemas import Output as Goes
 
+    wanted: dict[str, Any] = {"kind": "merge", "dtype": dtype, "verify": verify}
+    if max_shard_size:
+        wanted["max_shard_bytes"] = bytes_of(max_shard_size)
     if local:
         if target is None or base_text is None or line:
             raise click.UsageError("--local takes --for FOLDER and --out DIR, and no --line.")
-        _merge_here(out, ref, Path(base_text), target)
+        _merge_here(out, ref, Path(base_text), target, wanted)
         return
     if line is None or target is not None:
         raise click.UsageError("Name the line of the result: --line LINE; or merge here: --local --for DIR --out DIR.")
-    recipe: dict[str, Any] = {"kind": "merge", "adapter": str(Reference.parse(ref))}
+    recipe = wanted | {"adapter": str(Reference.parse(ref))}
     if base_text:
         recipe["base"] = _base(out, base_text)
     ask(out, JobRequest(recipe=recipe, output=Goes(line=line), queue=queue, fresh=fresh), no_wait)
@@ -328,7 +335,7 @@ def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
     _job(job)
 
 
-def _merge_here(out: Output, ref: str, base: Path, target: Path) -> None:
+def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[str, Any]) -> None:
     """Run the worker's own merge in a child process, on folders."""
     from importlib.util import find_spec
 
@@ -349,7 +356,7 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path) -> None:
                 pull(client, client.resolve(ref, base=str(digest)).manifest, adapter, progress=bar)
         version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest
         recipe = Path(scratch) / "recipe.json"
-        recipe.write_text(json.dumps({"kind": "merge", "base": str(digest), "adapter": str(version)}))
+        recipe.write_text(json.dumps(wanted | {"base": str(digest), "adapter": str(version)}))
         work = target.with_name(f".{target.name}.merging")  # beside it: the rename stays on one disk
         run_here(recipe, {"base": base, "adapter": adapter}, work)
         (work / "base").replace(target)
@@ -359,9 +366,25 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path) -> None:
         work.rmdir()
         merged = digested(target, progress=bar)
     document = {"out": str(target), "base": str(digest), "adapter": str(version), "digest": str(merged.digest)} | result
-    out.emit(document, lambda: fields({
-        "merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors",
-    }))  # fmt: skip
+    shown = {"merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors"}
+    if deviation := result.get("deviation"):
+        shown["logits"] = (
+            f"off by {deviation['largest']:.2g} at most ({deviation['relative']:.2g} of their norm); "
+            f"the same token is the likeliest at {deviation['agreement']:.1%} of {deviation['positions']} positions"
+        )
+    out.emit(document, lambda: fields(shown))
+
+
+_SIZE = re.compile(r"(?P<count>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+
+
+def bytes_of(text: str) -> int:
+    """``5GB``, ``500MB`` (powers of 1000) or ``2GiB`` (of 1024) as a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise click.UsageError(f"--max-shard-size '{text}' is not a size such as 500MB, 5GB or 2GiB.")
+    power = ("", "K", "M", "G", "T").index(match["unit"].upper())
+    return int(float(match["count"]) * (1024 if match["binary"] else 1000) ** power)
 
 
 def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:

@@ -66,6 +66,7 @@ from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
 from .compute.rebase.signals import compare
 from .compute.rebase.warm_start import warm_start
+from .compute.verify import deviation
 from .compute.weights import read_adapter, write_adapter, write_file
 
 Report = Callable[[dict[str, Any]], None]
@@ -101,7 +102,7 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
         case Evaluate():
             facts = _evaluate(recipe, inputs, out, report)
         case Merge():
-            facts = _merge(inputs, out, report)
+            facts = _merge(recipe, inputs, out, report)
         case Rebase():
             facts = _rebase(recipe, inputs, out, report, checkpoint)
         case Combine():
@@ -152,9 +153,11 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
     }
 
 
-def _merge(inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
-    merged = merge(inputs["base"], read_adapter(inputs["adapter"]), out / "base", report)
-    return {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
+def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    base, adapter = inputs["base"], read_adapter(inputs["adapter"])
+    merged = merge(base, adapter, out / "base", report, dtype=recipe.dtype, max_shard_bytes=recipe.max_shard_bytes)
+    facts = {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
+    return facts | ({"deviation": asdict(deviation(base, out / "base", adapter))} if recipe.verify else {})
 
 
 def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:

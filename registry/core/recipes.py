@@ -89,6 +89,12 @@ class Merge(Frozen):
     kind: Literal["merge"] = "merge"
     base: BaseDigest
     adapter: Sha256
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type that weights are written in; by default each in the base's own."""
+    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] | None = None
+    """Size of the safetensors files, a larger tensor aside; by default the base's own files."""
+    verify: bool = False
+    """Run base and adapter, and the result, on the same tokens, and report how far their logits are apart."""
 
 
 class Rebase(Frozen):

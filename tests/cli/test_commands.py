@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from sqlmodel import col, select
 
+from cli.jobs import bytes_of
 from cli.main import run
 from registry.db.models import AliasMove, CampaignItem
 from registry.schemas import UpgradeRequest
@@ -337,7 +339,9 @@ def test_digest_needs_no_registry(call: Call, bases: tuple[Path, Path], monkeypa
 def test_merge_here_runs_the_workers_merge_on_folders(
     call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path
 ) -> None:
-    merged = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged")
+    wanted = ("--dtype", "fp16", "--max-shard-size", "1.5MB")
+    merged = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", *wanted)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
     assert merged["digest"] == str(base_of(tmp_path / "merged").digest) != str(base_of(bases[0]).digest)
     assert sorted(path.name for path in tmp_path.iterdir() if "merg" in path.name) == ["merged"]
     taken = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", code=1)
@@ -352,3 +356,16 @@ def test_no_token_is_ever_printed(registry: live.Live, capsys: pytest.CaptureFix
     assert "Traceback" in said
     assert registry.token not in said
     assert registry.token.split("_", 2)[2] not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2 << 30), ("64k", 64_000), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1GB", "5 GB more", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError, match="not a size such as 500MB"):
+        bytes_of(text)

@@ -107,6 +107,18 @@ def test_merge_leaves_a_model_that_answers_as_adapted(folders: dict[str, Path], 
         torch.testing.assert_close(factories.logits(merged), factories.logits(model), atol=1e-4, rtol=1e-4)
 
 
+def test_merge_writes_the_type_and_reports_the_deviation_that_are_asked_for(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = Merge(base=factories.BASE, adapter=factories.ADAPTER, dtype="bf16", max_shard_bytes=10**6, verify=True)
+    run(asked, folders, tmp_path / "out", silent)
+    deviation = result(tmp_path / "out")["deviation"]
+    assert 0 < deviation["relative"] < 0.1
+    assert deviation["agreement"] > 0.8
+    header = (tmp_path / "out" / "base" / "model.safetensors").read_bytes()[:200]
+    assert b"BF16" in header
+
+
 def test_compare_leaves_the_drift_by_tensor(folders: dict[str, Path], tmp_path: Path) -> None:
     run(Compare(old=factories.OTHER_BASE, base=factories.BASE), folders, tmp_path / "out", silent)
     found = result(tmp_path / "out")
