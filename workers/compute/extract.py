@@ -12,7 +12,7 @@ none above it is dropped. Streamed: at any time one tensor of either model is in
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from registry.core.recipes import Extract
 from .finetune import Report, silent
 from .lora import LINEAR, Adapter, Patch, is_transposed
 from .lowrank import nearest
-from .model import Model, skeleton
+from .model import Model, device_here, skeleton
 from .plain import Kept, plain
 from .shards import Stored, stored_name, stored_tensors
 from .weights import DTYPES
 
 _MARGIN = 1.2
+_BLOCK = 1 << 20
+"""Elements that are looked at in float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +77,25 @@ def extract(base: Path, tuned: Path, recipe: Extract, report: Report = silent) -
         if torch.equal(w.to(t.dtype), t):
             continue  # the same, or a cast of it
         difference = _difference(w, t)
+        distance = _norm(difference)
         module = linear.get(name)
         if module is None:
-            if float(difference.norm()) > _MARGIN * math.sqrt(float(_noise(w, t).sum())):
-                size = float(torch.linalg.vector_norm(w, dtype=torch.float64))
-                rest[name] = (two, float(difference.norm()) / size if size else None)
+            if distance > _MARGIN * math.sqrt(sum(float(_noise(w[rows], t[rows]).sum()) for rows in _blocks(w))):
+                size = _norm(w)
+                rest[name] = (two, distance / size if size else None)
             continue
         owner, transposed = module
-        noise = _edge(_noise(w, t))
+        noise = _edge(w, t)
         del w, t
         update, share = nearest(
-            difference.T.contiguous() if transposed else difference,
+            (difference.T.contiguous() if transposed else difference).to(device_here()),
             rank=recipe.rank, energy=recipe.energy or 1.0, noise=noise,
         )  # fmt: skip
-        energy = float(difference.norm()) ** 2
         kept[owner] = Kept(min(difference.shape), update.rank, share if update.rank else 0.0)
         if update.rank:
-            found[owner] = Patch(update.a_RI.float().contiguous(), update.b_OR.float().contiguous(), 1.0)
-            lost, whole = lost + energy * (1 - share), whole + energy
+            a_RI, b_OR = update.a_RI.float().cpu().contiguous(), update.b_OR.float().cpu().contiguous()
+            found[owner] = Patch(a_RI, b_OR, 1.0)
+            lost, whole = lost + distance**2 * (1 - share), whole + distance**2
     replaced, others = _rest(model, rest, recipe)
     if not found and not replaced:
         said = "they differ by no more than rounding" if kept or rest else "they are the same weights"
@@ -150,13 +153,21 @@ def _linear(model: Model) -> dict[str, tuple[str, bool]]:
 def _read(tensor: Stored) -> Tensor:
     with tensor.path.open("rb") as file:
         blocks = [block.reshape(-1) for _, block in tensor.blocks(file.fileno())]
-    return torch.cat(blocks).reshape(tensor.shape) if blocks else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    return torch.cat(blocks or [torch.empty(0, dtype=DTYPES[tensor.dtype])]).reshape(tensor.shape or (1,))
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    """Rows, so many at a time that their float64 copies are small."""
+    many = max(1, _BLOCK // max(1, math.prod(tensor.shape[1:])))
+    return (slice(first, first + many) for first in range(0, len(tensor), many))
 
 
 def _difference(w: Tensor, t: Tensor) -> Tensor:
-    """W_tuned − W_base, subtracted in float64 where a type is as wide as the result's, and rounded once."""
-    wide = torch.promote_types(torch.promote_types(w.dtype, t.dtype), torch.float32)
-    return (t.double() - w.double()).to(wide)
+    """W_tuned − W_base, subtracted in float64 and rounded once to float32, or to a wider type of theirs."""
+    difference = torch.empty(w.shape, dtype=torch.promote_types(torch.promote_types(w.dtype, t.dtype), torch.float32))
+    for rows in _blocks(w):
+        difference[rows] = t[rows].double() - w[rows].double()
+    return difference
 
 
 def _noise(w: Tensor, t: Tensor) -> Tensor:
@@ -170,9 +181,18 @@ def _noise(w: Tensor, t: Tensor) -> Tensor:
     return variance
 
 
-def _edge(variance: Tensor) -> float:
-    """About the largest singular value of a matrix of errors with these variances, and a margin."""
-    return _MARGIN * (math.sqrt(float(variance.sum(1).max())) + math.sqrt(float(variance.sum(0).max())))
+def _edge(w: Tensor, t: Tensor) -> float:
+    """About the largest singular value of a matrix of rounding errors, and a margin."""
+    column_I, largest = torch.zeros(w.shape[1]), 0.0
+    for rows in _blocks(w):
+        variance = _noise(w[rows], t[rows])
+        column_I += variance.sum(0)
+        largest = max(largest, float(variance.sum(1).max()))
+    return _MARGIN * (math.sqrt(largest) + math.sqrt(float(column_I.max())))
+
+
+def _norm(tensor: Tensor) -> float:
+    return math.sqrt(sum(float(tensor[rows].double().square().sum()) for rows in _blocks(tensor)))
 
 
 # ── what is no linear layer's weight ─────────────────────────────────────────

@@ -110,15 +110,21 @@ def rank_for(s_K: Tensor, energy: float, total: float | None = None) -> int:
 def leading(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` leading singular triplets of a dense matrix, in float64; the same ones at every call.
 
-    Exact in float64 where the smaller side is at most 768 or small beside the rank, else by randomised block Krylov
-    iteration (Musco and Musco 2015, arXiv:1504.05477): Q spans [WΩ, WWᵀWΩ, …], and the SVD of QᵀW is taken. U·s·Vᵀ
-    is then a projection of W, so that Σσ² is what it really keeps of ‖W‖², never more.
+    A float64 SVD where the smaller side is at most 768. Of few triplets of a larger matrix,
+    randomised block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477): Q spans [WΩ, WWᵀWΩ, …], and the SVD of
+    QᵀW is taken; U·s·Vᵀ is then a projection of W, so that Σσ² is what it really keeps of ‖W‖², never more. Of many,
+    the eigenvectors of WᵀW in float64, a fifth of an SVD's time and exact down to 1e-8 of the largest σ, which is
+    below the rounding of float32.
     """
     small, block = min(w_OI.shape), rank + 8
-    if small <= _EXACT or (_DEPTH + 1) * block >= small:
+    few = (_DEPTH + 1) * block < small
+    if small <= _EXACT or (not few and w_OI.dtype == torch.float64):
         u, s, v = torch.linalg.svd(w_OI.double(), full_matrices=False)
         return u[:, :rank], s[:rank], v[:rank]
-    x = torch.randn(w_OI.shape[1], block, generator=torch.Generator().manual_seed(0), dtype=w_OI.dtype)
+    if not few:
+        return _by_gram(w_OI, rank)
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(w_OI.shape[1], block, generator=chance, dtype=w_OI.dtype).to(w_OI.device)
     blocks = []
     for _ in range(_DEPTH + 1):
         y, _ = torch.linalg.qr(w_OI @ x)
@@ -127,6 +133,18 @@ def leading(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     q, _ = torch.linalg.qr(torch.cat(blocks, dim=1).double())
     u, s, v = torch.linalg.svd((q.to(w_OI.dtype).T @ w_OI).double(), full_matrices=False)
     return (q @ u)[:, :rank], s[:rank], v[:rank]
+
+
+def _by_gram(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """WᵀW = V·Σ²·Vᵀ and U = W·V·Σ⁻¹, on the smaller side."""
+    outputs, inputs = w_OI.shape
+    if outputs < inputs:
+        v, s, u = _by_gram(w_OI.T, rank)
+        return u.T, s, v.T
+    w = w_OI.double()
+    squares, vectors = torch.linalg.eigh(w.T @ w)
+    s, v = squares.flip(0)[:rank].clamp_min(0).sqrt(), vectors.flip(1)[:, :rank]
+    return w @ v / s.clamp_min(torch.finfo(s.dtype).tiny), s, v.T
 
 
 def nearest(

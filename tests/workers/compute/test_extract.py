@@ -205,6 +205,30 @@ def test_block_krylov_finds_the_leading_triplets_of_a_matrix_too_large_for_an_ex
     assert kept == pytest.approx(float(exact[made.rank - 1]), abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_many_triplets_of_a_large_matrix_are_those_of_its_svd(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.compute.lowrank._EXACT", 8)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    u, s, v = leading(w, 20)
+    torch.testing.assert_close(s, torch.linalg.svdvals(w.double())[:20])
+    torch.testing.assert_close(u.T @ u, torch.eye(20, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(u.T @ w.double() @ v.T, torch.diag(s), atol=1e-10, rtol=0)
+    found, kept = nearest(w, energy=1.0)
+    assert found.rank == 30
+    assert kept == pytest.approx(1.0)
+
+
+def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, _ = folders(tmp_path, everywhere)
+    whole = extract(base, tuned, recipe(rest="drop"))
+    monkeypatch.setattr("workers.compute.extract._BLOCK", 100)
+    parts = extract(base, tuned, recipe(rest="drop"))
+    assert parts.modules == whole.modules
+    assert parts.rest["model.embed_tokens.weight"].drift == pytest.approx(whole.rest["model.embed_tokens.weight"].drift)
+
+
 def test_a_zero_matrix_is_of_rank_zero() -> None:
     found, kept = nearest(torch.zeros(3, 4), energy=0.9)
     assert (found.rank, found.shape, kept) == (0, (3, 4), 1.0)
