@@ -177,19 +177,27 @@ def _replaced(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, h: Te
 
 
 def _forward(layer: Layer, x: Tensor, h: Tensor, groups: Sequence[Group]) -> tuple[Tensor, list[Tensor]]:
-    """h + s·B·A·x for all groups, and s·A·x of each."""
-    whole = len(groups) == 1 and groups[0].rows == slice(0, h.shape[0])
+    """h + s·B·A·x for all groups, and s·A·x of each. A group of one is a plain product, which is the faster one."""
+    whole = _is_whole(groups, h)
     out = h if whole else h.clone()
     lows = []
     for group in groups:
-        x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
+        a_KRI, b_KOR, scale_K11 = (each[group.adapters] for each in (layer.a_KRI, layer.b_KOR, layer.scale_K11))
         h_KLO = out[group.rows].view(group.many, -1, h.shape[-1])
-        low_KLR = torch.bmm(x_KLI, layer.a_KRI[group.adapters].mT).mul_(layer.scale_K11[group.adapters])
+        x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
+        low_KLR = _product(x_KLI, a_KRI.mT).mul_(scale_K11)
         lows.append(low_KLR)
-        if whole:
-            return torch.baddbmm(h_KLO, low_KLR, layer.b_KOR[group.adapters].mT).view(h.shape), lows
-        h_KLO.baddbmm_(low_KLR, layer.b_KOR[group.adapters].mT)
+        if not whole:
+            h_KLO.baddbmm_(low_KLR, b_KOR.mT)
+        elif group.many == 1:
+            return torch.addmm(h_KLO[0], low_KLR[0], b_KOR[0].T).view(h.shape), lows
+        else:
+            return torch.baddbmm(h_KLO, low_KLR, b_KOR.mT).view(h.shape), lows
     return out, lows
+
+
+def _is_whole(groups: Sequence[Group], x: Tensor) -> bool:
+    return len(groups) == 1 and groups[0].rows == slice(0, len(x))
 
 
 class _Added(torch.autograd.Function):
@@ -209,18 +217,18 @@ class _Added(torch.autograd.Function):
         dh = gradients[0].contiguous()
         assert layer.trained is not None
         _, _, grad_a_KRI, grad_b_KOR = layer.trained
-        whole = len(ctx.groups) == 1 and ctx.groups[0].rows == slice(0, x.shape[0])
         wanted = ctx.needs_input_grad[1]
-        dx = torch.zeros_like(x) if wanted and not whole else None
+        dx = torch.zeros_like(x) if wanted and not _is_whole(ctx.groups, x) else None
         for group, low_KLR in zip(ctx.groups, lows, strict=True):
             which = group.adapters
+            a_KRI, b_KOR = layer.a_KRI[which], layer.b_KOR[which]
             dh_KLO = dh[group.rows].view(group.many, -1, dh.shape[-1])
             x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
-            dlow_KLR = torch.bmm(dh_KLO, layer.b_KOR[which]).mul_(layer.scale_K11[which])
+            dlow_KLR = _product(dh_KLO, b_KOR).mul_(layer.scale_K11[which])
             _accumulate(grad_b_KOR[which], dh_KLO.mT, low_KLR)
             _accumulate(grad_a_KRI[which], dlow_KLR.mT, x_KLI)
             if wanted:
-                part = torch.bmm(dlow_KLR, layer.a_KRI[which]).view(x[group.rows].shape)
+                part = _product(dlow_KLR, a_KRI).view(x[group.rows].shape)
                 if dx is None:
                     dx = part
                 else:
@@ -228,11 +236,17 @@ class _Added(torch.autograd.Function):
         return gradients[0], dx, None, None, None
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return (left[0] @ right[0])[None] if len(left) == 1 else torch.bmm(left, right)
+
+
 def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if into.dtype == left.dtype:
-        into.baddbmm_(left, right)
+    if into.dtype != left.dtype:
+        into.add_(_product(left, right))
+    elif len(into) == 1:
+        into[0].addmm_(left[0], right[0])
     else:
-        into.add_(torch.bmm(left, right))
+        into.baddbmm_(left, right)
 
 
 # ── dropout ──────────────────────────────────────────────────────────────────

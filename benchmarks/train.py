@@ -1,0 +1,177 @@
+"""Fine-tuning 16 adapters at once, and one alone, against a loop with PEFT's modules; evaluation against PEFT's ways.
+
+The model is a Llama of 30 million parameters with random weights; adapters have rank 16 on all linear modules. The
+training peer is a hand-written loop in its steady state: forward, cross entropy of the asked positions, backward,
+clipping, AdamW, on one adapter; 16 adapters cost it 16 such steps. It holds its factors in the precision in which ours
+computes. Rounds of both take turns, each with a few steps that do not count; the median of the rounds is compared.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from registry.core.recipes import FineTune
+from tests.workers import factories
+from workers.compute.bank import Bank
+from workers.compute.data import Row
+from workers.compute.finetune import Task, finetune_many
+from workers.compute.lora import Adapter, fresh
+from workers.compute.model import Model
+
+from .house import apart
+from .table import Row as Line
+from .table import at_least
+
+MANY, RANK, ROUNDS, STEPS, WARM = 16, 16, 5, 6, 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WANTED = {("fp32", 32): 2.6, ("fp32", 128): 1.6, ("bf16", 32): 2.4, ("bf16", 128): 1.6}
+ALONE = {"fp32": 1.3, "bf16": 1.1}
+ANSWERED = {16: 2.5, 64: 1.7}
+
+
+def run(scale: float = 1.0) -> list[Line]:
+    rows = []
+    rounds = ROUNDS if scale >= 0.5 else 2
+    for precision in DTYPES:
+        for tokens in (32, 128):
+            ours, peer = apart(_train, precision, tokens, MANY, rounds)
+            rows.append(
+                at_least(
+                    f"train {MANY} adapters, {tokens} tokens a step each, {precision}", MANY * peer / ours,
+                    WANTED[precision, tokens], peer=f"{MANY} steps of a PEFT loop, {MANY * peer:.2f} s",
+                    note=f"{ours:.2f} s a step of all, {MANY * tokens / ours:,.0f} tokens/s",
+                )
+            )  # fmt: skip
+        ours, peer = apart(_train, precision, 128, 1, rounds)
+        rows.append(
+            at_least(
+                f"train 1 adapter, 128 tokens a step, {precision}", peer / ours, ALONE[precision],
+                peer=f"a PEFT loop, {1000 * peer:.0f} ms", note=f"{1000 * ours:.0f} ms a step",
+            )
+        )  # fmt: skip
+    for tokens, wanted in ANSWERED.items():
+        ours, mixed = apart(_answer, "fp32", tokens, rounds)
+        rows.append(
+            at_least(
+                f"forward of {MANY} adapters, {tokens} tokens each, fp32", mixed / ours, wanted,
+                peer=f"PEFT's mixed batch, {1000 * mixed:.0f} ms", note=f"{1000 * ours:.0f} ms",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def model(precision: str) -> Model:
+    """About 30 million parameters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    made: Model = LlamaForCausalLM(config)
+    return made.to(DTYPES[precision]).eval().requires_grad_(False)
+
+
+def recipe(tokens: int, seed: int) -> FineTune:
+    return factories.recipe(
+        steps=WARM + STEPS, rank=RANK, alpha=32.0, targets=tuple(TARGETS), batch_tokens=tokens, max_length=tokens,
+        learning_rate=1e-4, seed=seed,
+    )  # fmt: skip
+
+
+def _train(precision: str, tokens: int, many: int, rounds: int) -> tuple[float, float]:
+    """Seconds of a step of all adapters, and of one step of the peer."""
+    text = "".join(chr(97 + i % 26) for i in range(tokens - 3))
+    rows = [Row({"prompt": "a", "completion": text[i:] + text[:i]}, "rows.jsonl", i + 1) for i in range(8)]
+    base, tokenizer = model(precision), factories.tokenizer()
+    tasks = [Task(recipe(tokens, seed), rows) for seed in range(many)]
+    theirs = _PeftLoop(model(precision), precision, tokens)
+    found: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        ends: list[float] = []
+
+        def ended(now: dict[str, Any], ends: list[float] = ends) -> None:
+            if now["task"] == many - 1:
+                ends.append(time.perf_counter())
+
+        finetune_many(base, tokenizer, tasks, report=ended)
+        ours = (ends[-1] - ends[WARM - 1]) / STEPS
+        found.append((ours, theirs.seconds_of_a_step()))
+    ours_s, peer_s = (statistics.median(each) for each in zip(*found, strict=True))
+    return ours_s, peer_s
+
+
+class _PeftLoop:
+    """PEFT's modules, and the loop around them that one would write."""
+
+    def __init__(self, base: Model, precision: str, tokens: int) -> None:
+        config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+        self.model = peft.get_peft_model(base, config, autocast_adapter_dtype=precision == "fp32")
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.ids = torch.randint(3, 259, (8, 1, tokens))
+        self.step = 0
+
+    def seconds_of_a_step(self) -> float:
+        for _ in range(WARM):
+            self._once()
+        began = time.perf_counter()
+        for _ in range(2 * STEPS):
+            self._once()
+        return (time.perf_counter() - began) / (2 * STEPS)
+
+    def _once(self) -> None:
+        ids = self.ids[self.step % 8]
+        self.step += 1
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, 1:-1]
+        loss = F.cross_entropy(logits.float(), ids[0, 2:])
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        loss.item()
+
+
+def _answer(precision: str, tokens: int, rounds: int) -> tuple[float, float]:
+    """Seconds of a forward pass for all adapters: a bank's, and PEFT's mixed batch."""
+    base = model(precision)
+    adapters = [_random(base, seed) for seed in range(MANY)]
+    ids = torch.randint(3, 259, (MANY, tokens))
+    bank = Bank(base, adapters)
+    bank.assign([(which, 1) for which in range(MANY)])
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    mixed = peft.get_peft_model(model(precision), config, adapter_name="0")
+    for which in range(1, MANY):
+        mixed.add_adapter(str(which), config)
+    mixed.eval()
+    names = [str(which) for which in range(MANY)]
+    found = []
+    with torch.inference_mode():
+        for _ in range(rounds):
+            with bank.attached():
+                ours = _seconds(lambda: base(input_ids=ids, use_cache=False))
+            theirs = _seconds(lambda: mixed(input_ids=ids, use_cache=False, adapter_names=names))
+            found.append((ours, theirs))
+    ours_s, peer_s = (statistics.median(each) for each in zip(*found, strict=True))
+    return ours_s, peer_s
+
+
+def _random(base: Model, seed: int) -> Adapter:
+    return fresh(base, recipe(32, seed))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    for _ in range(WARM):
+        work()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        work()
+    return (time.perf_counter() - began) / STEPS
