@@ -382,7 +382,7 @@ def bytes_of(text: str) -> int:
     """``5GB``, ``500MB`` (powers of 1000) or ``2GiB`` (of 1024) as a number of bytes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise click.UsageError(f"--max-shard-size '{text}' is not a size such as 500MB, 5GB or 2GiB.")
+        raise click.UsageError(f"'{text}' is not a size such as 500MB, 5GB or 2GiB.")
     power = ("", "K", "M", "G", "T").index(match["unit"].upper())
     return int(float(match["count"]) * (1024 if match["binary"] else 1000) ** power)
 

@@ -1,6 +1,5 @@
 """Commands that make adapters out of weights that are there: combine, compress, extract."""
 
-import re
 from typing import Any
 
 import click
@@ -8,25 +7,10 @@ import click
 from registry.core.names import Reference, SeriesName
 
 from . import bases
-from .jobs import ask, job_options
+from .jobs import ask, bytes_of, job_options
 from .output import Output, command
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SHARE = click.FloatRange(0, 1, min_open=True)
-
-
-class Size(click.ParamType[int]):
-    """Bytes as people write them: ``300000``, ``20MB``, ``1.5 GiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(value).strip())
-        unit = _UNITS.get(found[2].lower()) if found else None
-        if found is None or unit is None or float(found[1]) * unit < 1:
-            self.fail(f"'{value}' is no size; write 300000, 20MB or 1.5GiB", param, ctx)
-        return int(float(found[1]) * unit)
 
 
 def into_options(function: Any) -> Any:
@@ -89,15 +73,15 @@ def combine(
 @click.argument("ref", metavar="REF")
 @click.option("--energy", type=_SHARE, help="The share of the update's square norm to keep; default: 0.95.")
 @click.option("--rank", type=click.IntRange(1, 4096), help="The rank of every module, at most.")
-@click.option("--bytes", "size", type=Size(), metavar="SIZE", help="Of all factors together, at most; such as 20MB.")
+@click.option("--bytes", "size", metavar="SIZE", help="Of all factors together, at most; such as 20MB.")
 @into_options
 @job_options
 def compress(
-    out: Output, ref: str, energy: float | None, rank: int | None, size: int | None, name: str,
+    out: Output, ref: str, energy: float | None, rank: int | None, size: str | None, name: str,
     aliases: tuple[str, ...], message: str, queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Make an adapter smaller: the best update of lower rank, module by module."""
-    given = {"energy": energy, "rank": rank, "bytes": size}
+    given = {"energy": energy, "rank": rank, "bytes": None if size is None else bytes_of(size)}
     if sum(value is not None for value in given.values()) > 1:
         raise click.UsageError("--energy, --rank and --bytes exclude each other.")
     _make(out, {"kind": "compress", "adapter": str(Reference.parse(ref)), **given}, name, aliases, message,
