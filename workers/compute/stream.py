@@ -194,14 +194,13 @@ def stream(
         many = max(1, min(threads or cores(), work.left))
         with ThreadPoolExecutor(many + 1, "merge") as pool:
             running = [pool.submit(work.run) for _ in range(many)]
-            if durable:
-                pool.submit(work.flush)
+            flushing = [pool.submit(work.flush)] if durable else []
             try:
                 while wait(running, timeout=0.2, return_when=FIRST_EXCEPTION).not_done and not work.stopped:
                     report(work.written)
             finally:
                 work.stopped = True
-        for thread in running:
+        for thread in running + flushing:
             thread.result()
         report(work.written)
         return work.digests
@@ -280,12 +279,15 @@ class _Work:
             raise
 
     def flush(self) -> None:
-        """Send to the disk what is written so far, until all is; a failure is met again by whoever closes the files."""
-        with contextlib.suppress(OSError):
-            while not self.stopped:
-                for path in self._busy:
+        """Send to the disk what is written so far, until all is."""
+        while not self.stopped:
+            for path in self._busy:
+                try:
                     os.fsync(self.files[path])
-                time.sleep(_FLUSHED_S)
+                except OSError as error:  # said once: who syncs the file later would not hear of it
+                    self.stopped = True
+                    refuse_os_error(error, path)
+            time.sleep(_FLUSHED_S)
 
     def _next(self, path: Path | None) -> Piece | None:
         """A piece of the file that this thread was at, else of the one with the fewest writers."""

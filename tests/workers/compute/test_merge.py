@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -360,3 +362,17 @@ def test_a_merged_model_deviates_by_rounding_and_another_one_by_more(tmp_path: P
     assert bad.relative > 1e-2
     assert bad.kl > 1e-4
     assert bad.largest > good.largest
+
+
+def test_a_disk_that_fails_while_it_is_written_to_fails_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = factories.saved(factories.llama(), tmp_path / "base")
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(PathUnusable, match="Input/output error"):
+        merge(base, factories.random_adapter(factories.llama()), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
