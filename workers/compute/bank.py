@@ -104,6 +104,8 @@ class Layer:
     replaced: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     stretch_O: dict[int, Tensor] = field(default_factory=dict)
     """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitude ⁄ ‖W₀ + ΔW‖ by rows."""
+    untouched: bool = field(default=False, init=False)
+    """Whether the gradient's views hold nothing of this step, so that the next product overwrites them."""
 
     @property
     def plain(self) -> bool:
@@ -127,6 +129,12 @@ class Layer:
         # A module whose input needs no gradient would have no backward, but its factors need theirs.
         self._anchor = torch.zeros((), requires_grad=self.trained is not None)
         self._leaves: tuple[Tensor, Tensor] | None = None
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        if self.trained is not None:
+            self.trained[2].zero_()
+            self.trained[3].zero_()
 
     def _one_by_one(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         parts, end = [], 0
@@ -225,14 +233,15 @@ class _Added(torch.autograd.Function):
             dh_KLO = dh[group.rows].view(group.many, -1, dh.shape[-1])
             x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
             dlow_KLR = _product(dh_KLO, b_KOR).mul_(layer.scale_K11[which])
-            _accumulate(grad_b_KOR[which], dh_KLO.mT, low_KLR)
-            _accumulate(grad_a_KRI[which], dlow_KLR.mT, x_KLI)
+            _add(grad_b_KOR[which], dh_KLO.mT, low_KLR, layer.untouched)
+            _add(grad_a_KRI[which], dlow_KLR.mT, x_KLI, layer.untouched)
             if wanted:
                 part = _product(dlow_KLR, a_KRI).view(x[group.rows].shape)
                 if dx is None:
                     dx = part
                 else:
                     dx[group.rows] = part
+        layer.untouched = False
         return gradients[0], dx, None, None, None
 
 
@@ -240,13 +249,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return (left[0] @ right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
-def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if into.dtype != left.dtype:
-        into.add_(_product(left, right))
-    elif len(into) == 1:
-        into[0].addmm_(left[0], right[0])
+def _add(into: Tensor, left: Tensor, right: Tensor, instead: bool) -> None:
+    """Add a product to what is there, or put it there ``instead``."""
+    if len(into) == 1 and into.dtype == left.dtype:
+        torch.addmm(into[0], left[0], right[0], beta=0 if instead else 1, out=into[0])
+    elif instead:
+        into.copy_(_product(left, right))
     else:
-        into.baddbmm_(left, right)
+        into.add_(_product(left, right))
 
 
 # ── dropout ──────────────────────────────────────────────────────────────────
@@ -332,6 +342,20 @@ class Bank:
         """Let the model compute with θ as it is now."""
         if self._computed_KP is not self.theta_KP:
             self._computed_KP.copy_(self.theta_KP)
+
+    @contextmanager
+    def gradients(self) -> Iterator[Tensor]:
+        """θ's gradient (K×P): what the losses that are differentiated inside the block say, and nothing of before."""
+        assert self.grad_KP is not None
+        everybody = self._groups is None or sum(group.many for group in self._groups) == len(self.adapters)
+        for layer in self.layers.values():
+            layer.untouched = layer.plain and everybody
+            if not layer.untouched:
+                layer.clear()
+        yield self.grad_KP
+        for layer in self.layers.values():
+            if layer.untouched:  # nothing went through it
+                layer.clear()
 
     def assign(self, rows: Rows) -> None:
         """Say whose the rows of the coming batches are. One adapter alone has every row unless told otherwise."""

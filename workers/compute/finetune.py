@@ -167,8 +167,8 @@ def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable
                 0, packed.owner_N, losses_N * packed.weights_N
             ).tolist()  # fmt: skip
             _finite("loss", means_K, live, drawn)
-            bank.grad_KP.zero_()
-            total.backward()
+            with bank.gradients():
+                total.backward()
             for place, (run, step) in enumerate(zip(live, steps, strict=True)):
                 if run.pulled and began_KP is not None:
                     weight = run.recipe.pull * (1 - step / run.recipe.steps)

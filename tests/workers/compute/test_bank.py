@@ -111,7 +111,9 @@ def test_gradients_are_those_of_the_dense_updates_in_float64(make: Any, rows: li
     bank64.assign(rows)
     assert bank64.grad_KP is not None
     with bank64.attached():
-        model(input_ids=ids).logits.square().mean().backward()
+        for _ in range(2):  # the second time in the place of the first
+            with bank64.gradients():
+                model(input_ids=ids).logits.square().mean().backward()
     leaves: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     start, total = 0, torch.zeros((), dtype=torch.float64)
     weights = {name: model.get_submodule(name).weight for name in bank64.layers}
@@ -170,3 +172,16 @@ def test_dropout_keeps_the_mean_and_is_each_adapters_own() -> None:
     assert torch.equal(dropped[:2], x[:2])
     assert dropped[2:].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert dropped[2:].mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_a_module_that_was_not_passed_has_no_gradient_of_the_step_before() -> None:
+    model = factories.llama()
+    bank = Bank(model, mixed(model), train=True)
+    bank.assign([(0, 2), (1, 2), (2, 3)])
+    with bank.attached():
+        with bank.gradients() as grad_KP:
+            model(input_ids=IDS).logits.square().mean().backward()
+        assert all(bool(row.any()) for row in grad_KP)
+        with bank.gradients() as grad_KP:
+            pass
+        assert not grad_KP.any()
