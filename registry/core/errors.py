@@ -535,6 +535,18 @@ class UnknownTargets(Invalid):
     help = "Name linear modules by their last part, such as q_proj or down_proj."
 
 
+class RankTooHigh(Invalid):
+    code = "rank-too-high"
+    says = "Rank {rank} is above the smaller side of '{module}', which is {outputs}×{inputs}"
+    help = "A product of that rank would be larger than the update itself: take a rank of at most {most}."
+
+
+class ForeignTokenizer(Conflict):
+    code = "foreign-tokenizer"
+    says = "The tokenizer gives token {token}, the base's embedding has {rows} rows: it does not belong to this base"
+    help = "Push the base with the tokenizer that it was trained with: loractl base push DIR --line NAME"
+
+
 # ── parts that are down ──────────────────────────────────────────────────────
 
 

@@ -120,9 +120,12 @@ class Layer:
         if not self.plain:
             return self._one_by_one(x, h, groups, drop)
         dropped = x if drop is None else drop(x, groups)
+        # What the base's product gave is nobody else's, and it needs no memory of its own for its backward.
+        own = h if h.is_contiguous() and not h._is_view() else h.clone(memory_format=torch.contiguous_format)
         if self.trained is None:
-            return _forward(self, dropped, h, groups)[0]
-        added: Tensor = _Added.apply(h, dropped, self, groups, self._anchor)
+            _forward(self, dropped, own, groups)
+            return own
+        added: Tensor = _Added.apply(own, dropped, self, groups, self._anchor)
         return added
 
     def __post_init__(self) -> None:
@@ -184,24 +187,20 @@ def _replaced(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, h: Te
     return F.linear(x, weight.T if isinstance(module, Conv1D) else weight, bias)
 
 
-def _forward(layer: Layer, x: Tensor, h: Tensor, groups: Sequence[Group]) -> tuple[Tensor, list[Tensor]]:
-    """h + s·B·A·x for all groups, and s·A·x of each. A group of one is a plain product, which is the faster one."""
-    whole = _is_whole(groups, h)
-    out = h if whole else h.clone()
+def _forward(layer: Layer, x: Tensor, h: Tensor, groups: Sequence[Group]) -> list[Tensor]:
+    """Add s·B·A·x of all groups to h, in place; s·A·x of each. A group of one is a plain product, the faster one."""
     lows = []
     for group in groups:
         a_KRI, b_KOR, scale_K11 = (each[group.adapters] for each in (layer.a_KRI, layer.b_KOR, layer.scale_K11))
-        h_KLO = out[group.rows].view(group.many, -1, h.shape[-1])
+        h_KLO = h[group.rows].view(group.many, -1, h.shape[-1])
         x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
         low_KLR = _product(x_KLI, a_KRI.mT).mul_(scale_K11)
         lows.append(low_KLR)
-        if not whole:
-            h_KLO.baddbmm_(low_KLR, b_KOR.mT)
-        elif group.many == 1:
-            return torch.addmm(h_KLO[0], low_KLR[0], b_KOR[0].T).view(h.shape), lows
+        if group.many == 1:
+            h_KLO[0].addmm_(low_KLR[0], b_KOR[0].T)
         else:
-            return torch.baddbmm(h_KLO, low_KLR, b_KOR.mT).view(h.shape), lows
-    return out, lows
+            h_KLO.baddbmm_(low_KLR, b_KOR.mT)
+    return lows
 
 
 def _is_whole(groups: Sequence[Group], x: Tensor) -> bool:
@@ -213,10 +212,11 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor, layer: Layer, groups: Sequence[Group], _anchor: Tensor) -> Tensor:
-        out, lows = _forward(layer, x, h.contiguous(), groups)
+        lows = _forward(layer, x, h, groups)
         ctx.layer, ctx.groups = layer, groups
         ctx.save_for_backward(x, *lows)
-        return out
+        ctx.mark_dirty(h)
+        return h
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

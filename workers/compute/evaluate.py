@@ -31,7 +31,7 @@ from .bank import Bank
 from .data import Example, Row, padded, read_rows, tokenize
 from .finetune import Report, silent
 from .lora import Adapter
-from .model import Model, Tokenizer
+from .model import Model, Tokenizer, check_tokens
 
 BARE = "bare"
 HARNESS = 1
@@ -115,6 +115,7 @@ def evaluate(
     """Records by adapter name (`BARE` for the base alone), in the order of the suite's rows."""
     limit = min(_MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH)
     examples = [tokenize(tokenizer, row, limit) for row in suite.rows]
+    check_tokens(model, (token for e in examples for ids in (e.prompt, *e.completions) for token in ids))
     names = ([BARE] if bare else []) + list(adapters)
     bank = Bank(model, list(adapters.values()))
     order = {name: which for which, name in enumerate(adapters)}

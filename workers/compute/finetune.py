@@ -30,7 +30,7 @@ from .bank import Bank, Drop, Factors, factors_of, with_factors
 from .data import Example, Row, batches, pack, tokenize
 from .lora import Adapter, fresh
 from .loss import Loss
-from .model import Model, Tokenizer, keeps_apart
+from .model import Model, Tokenizer, check_tokens, keeps_apart
 from .weights import read_metadata, read_tensors, write_tensors
 
 Report = Callable[[dict[str, Any]], None]
@@ -129,6 +129,7 @@ class _Run:
         if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
             raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
         examples = [tokenize(tokenizer, _trainable(row), task.recipe.max_length) for row in task.rows]
+        check_tokens(model, (token for example in examples for token in example.ids))
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
         ahead = batches(examples, task.recipe.batch_tokens, task.recipe.seed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from registry.core.errors import NotRunnable, UnknownTargets
+from registry.core.errors import NotRunnable, RankTooHigh, UnknownTargets
 from registry.core.recipes import FineTune
 
 from .lowrank import LowRank
@@ -149,6 +149,9 @@ def fresh(model: Model, recipe: FineTune) -> Adapter:
         module = model.get_submodule(name)
         rows, columns = module.weight.shape
         outputs, inputs = (columns, rows) if is_transposed(module) else (rows, columns)
+        if rank > min(outputs, inputs):
+            most = min(min(model.get_submodule(name).weight.shape) for name in names)
+            raise RankTooHigh(rank=rank, module=name, outputs=outputs, inputs=inputs, most=most)
         a_RI = (torch.rand(rank, inputs, generator=chance) * 2 - 1) / math.sqrt(inputs)
         patches[name] = Patch(a_RI, torch.zeros(outputs, rank), scale)
     return Adapter(patches, _config(model, recipe, names))

@@ -1,5 +1,6 @@
 """Base models from local folders: loaded once, frozen, in the precision that this machine is good at."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from registry.core.errors import NotABase, NotRunnable
+from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable
 from registry.core.recipes import Precision
 
 Model = Any
@@ -47,6 +48,14 @@ def load(folder: Path, precision: Precision = "auto") -> tuple[Model, Tokenizer]
         raise NotRunnable(what=f"The base model in '{folder.name}'", reason=str(error).splitlines()[0]) from error
     model.requires_grad_(False)
     return model.eval().to(device_here()), tokenizer
+
+
+def check_tokens(model: Model, ids: Iterable[int]) -> None:
+    """`ForeignTokenizer` when a token has no row in the base's embedding: else the lookup would fail without a word."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(ids, default=0)
+    if highest >= rows:
+        raise ForeignTokenizer(token=highest, rows=rows)
 
 
 def skeleton(folder: Path) -> Model:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from registry.core.errors import NotRunnable, UnknownTargets
+from registry.core.errors import NotRunnable, RankTooHigh, UnknownTargets
 from tests.workers import factories
 from workers.compute.bank import Bank, attached
 from workers.compute.lora import Adapter, fresh, target_modules
@@ -85,3 +85,9 @@ def test_names_without_the_base_prefix_find_their_modules() -> None:
         expected = factories.logits(model)
     with attached(model, bare):
         assert torch.equal(factories.logits(model), expected)
+
+
+def test_a_rank_above_the_smaller_side_is_refused_with_the_highest_that_fits() -> None:
+    with pytest.raises(RankTooHigh, match=r"Rank 17 .*k_proj.*16×32") as refused:
+        fresh(factories.llama(), factories.recipe(rank=17, targets=("q_proj", "k_proj")))
+    assert "at most 16" in refused.value.hint

@@ -5,8 +5,10 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from registry.core.errors import NotABase, NotRunnable
+from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable
 from tests.workers import factories
+from workers.compute.evaluate import Suite, evaluate
+from workers.compute.finetune import finetune
 from workers.compute.model import dtype_for, keeps_apart, load, module_name, skeleton
 
 
@@ -48,3 +50,11 @@ def test_packed_sequences_are_kept_apart_by_attention_and_not_by_a_recurrent_mod
     assert keeps_apart(factories.llama())
     assert keeps_apart(factories.gpt2())
     assert not keeps_apart(recurrent.eval())
+
+
+def test_a_tokenizer_of_another_base_is_refused_in_training_and_in_evaluation() -> None:
+    small = factories.llama(vocab_size=100)
+    with pytest.raises(ForeignTokenizer, match="100 rows"):
+        finetune(small, factories.tokenizer(), factories.recipe(), factories.rows())
+    with pytest.raises(ForeignTokenizer, match="100 rows"):
+        evaluate(small, factories.tokenizer(), Suite(factories.choices()), {})
