@@ -344,12 +344,14 @@ class Bank:
             self._computed_KP.copy_(self.theta_KP)
 
     @contextmanager
-    def gradients(self) -> Iterator[Tensor]:
-        """θ's gradient (K×P): what the losses that are differentiated inside the block say, and nothing of before."""
+    def gradients(self, *, at_once: bool = True) -> Iterator[Tensor]:
+        """θ's gradient (K×P): what the losses that are differentiated inside the block say, and nothing of before.
+
+        ``at_once``: each module is passed once at most, with rows of every adapter, so that what it says needs no sum.
+        """
         assert self.grad_KP is not None
-        everybody = self._groups is None or sum(group.many for group in self._groups) == len(self.adapters)
         for layer in self.layers.values():
-            layer.untouched = layer.plain and everybody
+            layer.untouched = layer.plain and at_once
             if not layer.untouched:
                 layer.clear()
         yield self.grad_KP

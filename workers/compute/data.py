@@ -186,13 +186,15 @@ class Packed:
         return Packed(**moved, rows=self.rows)
 
 
-def pack(many: Sequence[Sequence[Example]], *, together: bool = True) -> Packed:
+def pack(many: Sequence[Sequence[Example]], *, together: bool = True, asked: Sequence[int] | None = None) -> Packed:
     """Batches as rows of one length, one batch behind the other; with ``together`` rows hold several sequences.
 
-    Without it every sequence has a row of its own, for models that would let one look into another.
+    Without it every sequence has a row of its own, for models that would let one look into another. ``asked``: tokens
+    that are asked of each batch, where this is only a part of it.
     """
+    asked = [asked_of(batch) for batch in many] if asked is None else asked
     if together:
-        width = max(_width(batch) for batch in many)
+        width = max(_width(batch) for batch in many if batch)
         lines = [_laid_out(batch, width) for batch in many]
     else:
         width = max(len(example.ids) for batch in many for example in batch)
@@ -215,9 +217,14 @@ def pack(many: Sequence[Sequence[Example]], *, together: bool = True) -> Packed:
             owner_B[row] = owner
             row += 1
     owner_N = owner_B[:, None].expand(shape)[asked_BT]
-    weights_N = 1 / torch.bincount(owner_N, minlength=len(many))[owner_N].float()
+    weights_N = 1 / torch.tensor(asked)[owner_N].float()
     targets_N = ids_BT.roll(-1, dims=1)[asked_BT]
     return Packed(ids_BT, positions_BT, asked_BT, targets_N, weights_N, owner_N, tuple(map(len, lines)))
+
+
+def asked_of(batch: Sequence[Example]) -> int:
+    """How many tokens of completions, ends among them, a batch asks for."""
+    return sum(len(example.ids) - len(example.prompt) for example in batch)
 
 
 def _width(batch: Sequence[Example]) -> int:

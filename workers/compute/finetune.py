@@ -27,7 +27,7 @@ from registry.core.errors import NotRunnable, TrainingFailed
 from registry.core.recipes import FineTune, recipe_digest
 
 from .bank import Bank, Drop, Factors, factors_of, with_factors
-from .data import Example, Row, batches, pack, tokenize
+from .data import Example, Row, asked_of, batches, pack, tokenize
 from .lora import Adapter, fresh
 from .loss import Loss
 from .model import Model, Tokenizer, check_tokens, keeps_apart
@@ -90,6 +90,8 @@ def finetune_many(
 ) -> list[Trained]:
     """Train an adapter per task, all at once, as each would be alone but for rounding.
 
+    Where memory does not take a step in one pass it is made in twice as many, and so on; ``passes`` is reported then.
+
     ``report`` is called after every step of every task, with ``task``, its place, too. `TrainingFailed` names the
     rows on which a loss or gradient was no number; the last checkpoint stays.
     """
@@ -148,28 +150,14 @@ def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable
     assert bank.grad_KP is not None
     began_KP = bank.theta_KP.clone() if any(run.pulled for run in live) else None
     optimizer = _Optimizer(bank, live)
-    if any(run.recipe.dropout for run in live):
-        chances = [torch.Generator(model.device) for _ in live]
-        bank.drop = Drop([run.recipe.dropout for run in live], chances)
-    together = keeps_apart(model)
-    loss = Loss(model, head_is_adapted=bank.touches(model.get_output_embeddings()))
+    gradients = _Gradients(model, bank, live)
     limits_K = torch.tensor([run.recipe.max_grad_norm for run in live], device=model.device)
     with bank.attached():
         while not any(run.finished for run in live):
             steps = [len(run.losses) for run in live]
             drawn = [next(run.ahead) for run in live]
-            packed = pack(drawn, together=together).to(model.device)
-            bank.assign(list(enumerate(packed.rows)))
-            for place, (run, step) in enumerate(zip(live, steps, strict=True)):
-                if bank.drop is not None:
-                    bank.drop.chances[place].manual_seed((run.recipe.seed << 32) + step)
-            total, losses_N = loss(packed)
-            means_K = torch.zeros(len(live), device=model.device).index_add_(
-                0, packed.owner_N, losses_N * packed.weights_N
-            ).tolist()  # fmt: skip
+            means_K, tokens_K = gradients(drawn)
             _finite("loss", means_K, live, drawn)
-            with bank.gradients():
-                total.backward()
             for place, (run, step) in enumerate(zip(live, steps, strict=True)):
                 if run.pulled and began_KP is not None:
                     weight = run.recipe.pull * (1 - step / run.recipe.steps)
@@ -181,10 +169,10 @@ def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable
                 bank.grad_KP.mul_(clip_K[:, None])
             optimizer.step([learning_rate(run.recipe, step) for run, step in zip(live, steps, strict=True)])
             bank.refresh()
-            for place, run in enumerate(live):
-                run.losses.append(means_K[place])
-                run.tokens += packed.rows[place] * packed.ids_BT.shape[1]
-            asked_to_stop = _tell(live, report)
+            for run, mean, tokens in zip(live, means_K, tokens_K, strict=True):
+                run.losses.append(mean)
+                run.tokens += tokens
+            asked_to_stop = _tell(live, report, gradients.parts)
             if asked_to_stop is not None or _checkpoint_is_due(live):
                 optimizer.leave(live)
                 save()
@@ -193,13 +181,67 @@ def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable
     optimizer.leave(live)
 
 
-def _tell(live: Sequence[_Run], report: Report) -> KeyboardInterrupt | None:
-    """Report the step of each run; what the report asked to stop by."""
+class _Gradients:
+    """Losses and gradients of a step, in one pass through the base or, where memory does not take that, in several."""
+
+    def __init__(self, model: Model, bank: Bank, live: Sequence[_Run]) -> None:
+        self._model, self._bank, self._live = model, bank, live
+        if any(run.recipe.dropout for run in live):
+            bank.drop = Drop([run.recipe.dropout for run in live], [torch.Generator(model.device) for _ in live])
+        self._together = keeps_apart(model)
+        self._loss = Loss(model, head_is_adapted=bank.touches(model.get_output_embeddings()))
+        self.parts = 1
+        """Passes per step: twice as many each time that memory ran out."""
+
+    def __call__(self, drawn: Sequence[list[Example]]) -> tuple[list[float], list[int]]:
+        """The mean loss and the tokens of each adapter's batch; the gradients are in the bank.
+
+        `TrainingFailed` when there is no memory for single rows.
+        """
+        while True:
+            try:
+                return self._passes(drawn)
+            except RuntimeError as error:  # torch's errors of memory are of this kind on every device
+                if not _is_out_of_memory(error):
+                    raise
+                if self.parts >= max(map(len, drawn)):
+                    step = len(self._live[0].losses) + 1
+                    raise TrainingFailed(step=step, reason="out of memory with one row of each adapter") from error
+            self.parts *= 2
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _passes(self, drawn: Sequence[list[Example]]) -> tuple[list[float], list[int]]:
+        asked = [asked_of(batch) for batch in drawn]
+        means_K = torch.zeros(len(drawn), device=self._model.device)
+        tokens_K = [0] * len(drawn)
+        for run, chance in zip(self._live, self._bank.drop.chances if self._bank.drop else [], strict=False):
+            chance.manual_seed((run.recipe.seed << 32) + len(run.losses))
+        with self._bank.gradients(at_once=self.parts == 1):
+            for part in range(min(self.parts, max(map(len, drawn)))):
+                some = [batch[part :: self.parts] for batch in drawn]
+                packed = pack(some, together=self._together, asked=asked).to(self._model.device)
+                self._bank.assign(list(enumerate(packed.rows)))
+                total, losses_N = self._loss(packed)
+                total.backward()
+                means_K.index_add_(0, packed.owner_N, losses_N * packed.weights_N)
+                width = packed.ids_BT.shape[1]
+                tokens_K = [tokens + rows * width for tokens, rows in zip(tokens_K, packed.rows, strict=True)]
+        return means_K.tolist(), tokens_K
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _tell(live: Sequence[_Run], report: Report, parts: int) -> KeyboardInterrupt | None:
+    """Report the step of each run, in how many passes it was made if not in one; what the report asked to stop by."""
     asked_to_stop = None
+    more = {"passes": parts} if parts > 1 else {}
     for run in live:
         told = {"step": len(run.losses), "steps": run.recipe.steps, "loss": run.losses[-1], "tokens": run.tokens}
         try:
-            report(told | {"task": run.place})
+            report(told | {"task": run.place} | more)
         except KeyboardInterrupt as interrupt:
             asked_to_stop = interrupt
     return asked_to_stop

@@ -9,10 +9,12 @@ import torch
 from registry.core.errors import BadDataset, NotRunnable, TrainingFailed
 from registry.core.recipes import FineTune
 from tests.workers import factories
+from workers.compute import data
 from workers.compute.bank import attached
-from workers.compute.data import Row
+from workers.compute.data import Packed, Row
 from workers.compute.finetune import Task, Trained, finetune, finetune_many, learning_rate
 from workers.compute.lora import Adapter, fresh
+from workers.compute.loss import Loss
 from workers.compute.weights import write_adapter
 
 TOKENIZER = factories.tokenizer()
@@ -212,3 +214,42 @@ def test_who_has_finished_is_not_trained_on_while_others_go_on() -> None:
     assert [sum(task == place for task, _ in told) for place in range(3)] == [7, 4, 9]
     assert told[:3] == [(0, 1), (1, 1), (2, 1)]
     assert told[-2:] == [(2, 8), (2, 9)]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_that_memory_does_not_take_is_made_in_more_passes_with_the_same_result(
+    kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_ROW", 32)
+    whole = finetune_many(factories.llama(), TOKENIZER, tasks())
+    real = Loss.__call__
+
+    def small(self: Loss, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        if packed.ids_BT.numel() > 96:
+            raise kind("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        return real(self, packed)
+
+    monkeypatch.setattr(Loss, "__call__", small)
+    told: list[dict[str, Any]] = []
+    parts = finetune_many(factories.llama(), TOKENIZER, tasks(), report=told.append)
+    assert {now.get("passes") for now in told} >= {4}
+    for one, other in zip(whole, parts, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=2e-3)
+
+
+def test_no_memory_for_a_single_row_stops_the_training_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: Loss, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Loss, "__call__", never)
+    with pytest.raises(TrainingFailed, match="step 1: out of memory with one row"):
+        train(factories.recipe())
+
+
+def test_another_error_of_the_run_is_not_taken_for_one_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Loss, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Loss, "__call__", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(factories.recipe())
