@@ -537,8 +537,8 @@ class UnknownTargets(Invalid):
 
 class RankTooHigh(Invalid):
     code = "rank-too-high"
-    says = "Rank {rank} is above the smaller side of '{module}', which is {outputs}×{inputs}"
-    help = "A product of that rank would be larger than the update itself: take a rank of at most {most}."
+    says = "Rank {rank} is above the smaller side of '{module}', which is {outputs}×{inputs}; at most {most} fits here"
+    help = "A product of a higher rank than the update itself says nothing more: lower the recipe's rank."
 
 
 class ForeignTokenizer(Conflict):

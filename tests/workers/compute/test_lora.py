@@ -88,6 +88,5 @@ def test_names_without_the_base_prefix_find_their_modules() -> None:
 
 
 def test_a_rank_above_the_smaller_side_is_refused_with_the_highest_that_fits() -> None:
-    with pytest.raises(RankTooHigh, match=r"Rank 17 .*k_proj.*16×32") as refused:
+    with pytest.raises(RankTooHigh, match=r"Rank 17 .*k_proj.*16×32; at most 16"):
         fresh(factories.llama(), factories.recipe(rank=17, targets=("q_proj", "k_proj")))
-    assert "at most 16" in refused.value.hint
