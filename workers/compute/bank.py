@@ -106,12 +106,15 @@ class Layer:
     """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitude ⁄ ‖W₀ + ΔW‖ by rows."""
     untouched: bool = field(default=False, init=False)
     """Whether the gradient's views hold nothing of this step, so that the next product overwrites them."""
+    plain: bool = field(init=False)
+    """Whether products of all rows say everything."""
 
-    @property
-    def plain(self) -> bool:
-        """Whether products of all rows say everything."""
+    def __post_init__(self) -> None:
         special = any(patch.bias_O is not None for patch in self.patches.values())
-        return not (self.replaced or self.stretch_O or special or isinstance(self.module, nn.Embedding))
+        self.plain = not (self.replaced or self.stretch_O or special or isinstance(self.module, nn.Embedding))
+        # A module whose input needs no gradient would have no backward, but its factors need theirs.
+        self._anchor = torch.zeros((), requires_grad=self.trained is not None)
+        self._leaves: tuple[Tensor, Tensor] | None = None
 
     def apply(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         """h of the rows that belong to adapters, as adapted."""
@@ -127,11 +130,6 @@ class Layer:
             return own
         added: Tensor = _Added.apply(own, dropped, self, groups, self._anchor)
         return added
-
-    def __post_init__(self) -> None:
-        # A module whose input needs no gradient would have no backward, but its factors need theirs.
-        self._anchor = torch.zeros((), requires_grad=self.trained is not None)
-        self._leaves: tuple[Tensor, Tensor] | None = None
 
     def clear(self) -> None:
         """Forget the gradient."""
@@ -334,7 +332,7 @@ class Bank:
         a_KRI, b_KOR = place.views(self._computed_KP)
         trained = None if self.grad_KP is None else (*place.views(self.theta_KP), *place.views(self.grad_KP))
         scales = [patches[which].scale if which in patches else 0.0 for which in range(len(self.adapters))]
-        scale_K11 = torch.tensor(scales, dtype=a_KRI.dtype, device=a_KRI.device)[:, None, None]
+        scale_K11 = torch.tensor(scales, device=a_KRI.device)[:, None, None]  # float32: rounded, it would bias all
         stretch = {which: _stretch(module, patch) for which, patch in patches.items() if patch.magnitude_O is not None}
         return Layer(module, a_KRI, b_KOR, scale_K11, trained, patches, replaced, stretch)
 

@@ -185,3 +185,17 @@ def test_a_module_that_was_not_passed_has_no_gradient_of_the_step_before() -> No
         with bank.gradients() as grad_KP:
             pass
         assert not grad_KP.any()
+
+
+def test_the_scale_is_not_rounded_to_the_models_type() -> None:
+    model = factories.llama().bfloat16()
+    [name] = [name for name in factories.random_adapter(model).patches if name.endswith("0.self_attn.q_proj")]
+    module = model.get_submodule(name)
+    chance = torch.Generator().manual_seed(0)
+    a_RI, b_OR = (torch.randn(shape, generator=chance).bfloat16() for shape in ((4, 32), (32, 4)))
+    x = torch.randn(64, 50, 32, generator=chance).bfloat16()
+    bare = module(x).double()
+    with attached(model, Adapter({name: Patch(a_RI, b_OR, 0.3)}, {})):
+        update = module(x).double() - bare
+    exact = 0.3 * x.double() @ a_RI.double().T @ b_OR.double().T
+    assert float((update * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=5e-4)
