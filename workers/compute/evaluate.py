@@ -127,23 +127,25 @@ def evaluate(
     scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in names}
     step, steps = 0, (len(queries) + len(prompts)) * len(names)
     with torch.inference_mode(), bank.attached():
-        for company in _companies(names):
+        for company in _parts(names, _TOGETHER):
             for batch in _batches(queries, len(company)):
-                bank.assign([(order.get(name), len(batch)) for name in company])
-                found = _log_probabilities(model, batch, len(company), whole)
-                for name, answers in zip(company, found, strict=True):
-                    for query, values in zip(batch, answers, strict=True):
-                        for choice, value in zip(query.choices, values, strict=True):
-                            scores[name][query.item][choice] = value
-                step += len(batch) * len(company)
-                report({"step": step, "steps": steps, "adapters": len(company)})
-            for some in _prompts([(i, examples[i].prompt) for i in prompts], len(company)):
-                bank.assign([(order.get(name), len(some)) for name in company])
-                made = _generate(model, tokenizer, [prompt for _, prompt in some] * len(company), suite.max_new_tokens)
+                tokens = len(batch) * len(batch[-1].ids)
+                for some in _parts(company, max(1, _BATCH_TOKENS // tokens)):  # a long row is too much for all at once
+                    bank.assign([(order.get(name), len(batch)) for name in some])
+                    found = _log_probabilities(model, batch, len(some), whole)
+                    for name, answers in zip(some, found, strict=True):
+                        for query, values in zip(batch, answers, strict=True):
+                            for choice, value in zip(query.choices, values, strict=True):
+                                scores[name][query.item][choice] = value
+                    step += len(batch) * len(some)
+                    report({"step": step, "steps": steps, "adapters": len(some)})
+            for asked in _prompts([(i, examples[i].prompt) for i in prompts], len(company)):
+                bank.assign([(order.get(name), len(asked)) for name in company])
+                made = _generate(model, tokenizer, [prompt for _, prompt in asked] * len(company), suite.max_new_tokens)
                 for place, name in enumerate(company):
-                    own = made[place * len(some) : (place + 1) * len(some)]
-                    outputs[name] |= {i: text for (i, _), text in zip(some, own, strict=True)}
-                step += len(some) * len(company)
+                    own = made[place * len(asked) : (place + 1) * len(asked)]
+                    outputs[name] |= {i: text for (i, _), text in zip(asked, own, strict=True)}
+                step += len(asked) * len(company)
                 report({"step": step, "steps": steps, "adapters": len(company)})
     return {
         name: [_record(suite, e, scores[name][i], outputs[name].get(i)) for i, e in enumerate(examples)]
@@ -151,9 +153,9 @@ def evaluate(
     }
 
 
-def _companies(names: Sequence[str]) -> list[Sequence[str]]:
-    """Who goes through the base together."""
-    return [names[start : start + _TOGETHER] for start in range(0, len(names), _TOGETHER)]
+def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Who goes through the base together: at most ``size``."""
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 def _queries(item: int, example: Example) -> Iterator[Query]:

@@ -8,6 +8,7 @@ import torch
 from registry.core.errors import BadConfig, BadDataset
 from registry.core.records import Record, parse_records, split_of, summary, to_jsonl
 from tests.workers import factories
+from workers.compute import evaluate as module
 from workers.compute.data import Row
 from workers.compute.evaluate import BARE, Suite, evaluate
 from workers.compute.finetune import finetune
@@ -134,3 +135,20 @@ def test_the_harness_digest_changes_with_what_changes_a_score() -> None:
     digests = {str(suite.harness(precision)) for suite in suites for precision in ("fp32", "bf16")}
     assert len(digests) == 6
     assert Suite(rows).harness("fp32") == Suite(factories.choices(5)).harness("fp32")
+
+
+def test_a_long_row_is_answered_for_fewer_adapters_at_once_with_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, suite = factories.llama(), Suite([*factories.rows(3), *factories.choices(3)])
+    adapters = {str(seed): factories.random_adapter(model, seed=seed) for seed in range(4)}
+    whole = evaluate(model, TOKENIZER, suite, adapters)
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 24)
+    sizes: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    narrow = evaluate(model, TOKENIZER, suite, adapters)
+    handle.remove()
+    assert max(sizes) <= 24
+    for name, records in whole.items():
+        for one, other in zip(records, narrow[name], strict=True):
+            assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
