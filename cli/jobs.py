@@ -331,7 +331,9 @@ def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
     result = job.result or {}
     curve = [(float(step), float(loss)) for step, loss in result.get("loss", [])] or curve
     if len(curve) > 1:
-        click.echo(plot({"loss": curve}, title=f"{job.kind} {job.id}", x="step"))
+        curves = {"loss": curve, "held out": [(float(step), float(loss)) for step, loss in result.get("held_out", [])]}
+        click.echo(plot({name: points for name, points in curves.items() if len(points) > 1},
+                        title=f"{job.kind} {job.id}", x="step"))  # fmt: skip
     _job(job)
 
 

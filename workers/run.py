@@ -220,12 +220,13 @@ def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None
 def _training_facts(trained: Trained, precision: Precision) -> dict[str, Any]:
     losses = list(enumerate(trained.losses, start=1))
     thin = -(-len(losses) // CURVE_POINTS)
+    held_out = {"held_out": [list(look) for look in trained.held_out], "kept": trained.kept}
     return {
         "steps": len(losses),
         "tokens": trained.tokens,
         "loss": [list(point) for point in losses if point[0] % thin == 0],
         "precision": _precision(precision),
-    }
+    } | (held_out if trained.held_out else {})
 
 
 def _precision(asked: Precision) -> str:

@@ -63,6 +63,19 @@ class FineTune(Frozen):
     """Weight of the pull ½·pull·(1 − t/T)·‖θ − θ_start‖² towards the start, decaying to zero (with ``start``)."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0 for none. Not a part of the result."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """The share of rows that are looked at and not trained on, drawn by their content."""
+    look_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between looks at the loss of rows held out; the last step has one, too."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Looks in a row without a better loss that end the training, with the factors of the best one; 0: it goes on to
+    its last step and keeps what it has then."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> Self:
+        if self.patience and not self.held_out:
+            raise ValueError("patience needs rows to look at: set held_out, such as 0.1")
+        return self
 
 
 class Evaluate(Frozen):

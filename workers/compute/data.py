@@ -9,8 +9,10 @@ completion the end-of-sequence token behind. Messages go through the tokenizer's
 last turn, the assistant's, is the completion, and the template's own end of turn is part of it.
 """
 
+import hashlib
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from registry.core.errors import BadDataset
+from registry.core.records import item_id
 from registry.core.rows import parse_row
 
 from .model import Tokenizer
@@ -137,6 +140,21 @@ def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[int, ...], tuple[str, .
     return _encode(tokenizer, before), (text,), _encode(tokenizer, whole[len(before) + len(text) :].rstrip("\n"))
 
 
+def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, drawn by their content: a row that is there twice is on one side."""
+    if not share:
+        return list(rows), []
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        drawn = hashlib.sha256(b"loractl/1 held out\0" + item_id(row.value).encode()).digest()
+        sides[int.from_bytes(drawn[:8], "big") < share * (1 << 64)].append(row)
+    for side, word in zip(sides, ("to train on", "aside"), strict=True):
+        if not side:
+            reason = f"held_out = {share:g} keeps none of its {len(rows)} rows {word}"
+            raise BadDataset(path=rows[0].path, line=0, reason=reason)
+    return sides
+
+
 # ── batches ──────────────────────────────────────────────────────────────────
 
 
@@ -145,18 +163,28 @@ def batches(examples: Sequence[Example], batch_tokens: int, seed: int) -> Iterat
 
     Rows are taken until the next one would exceed ``batch_tokens`` (at least one).
     """
-    batch: list[Example] = []
-    size = epoch = 0
-    while True:
+    return chunks(_epochs(examples, seed), batch_tokens)
+
+
+def _epochs(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+    for epoch in itertools.count():
         order = list(examples)
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        for example in order:
-            if batch and size + len(example.ids) > batch_tokens:
-                yield batch
-                batch, size = [], 0
-            batch.append(example)
-            size += len(example.ids)
-        epoch += 1
+        yield from order
+
+
+def chunks(examples: Iterable[Example], batch_tokens: int) -> Iterator[list[Example]]:
+    """Examples in their order, in batches of at most ``batch_tokens`` (or of one)."""
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        if batch and size + len(example.ids) > batch_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(example)
+        size += len(example.ids)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

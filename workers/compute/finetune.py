@@ -5,6 +5,7 @@
 
 Each of many adapters has its own rows, rates, length and chance; a step is one batch of each that is not finished,
 in one pass through the base. Their losses are summed, and as no parameter is shared, each gets the gradient of its own.
+Where one ends (by its steps, by its loss on rows held out, by a failure) the next that waits takes its place.
 
 The base stays in its own precision (bfloat16 where the device computes in it) and in evaluation mode; factors,
 gradients and the optimiser's moments are float32. Deterministic: the order of rows and the dropout of step t are drawn
@@ -13,28 +14,27 @@ one in the same company.
 """
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from registry.core.errors import NotRunnable, TrainingFailed
+from registry.core.errors import LoractlError, NotRunnable, TrainingFailed
 from registry.core.recipes import FineTune, recipe_digest
 
+from . import checkpoint
 from .bank import Bank, Drop, Factors, factors_of, with_factors
-from .data import Example, Row, asked_of, batches, pack, tokenize
+from .checkpoint import State
+from .data import Example, Row, asked_of, batches, chunks, hold_out, pack, tokenize
 from .lora import Adapter, fresh
 from .loss import Loss
 from .model import Model, Tokenizer, check_tokens, keeps_apart
-from .weights import read_metadata, read_tensors, write_tensors
 
 Report = Callable[[dict[str, Any]], None]
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def silent(_: dict[str, Any]) -> None:
@@ -52,11 +52,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the adapter, the loss of every step, and the tokens it saw, padding included."""
+    """A finished training."""
 
     adapter: Adapter
     losses: tuple[float, ...]
+    """Of every step."""
     tokens: int
+    """That it saw, padding included."""
+    held_out: tuple[tuple[int, float], ...] = ()
+    """Steps after which rows held out were looked at, and their loss."""
+    kept: int = 0
+    """The step whose factors these are: the last one, or with patience that of the best look."""
+
+
+Outcome = Trained | LoractlError
 
 
 def finetune(
@@ -87,22 +96,77 @@ def finetune_many(
     *,
     report: Report = silent,
     checkpoint_dir: Path | None = None,
+    tokens_at_once: int | None = None,
 ) -> list[Trained]:
-    """Train an adapter per task, all at once, as each would be alone but for rounding.
+    """Train an adapter per task, all at once, as each would be alone but for rounding (see `as_trained`).
+
+    What goes wrong with one of them is raised: `TrainingFailed` names the rows on which a loss or gradient was no
+    number; the last checkpoint stays.
+    """
+    found: dict[int, Trained] = {}
+    options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint_dir, "tokens_at_once": tokens_at_once}
+    for place, outcome in as_trained(model, tokenizer, tasks, **options):
+        if isinstance(outcome, LoractlError):
+            raise outcome
+        found[place] = outcome
+    return [found[place] for place in range(len(tasks))]
+
+
+def as_trained(
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    *,
+    report: Report = silent,
+    checkpoint_dir: Path | None = None,
+    tokens_at_once: int | None = None,
+    unwanted: Collection[int] = (),
+) -> Iterator[tuple[int, Outcome]]:
+    """Train an adapter per task and give each, by its place, when it ends; what one fails by is nobody else's.
+
+    ``tokens_at_once`` limits the sum of the recipes' ``batch_tokens`` in a step (one task goes through in any case):
+    whoever does not fit waits in order until there is room. ``unwanted`` are places that are looked at after every
+    step: their training ends without an outcome.
 
     Where memory does not take a step in one pass it is made in twice as many, and so on; ``passes`` is reported then.
-
-    ``report`` is called after every step of every task, with ``task``, its place, too. `TrainingFailed` names the
-    rows on which a loss or gradient was no number; the last checkpoint stays.
+    ``report`` is called after every step of every task, with ``task``, its place, too.
     """
-    runs = [_Run.of(place, model, tokenizer, task) for place, task in enumerate(tasks)]
-    path = None if checkpoint_dir is None else checkpoint_dir / CHECKPOINT
-    if path is not None:
-        _resume(path, runs)
-    with torch.random.fork_rng():
-        while live := [run for run in runs if not run.finished]:
-            _together(model, live, report, lambda: None if path is None else _save(path, runs))
-    return [Trained(with_factors(run.start, run.factors), tuple(run.losses), run.tokens) for run in runs]
+    runs: list[_Run] = []
+    for place, task in enumerate(tasks):
+        try:
+            runs.append(_Run.of(place, model, tokenizer, task, Counter(run.identity for run in runs)))
+        except LoractlError as error:
+            yield place, error
+    if checkpoint_dir is not None:
+        for run in runs:
+            run.go_on_from(checkpoint.read(checkpoint_dir, run.identity))
+
+    def save() -> None:
+        if checkpoint_dir is not None:
+            sound = [run for run in runs if run.failure is None]
+            failed = [run.identity for run in runs if run.failure is not None]
+            checkpoint.save(checkpoint_dir, {run.identity: run.state() for run in sound}, keep=failed)
+
+    waiting = list(runs)
+    while waiting:
+        for run in [run for run in waiting if run.ended or run.place in unwanted]:
+            waiting.remove(run)
+            if run.place not in unwanted:
+                yield run.place, run.outcome()
+        if live := _admitted(waiting, tokens_at_once):
+            with torch.random.fork_rng():
+                _together(model, live, report, save, unwanted)
+
+
+def _admitted(waiting: Sequence["_Run"], tokens_at_once: int | None) -> list["_Run"]:
+    """Who trains now: in order, each that still fits; at least the first."""
+    live: list[_Run] = []
+    room = math.inf if tokens_at_once is None else tokens_at_once
+    for run in waiting:
+        if not live or run.recipe.batch_tokens <= room:
+            live.append(run)
+            room -= run.recipe.batch_tokens
+    return live
 
 
 # ── one adapter's run ────────────────────────────────────────────────────────
@@ -119,33 +183,117 @@ class _Run:
     """As they were when the run was left."""
     identity: str
     ahead: Iterator[list[Example]]
+    held: Sequence[Sequence[Example]]
+    """Rows held out, in batches."""
     pulled: bool
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
     moments: tuple[Factors, Factors] | None = None
     """The optimiser's first and second, after a step."""
+    looks: list[tuple[int, float]] = field(default_factory=list)
+    best: Factors | None = None
+    """With patience: the factors of the best look so far."""
+    failure: LoractlError | None = None
 
     @classmethod
-    def of(cls, place: int, model: Model, tokenizer: Tokenizer, task: Task) -> "_Run":
+    def of(cls, place: int, model: Model, tokenizer: Tokenizer, task: Task, others: Counter[str]) -> "_Run":
         adapter = task.start or fresh(model, task.recipe)
         if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
             raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
-        examples = [tokenize(tokenizer, _trainable(row), task.recipe.max_length) for row in task.rows]
-        check_tokens(model, (token for example in examples for token in example.ids))
+        kept, held = hold_out(task.rows, task.recipe.held_out)
+        examples, aside = (
+            [tokenize(tokenizer, _trainable(row), task.recipe.max_length) for row in rows] for rows in (kept, held)
+        )
+        check_tokens(model, (token for example in (*examples, *aside) for token in example.ids))
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
-        ahead = batches(examples, task.recipe.batch_tokens, task.recipe.seed)
-        pulled = bool(task.recipe.pull) and task.start is not None
         identity = f"{recipe_digest(task.recipe)} {marks}"
-        return cls(place, task.recipe, adapter, factors_of(adapter), identity, ahead, pulled)
+        while others[identity]:  # the very same task again
+            identity += " again"
+        return cls(
+            place, task.recipe, adapter, factors_of(adapter), identity,
+            ahead=batches(examples, task.recipe.batch_tokens, task.recipe.seed),
+            held=list(chunks(aside, task.recipe.batch_tokens)),
+            pulled=bool(task.recipe.pull) and task.start is not None,
+        )  # fmt: skip
 
     @property
-    def finished(self) -> bool:
-        return len(self.losses) >= self.recipe.steps
+    def step(self) -> int:
+        """Steps made."""
+        return len(self.losses)
+
+    @property
+    def best_look(self) -> tuple[int, float]:
+        return min(self.looks, key=lambda look: look[1])
+
+    @property
+    def ended(self) -> bool:
+        return self.failure is not None or self.step >= self.recipe.steps or self._lost_patience
+
+    @property
+    def _lost_patience(self) -> bool:
+        if not self.looks or not self.recipe.patience:
+            return False
+        since = len(self.looks) - 1 - self.looks.index(self.best_look)
+        return since >= self.recipe.patience
+
+    @property
+    def wants_a_look(self) -> bool:
+        """Whether rows held out are due after the step just made."""
+        due = self.step % self.recipe.look_every == 0 or self.step >= self.recipe.steps
+        return bool(self.held) and due and self.failure is None
+
+    def looked(self, loss: float, factors: Callable[[], Factors]) -> None:
+        """Note the loss on rows held out, and with patience the factors where it is the best so far."""
+        self.looks.append((self.step, loss))
+        if self.recipe.patience and self.best_look == self.looks[-1]:
+            self.best = factors()
+
+    def outcome(self) -> Outcome:
+        """The adapter, or what it failed by."""
+        if self.failure is not None:
+            return self.failure
+        factors, kept = (self.factors, self.step) if self.best is None else (self.best, self.best_look[0])
+        adapter = with_factors(self.start, factors)
+        return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept)
+
+    # ── checkpoints: the batches and the chance of a step follow from its number ──
+
+    def state(self) -> State:
+        """Factors, moments, and how far the run is."""
+        kinds = {"theta": self.factors} | dict(zip("mv", self.moments or (), strict=False))
+        if self.best is not None:
+            kinds["best"] = self.best
+        tensors = {
+            f"{kind}.{name}.{part}": factor
+            for kind, factors in kinds.items()
+            for name, pair in factors.items()
+            for part, factor in zip("AB", pair, strict=True)
+        }
+        return State(self.step, tensors, {"losses": self.losses, "tokens": self.tokens, "looks": self.looks})
+
+    def go_on_from(self, state: State | None) -> None:
+        """Be where a checkpoint left the run; nothing happens without one."""
+        if state is None or not state.step:
+            return
+
+        def factors(kind: str) -> Factors:
+            return {name: (state.tensors[f"{kind}.{name}.A"], state.tensors[f"{kind}.{name}.B"])
+                    for name in self.factors}  # fmt: skip
+
+        self.losses, self.tokens = state.told["losses"], state.told["tokens"]
+        self.looks = [(step, loss) for step, loss in state.told["looks"]]
+        self.moments = (factors("m"), factors("v"))
+        if self.recipe.patience and self.looks:
+            self.best = factors("best")
+        self.factors = factors("theta")
+        self.ahead = itertools.islice(self.ahead, self.step, None)
 
 
-def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable[[], object]) -> None:
-    """Steps of all ``live`` runs until one of them is finished; then every run knows where it is."""
+def _together(
+    model: Model, live: Sequence[_Run], report: Report, save: Callable[[], None], unwanted: Collection[int]
+) -> None:
+    """Steps of all ``live`` runs until one of them has ended; then every run knows where it is."""
     bank = Bank(model, [run.start for run in live], train=True)
     assert bank.grad_KP is not None
     began_KP = bank.theta_KP.clone() if any(run.pulled for run in live) else None
@@ -153,26 +301,31 @@ def _together(model: Model, live: Sequence[_Run], report: Report, save: Callable
     gradients = _Gradients(model, bank, live)
     limits_K = torch.tensor([run.recipe.max_grad_norm for run in live], device=model.device)
     with bank.attached():
-        while not any(run.finished for run in live):
-            steps = [len(run.losses) for run in live]
+        while not any(run.ended or run.place in unwanted for run in live):
             drawn = [next(run.ahead) for run in live]
             means_K, tokens_K = gradients(drawn)
-            _finite("loss", means_K, live, drawn)
-            for place, (run, step) in enumerate(zip(live, steps, strict=True)):
+            _check("loss", means_K, live, drawn)
+            for place, run in enumerate(live):
                 if run.pulled and began_KP is not None:
-                    weight = run.recipe.pull * (1 - step / run.recipe.steps)
+                    weight = run.recipe.pull * (1 - run.step / run.recipe.steps)
                     bank.grad_KP[place].add_(bank.theta_KP[place] - began_KP[place], alpha=weight)
             norms_K = torch.linalg.vector_norm(bank.grad_KP, dim=1)
-            _finite("gradient", norms_K.tolist(), live, drawn)
+            _check("gradient", norms_K.tolist(), live, drawn)
+            if all(run.failure for run in live):
+                return
             clip_K = (limits_K / (norms_K + 1e-6)).clamp(max=1.0)
             if bool((clip_K < 1).any()):
                 bank.grad_KP.mul_(clip_K[:, None])
-            optimizer.step([learning_rate(run.recipe, step) for run, step in zip(live, steps, strict=True)])
+            optimizer.step([learning_rate(run.recipe, run.step) for run in live])
             bank.refresh()
             for run, mean, tokens in zip(live, means_K, tokens_K, strict=True):
-                run.losses.append(mean)
-                run.tokens += tokens
-            asked_to_stop = _tell(live, report, gradients.parts)
+                if run.failure is None:
+                    run.losses.append(mean)
+                    run.tokens += tokens
+            places = [place for place, run in enumerate(live) if run.wants_a_look]
+            for place, loss in zip(places, gradients.held_out(places), strict=True):
+                live[place].looked(loss, lambda place=place: bank.factors(place))  # type: ignore[misc]
+            asked_to_stop = _tell([run for run in live if run.failure is None], report, gradients.parts)
             if asked_to_stop is not None or _checkpoint_is_due(live):
                 optimizer.leave(live)
                 save()
@@ -205,8 +358,8 @@ class _Gradients:
                 if not _is_out_of_memory(error):
                     raise
                 if self.parts >= max(map(len, drawn)):
-                    step = len(self._live[0].losses) + 1
-                    raise TrainingFailed(step=step, reason="out of memory with one row of each adapter") from error
+                    reason = "out of memory with one row of each adapter"
+                    raise TrainingFailed(step=self._live[0].step + 1, reason=reason) from error
             self.parts *= 2
             if self._model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -216,7 +369,7 @@ class _Gradients:
         means_K = torch.zeros(len(drawn), device=self._model.device)
         tokens_K = [0] * len(drawn)
         for run, chance in zip(self._live, self._bank.drop.chances if self._bank.drop else [], strict=False):
-            chance.manual_seed((run.recipe.seed << 32) + len(run.losses))
+            chance.manual_seed((run.recipe.seed << 32) + run.step)
         with self._bank.gradients(at_once=self.parts == 1):
             for part in range(min(self.parts, max(map(len, drawn)))):
                 some = [batch[part :: self.parts] for batch in drawn]
@@ -229,6 +382,27 @@ class _Gradients:
                 tokens_K = [tokens + rows * width for tokens, rows in zip(tokens_K, packed.rows, strict=True)]
         return means_K.tolist(), tokens_K
 
+    @torch.no_grad()
+    def held_out(self, places: Sequence[int]) -> list[float]:
+        """The mean loss over tokens of the rows held out, of the runs at these places."""
+        sums_K, asked_K = torch.zeros(len(self._live), dtype=torch.float64), [0] * len(self._live)
+        drop, self._bank.drop = self._bank.drop, None
+        try:
+            for batch in itertools.count():
+                now = [place for place in places if batch < len(self._live[place].held)]
+                if not now:
+                    break
+                drawn = [self._live[place].held[batch] for place in now]
+                packed = pack(drawn, together=self._together).to(self._model.device)
+                self._bank.assign(list(zip(now, packed.rows, strict=True)))
+                _, losses_N = self._loss(packed)
+                sums_K.index_add_(0, torch.tensor(now)[packed.owner_N.cpu()], losses_N.double().cpu())
+                for place, some in zip(now, drawn, strict=True):
+                    asked_K[place] += asked_of(some)
+        finally:
+            self._bank.drop = drop
+        return [float(sums_K[place]) / asked_K[place] for place in places]
+
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -239,22 +413,24 @@ def _tell(live: Sequence[_Run], report: Report, parts: int) -> KeyboardInterrupt
     asked_to_stop = None
     more = {"passes": parts} if parts > 1 else {}
     for run in live:
-        told = {"step": len(run.losses), "steps": run.recipe.steps, "loss": run.losses[-1], "tokens": run.tokens}
+        told = {"step": run.step, "steps": run.recipe.steps, "loss": run.losses[-1], "tokens": run.tokens}
+        seen = {"held_out": run.looks[-1][1]} if run.looks and run.looks[-1][0] == run.step else {}
         try:
-            report(told | {"task": run.place} | more)
+            report(told | seen | {"task": run.place} | more)
         except KeyboardInterrupt as interrupt:
             asked_to_stop = interrupt
     return asked_to_stop
 
 
 def _checkpoint_is_due(live: Sequence[_Run]) -> bool:
-    return any(run.recipe.checkpoint_every and len(run.losses) % run.recipe.checkpoint_every == 0 for run in live)
+    return any(run.recipe.checkpoint_every and run.step % run.recipe.checkpoint_every == 0 for run in live)
 
 
-def _finite(what: str, values: Sequence[float], live: Sequence[_Run], drawn: Sequence[Sequence[Example]]) -> None:
+def _check(what: str, values: Sequence[float], live: Sequence[_Run], drawn: Sequence[Sequence[Example]]) -> None:
+    """Let a run fail whose value is no number."""
     for run, value, batch in zip(live, values, drawn, strict=True):
-        if not math.isfinite(value):
-            raise TrainingFailed(step=len(run.losses) + 1, reason=f"the {what} is {value} on {_lines(batch)}")
+        if run.failure is None and not math.isfinite(value):
+            run.failure = TrainingFailed(step=run.step + 1, reason=f"the {what} is {value} on {_lines(batch)}")
 
 
 class _Optimizer:
@@ -278,7 +454,7 @@ class _Optimizer:
         self._adamw = torch.optim.AdamW(groups, fused=True)
         for group, (place, part) in zip(self._adamw.param_groups, self._parts(len(live)), strict=True):
             self._adamw.state[group["params"][0]] = {
-                "step": torch.tensor(float(len(live[place].losses)), device=bank.theta_KP.device),
+                "step": torch.tensor(float(live[place].step), device=bank.theta_KP.device),
                 "exp_avg": self._moments[0][place, part],
                 "exp_avg_sq": self._moments[1][place, part],
             }
@@ -324,40 +500,3 @@ def _trainable(row: Row) -> Row:
 
 def _lines(batch: Sequence[Example]) -> str:
     return "rows " + ", ".join(f"{example.row.path}:{example.row.line}" for example in batch)
-
-
-# ── checkpoints ──────────────────────────────────────────────────────────────
-
-
-def _save(path: Path, runs: Sequence[_Run]) -> None:
-    """Factors, moments, and how far each run is: the batches and the chance of a step follow from its number."""
-    tensors: dict[str, Tensor] = {}
-    for run in runs:
-        kinds = {"theta": run.factors} | dict(zip("mv", run.moments or (), strict=False))
-        for kind, factors in kinds.items():
-            for name, (a_RI, b_OR) in factors.items():
-                tensors |= {f"{run.place}.{kind}.{name}.A": a_RI, f"{run.place}.{kind}.{name}.B": b_OR}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = [{"identity": run.identity, "losses": run.losses, "tokens": run.tokens} for run in runs]
-    write_tensors(path, tensors, {"runs": json.dumps(told)})
-
-
-def _resume(path: Path, runs: Sequence[_Run]) -> None:
-    """Put every run where the checkpoint left it; nothing happens when there is none of these very runs."""
-    if not path.is_file():
-        return
-    told = json.loads(read_metadata(path).get("runs", "[]"))
-    if [run.identity for run in runs] != [saved["identity"] for saved in told]:
-        return
-    tensors = read_tensors(path)
-
-    def factors(run: _Run, kind: str) -> Factors:
-        place = f"{run.place}.{kind}"
-        return {name: (tensors[f"{place}.{name}.A"], tensors[f"{place}.{name}.B"]) for name in run.factors}
-
-    for run, saved in zip(runs, told, strict=True):
-        run.losses, run.tokens = saved["losses"], saved["tokens"]
-        if run.losses:
-            run.moments = (factors(run, "m"), factors(run, "v"))
-            run.factors = factors(run, "theta")
-            run.ahead = itertools.islice(run.ahead, len(run.losses), None)

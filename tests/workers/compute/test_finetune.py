@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from registry.core.errors import BadDataset, NotRunnable, TrainingFailed
+from registry.core.errors import BadDataset, LoractlError, NotRunnable, TrainingFailed
 from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute import data
 from workers.compute.bank import attached
-from workers.compute.data import Packed, Row
-from workers.compute.finetune import Task, Trained, finetune, finetune_many, learning_rate
+from workers.compute.data import Packed, Row, hold_out
+from workers.compute.finetune import Task, Trained, as_trained, finetune, finetune_many, learning_rate
 from workers.compute.lora import Adapter, fresh
 from workers.compute.loss import Loss
 from workers.compute.weights import write_adapter
@@ -253,3 +253,140 @@ def test_another_error_of_the_run_is_not_taken_for_one_of_memory(monkeypatch: py
     monkeypatch.setattr(Loss, "__call__", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(factories.recipe())
+
+
+# ── who waits, who fails, who is not wanted any more ─────────────────────────
+
+
+def steps_of(told: list[tuple[int, int]]) -> list[set[int]]:
+    """Who trained in each step of all."""
+    found: list[set[int]] = []
+    for task, _ in told:
+        if not found or task in found[-1] or task < max(found[-1]):
+            found.append(set())
+        found[-1].add(task)
+    return found
+
+
+def test_whoever_does_not_fit_waits_until_another_has_ended() -> None:
+    told: list[tuple[int, int]] = []
+    whole = finetune_many(
+        factories.llama(), TOKENIZER, tasks(), report=lambda now: told.append((now["task"], now["step"])),
+        tokens_at_once=140,
+    )  # fmt: skip
+    assert steps_of(told) == [{0, 2}] * 7 + [{1, 2}] * 2 + [{1}] * 2
+    for task, one in zip(tasks(), whole, strict=True):
+        alone = train(task.recipe, rows=task.rows, start=task.start)
+        assert alone.losses == pytest.approx(one.losses, rel=2e-3)
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_those_that_waited_resume_to_the_same_bytes(at: int, tmp_path: Path) -> None:
+    whole = finetune_many(factories.llama(), TOKENIZER, tasks(), tokens_at_once=140)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_many(factories.llama(), TOKENIZER, tasks(), tokens_at_once=140, report=stop_after(at),
+                      checkpoint_dir=tmp_path)  # fmt: skip
+    resumed = finetune_many(factories.llama(), TOKENIZER, tasks(), tokens_at_once=140, checkpoint_dir=tmp_path)
+    for place, (one, other) in enumerate(zip(whole, resumed, strict=True)):
+        assert written(one.adapter, tmp_path / f"{place}a") == written(other.adapter, tmp_path / f"{place}b")
+
+
+def test_each_is_given_when_it_ends() -> None:
+    told: list[tuple[int, int]] = []
+    ends = [
+        (place, len(told))
+        for place, _ in as_trained(
+            factories.llama(), TOKENIZER, tasks(), report=lambda now: told.append((now["task"], now["step"]))
+        )
+    ]
+    assert ends == [(1, 12), (0, 18), (2, 20)]
+
+
+def test_what_one_fails_by_is_nobody_elses(tmp_path: Path) -> None:
+    wild = factories.recipe(steps=20, learning_rate=1e30, max_grad_norm=1e30, seed=8)
+    nonsense = [Row({"prompt": "a", "completion": "b" * 80}, "long.jsonl", 1)]
+    others = [*tasks(), Task(wild, factories.rows()), Task(factories.recipe(), nonsense)]
+    outcomes = dict(as_trained(factories.llama(), TOKENIZER, others, checkpoint_dir=tmp_path))
+    assert isinstance(outcomes[3], TrainingFailed)
+    assert isinstance(outcomes[4], BadDataset)
+    for place, task in enumerate(tasks()):
+        alone, one = train(task.recipe, rows=task.rows, start=task.start), outcomes[place]
+        assert isinstance(one, Trained)
+        assert alone.losses == pytest.approx(one.losses, rel=2e-3)
+    with pytest.raises(LoractlError):
+        finetune_many(factories.llama(), TOKENIZER, others)
+
+
+def test_the_checkpoint_of_one_that_failed_is_its_last_good_one(tmp_path: Path) -> None:
+    wild = factories.recipe(steps=60, learning_rate=1e30, max_grad_norm=1e30, checkpoint_every=1)
+    with pytest.raises(TrainingFailed) as failed:
+        train(wild, checkpoint_dir=tmp_path)
+    told: list[int] = []
+    with pytest.raises(TrainingFailed, match=f"step {failed.value.step}"):
+        train(wild, checkpoint_dir=tmp_path, report=lambda now: told.append(now["step"]))
+    assert told == []
+
+
+def test_who_is_not_wanted_any_more_ends_without_an_outcome() -> None:
+    unwanted: set[int] = set()
+
+    def report(progress: dict[str, Any]) -> None:
+        if (progress["task"], progress["step"]) == (0, 2):
+            unwanted.add(0)
+
+    ends = dict(as_trained(factories.llama(), TOKENIZER, tasks(), report=report, unwanted=unwanted))
+    assert ends.keys() == {1, 2}
+    assert all(isinstance(outcome, Trained) for outcome in ends.values())
+
+
+# ── rows held out ────────────────────────────────────────────────────────────
+
+
+def test_rows_held_out_are_not_trained_on() -> None:
+    kept, held = hold_out(factories.rows(), 0.3)
+    assert kept and held
+    one = train(factories.recipe(held_out=0.3))
+    other = train(factories.recipe(), rows=kept)
+    assert one.losses == other.losses
+
+
+def test_the_loss_held_out_is_the_mean_over_their_tokens() -> None:
+    _, held = hold_out(factories.rows(), 0.3)
+    trained = train(factories.recipe(steps=3, held_out=0.3, look_every=2, batch_tokens=40, dropout=0.3))
+    assert [step for step, _ in trained.held_out] == [2, 3]
+    model, total, count = factories.llama(), 0.0, 0
+    with attached(model, trained.adapter):
+        for row in held:
+            ids = TOKENIZER(row.value["prompt"])["input_ids"]
+            after = TOKENIZER(row.value["completion"], add_special_tokens=False)["input_ids"] + [TOKENIZER.eos_token_id]
+            log_p = model(input_ids=torch.tensor([ids + after])).logits[0].log_softmax(-1)
+            total -= sum(float(log_p[len(ids) + i - 1, token]) for i, token in enumerate(after))
+            count += len(after)
+    assert trained.held_out[-1][1] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_training_ends_when_patience_does_with_the_best_factors(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"held_out": 0.3, "look_every": 2, "learning_rate": 0.1, "schedule": "constant"}
+    recipe = factories.recipe(steps=200, patience=3, **options)
+    trained = train(recipe)
+    steps = [step for step, _ in trained.held_out]
+    best = min(trained.held_out, key=lambda look: look[1])[0]
+    assert len(trained.losses) == steps[-1] == best + 6 < 200
+    assert trained.kept == best
+    until = train(factories.recipe(steps=best, **options))
+    assert written(trained.adapter, tmp_path / "a") == written(until.adapter, tmp_path / "b")
+
+
+def test_a_run_stopped_between_looks_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    recipe = factories.recipe(steps=40, patience=3, held_out=0.3, look_every=2, learning_rate=0.1)
+    whole = train(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, report=stop_after(whole.kept + 3), checkpoint_dir=tmp_path)
+    resumed = train(recipe, checkpoint_dir=tmp_path)
+    assert resumed.held_out == whole.held_out
+    assert written(resumed.adapter, tmp_path / "a") == written(whole.adapter, tmp_path / "b")
+
+
+def test_a_share_that_leaves_nothing_on_one_side_is_refused() -> None:
+    with pytest.raises(BadDataset, match=r"held_out = 0\.01 keeps none of its 3 rows aside"):
+        train(factories.recipe(held_out=0.01), rows=factories.rows(3))
