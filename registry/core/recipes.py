@@ -30,22 +30,12 @@ def _not_blank(value: str) -> str:
 Target = Annotated[str, AfterValidator(_not_blank)]
 
 
-class FineTune(Frozen):
-    """Train one LoRA adapter on a frozen base; loss on completions only (Hu et al. 2021, arXiv:2106.09685)."""
+class Training(Frozen):
+    """What every training says: on which rows, at which rates, for how long; loss on completions only."""
 
-    kind: Literal["finetune"] = "finetune"
     base: BaseDigest
     datasets: Annotated[tuple[Sha256, ...], Field(min_length=1)]
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
-    """Last parts of module names, or the one word ``all-linear``."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    rank_stabilised: bool = False
-    """Scale by α/√r in place of α/r (Kalajdzievski 2023, arXiv:2312.03732)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    learning_rate_b_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """Rate of B over rate of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -57,10 +47,6 @@ class FineTune(Frozen):
     """Longer rows are cut on the left of the prompt; a completion that does not fit is refused."""
     precision: Precision = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    start: Sha256 | None = None
-    """Version whose factors training starts from (same targets and ranks), else A random and B = 0."""
-    pull: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the pull ½·pull·(1 − t/T)·‖θ − θ_start‖² towards the start, decaying to zero (with ``start``)."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0 for none. Not a part of the result."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
@@ -68,7 +54,7 @@ class FineTune(Frozen):
     look_every: Annotated[int, Field(ge=1)] = 20
     """Steps between looks at the loss of rows held out; the last step has one, too."""
     patience: Annotated[int, Field(ge=0)] = 0
-    """Looks in a row without a better loss that end the training, with the factors of the best one; 0: it goes on to
+    """Looks in a row without a better loss that end the training, with what it had at the best one; 0: it goes on to
     its last step and keeps what it has then."""
 
     @model_validator(mode="after")
@@ -76,6 +62,25 @@ class FineTune(Frozen):
         if self.patience and not self.held_out:
             raise ValueError("patience needs rows to look at: set held_out, such as 0.1")
         return self
+
+
+class FineTune(Training):
+    """Train one LoRA adapter on a frozen base (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: Literal["finetune"] = "finetune"
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    """Last parts of module names, or the one word ``all-linear``."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rank_stabilised: bool = False
+    """Scale by α/√r in place of α/r (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    learning_rate_b_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Rate of B over rate of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+    start: Sha256 | None = None
+    """Version whose factors training starts from (same targets and ranks), else A random and B = 0."""
+    pull: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the pull ½·pull·(1 − t/T)·‖θ − θ_start‖² towards the start, decaying to zero (with ``start``)."""
 
 
 class Evaluate(Frozen):

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from registry.core.recipes import FineTune, recipe_digest
 from . import checkpoint
 from .bank import Bank, Drop, Factors, factors_of, with_factors
 from .checkpoint import State
-from .data import Example, Row, asked_of, batches, chunks, hold_out, pack, tokenize
+from .course import Course, is_out_of_memory, laid_out, learning_rate, no_number
+from .data import Example, Row, asked_of, pack
 from .lora import Adapter, fresh
 from .loss import Loss
-from .model import Model, Tokenizer, check_tokens, keeps_apart
+from .model import Model, Tokenizer, keeps_apart
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -172,25 +173,19 @@ def _admitted(waiting: Sequence["_Run"], tokens_at_once: int | None) -> list["_R
 # ── one adapter's run ────────────────────────────────────────────────────────
 
 
-@dataclass(eq=False)
-class _Run:
+@dataclass(eq=False, kw_only=True)
+class _Run(Course):
     """A task on its way."""
 
-    place: int
     recipe: FineTune
+    place: int
     start: Adapter
     factors: Factors
     """As they were when the run was left."""
     identity: str
-    ahead: Iterator[list[Example]]
-    held: Sequence[Sequence[Example]]
-    """Rows held out, in batches."""
     pulled: bool
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
     moments: tuple[Factors, Factors] | None = None
     """The optimiser's first and second, after a step."""
-    looks: list[tuple[int, float]] = field(default_factory=list)
     best: Factors | None = None
     """With patience: the factors of the best look so far."""
     failure: LoractlError | None = None
@@ -200,53 +195,31 @@ class _Run:
         adapter = task.start or fresh(model, task.recipe)
         if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
             raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
-        kept, held = hold_out(task.rows, task.recipe.held_out)
-        examples, aside = (
-            [tokenize(tokenizer, _trainable(row), task.recipe.max_length) for row in rows] for rows in (kept, held)
-        )
-        check_tokens(model, (token for example in (*examples, *aside) for token in example.ids))
+        ahead, held = laid_out(model, tokenizer, task.recipe, task.rows)
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
         identity = f"{recipe_digest(task.recipe)} {marks}"
         while others[identity]:  # the very same task again
             identity += " again"
         return cls(
-            place, task.recipe, adapter, factors_of(adapter), identity,
-            ahead=batches(examples, task.recipe.batch_tokens, task.recipe.seed),
-            held=list(chunks(aside, task.recipe.batch_tokens)),
-            pulled=bool(task.recipe.pull) and task.start is not None,
+            recipe=task.recipe, ahead=ahead, held=held, place=place, start=adapter, factors=factors_of(adapter),
+            identity=identity, pulled=bool(task.recipe.pull) and task.start is not None,
         )  # fmt: skip
 
     @property
-    def step(self) -> int:
-        """Steps made."""
-        return len(self.losses)
-
-    @property
-    def best_look(self) -> tuple[int, float]:
-        return min(self.looks, key=lambda look: look[1])
-
-    @property
     def ended(self) -> bool:
-        return self.failure is not None or self.step >= self.recipe.steps or self._lost_patience
-
-    @property
-    def _lost_patience(self) -> bool:
-        if not self.looks or not self.recipe.patience:
-            return False
-        since = len(self.looks) - 1 - self.looks.index(self.best_look)
-        return since >= self.recipe.patience
+        """Whether no step is left to make, or none can be made."""
+        return self.failure is not None or super().ended
 
     @property
     def wants_a_look(self) -> bool:
         """Whether rows held out are due after the step just made."""
-        due = self.step % self.recipe.look_every == 0 or self.step >= self.recipe.steps
-        return bool(self.held) and due and self.failure is None
+        return self.failure is None and super().wants_a_look
 
     def looked(self, loss: float, factors: Callable[[], Factors]) -> None:
         """Note the loss on rows held out, and with patience the factors where it is the best so far."""
         self.looks.append((self.step, loss))
-        if self.recipe.patience and self.best_look == self.looks[-1]:
+        if self.is_best:
             self.best = factors()
 
     def outcome(self) -> Outcome:
@@ -270,7 +243,7 @@ class _Run:
             for name, pair in factors.items()
             for part, factor in zip("AB", pair, strict=True)
         }
-        return State(self.step, tensors, {"losses": self.losses, "tokens": self.tokens, "looks": self.looks})
+        return State(self.step, tensors, self.noted())
 
     def go_on_from(self, state: State | None) -> None:
         """Be where a checkpoint left the run; nothing happens without one."""
@@ -281,13 +254,11 @@ class _Run:
             return {name: (state.tensors[f"{kind}.{name}.A"], state.tensors[f"{kind}.{name}.B"])
                     for name in self.factors}  # fmt: skip
 
-        self.losses, self.tokens = state.told["losses"], state.told["tokens"]
-        self.looks = [(step, loss) for step, loss in state.told["looks"]]
+        self.go_to(dict(state.told))
         self.moments = (factors("m"), factors("v"))
         if self.recipe.patience and self.looks:
             self.best = factors("best")
         self.factors = factors("theta")
-        self.ahead = itertools.islice(self.ahead, self.step, None)
 
 
 def _together(
@@ -326,7 +297,7 @@ def _together(
             for place, loss in zip(places, gradients.held_out(places), strict=True):
                 live[place].looked(loss, lambda place=place: bank.factors(place))  # type: ignore[misc]
             asked_to_stop = _tell([run for run in live if run.failure is None], report, gradients.parts)
-            if asked_to_stop is not None or _checkpoint_is_due(live):
+            if asked_to_stop is not None or any(run.wants_a_checkpoint for run in live):
                 optimizer.leave(live)
                 save()
             if asked_to_stop is not None:
@@ -354,8 +325,8 @@ class _Gradients:
         while True:
             try:
                 return self._passes(drawn)
-            except RuntimeError as error:  # torch's errors of memory are of this kind on every device
-                if not _is_out_of_memory(error):
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
                 if self.parts >= max(map(len, drawn)):
                     reason = "out of memory with one row of each adapter"
@@ -404,33 +375,23 @@ class _Gradients:
         return [float(sums_K[place]) / asked_K[place] for place in places]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _tell(live: Sequence[_Run], report: Report, parts: int) -> KeyboardInterrupt | None:
     """Report the step of each run, in how many passes it was made if not in one; what the report asked to stop by."""
     asked_to_stop = None
     more = {"passes": parts} if parts > 1 else {}
     for run in live:
-        told = {"step": run.step, "steps": run.recipe.steps, "loss": run.losses[-1], "tokens": run.tokens}
-        seen = {"held_out": run.looks[-1][1]} if run.looks and run.looks[-1][0] == run.step else {}
         try:
-            report(told | seen | {"task": run.place} | more)
+            report(run.told() | {"task": run.place} | more)
         except KeyboardInterrupt as interrupt:
             asked_to_stop = interrupt
     return asked_to_stop
 
 
-def _checkpoint_is_due(live: Sequence[_Run]) -> bool:
-    return any(run.recipe.checkpoint_every and run.step % run.recipe.checkpoint_every == 0 for run in live)
-
-
 def _check(what: str, values: Sequence[float], live: Sequence[_Run], drawn: Sequence[Sequence[Example]]) -> None:
     """Let a run fail whose value is no number."""
     for run, value, batch in zip(live, values, drawn, strict=True):
-        if run.failure is None and not math.isfinite(value):
-            run.failure = TrainingFailed(step=run.step + 1, reason=f"the {what} is {value} on {_lines(batch)}")
+        if run.failure is None:
+            run.failure = no_number(what, value, run.step + 1, batch)
 
 
 class _Optimizer:
@@ -476,27 +437,3 @@ class _Optimizer:
             run.factors = self._bank.factors(place)
             first, second = (self._bank.factors(place, matrix) for matrix in self._moments)
             run.moments = (first, second)
-
-
-def learning_rate(recipe: FineTune, step: int) -> float:
-    """The rate of A at a step counted from 0: a linear rise over the warm-up, then the schedule down towards 0."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    match recipe.schedule:
-        case "constant":
-            return recipe.learning_rate
-        case "linear":
-            return recipe.learning_rate * (1 - done)
-        case "cosine":
-            return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _trainable(row: Row) -> Row:
-    if "choices" in row.value:
-        raise row.refuse("rows with 'choices' are for suites; training needs one completion")
-    return row
-
-
-def _lines(batch: Sequence[Example]) -> str:
-    return "rows " + ", ".join(f"{example.row.path}:{example.row.line}" for example in batch)

@@ -8,7 +8,7 @@ output head tied to the embedding is stored apart, and untied in the config, whe
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,7 @@ def merge(
 
     ``durable``: it is on the disk, not only in memory, when this returns. ``threads``: one a core by default.
     """
-    if out.exists() and any(out.iterdir()):
-        raise PathUnusable(path=str(out), reason="a merge goes to a new or empty folder, never over another model")
+    _refuse_full(out)
     model = skeleton(base)
     if getattr(model.config, "quantization_config", None):
         raise NotRunnable(what="Merging", reason="the base is quantised; merge into its unquantised weights")
@@ -68,6 +67,32 @@ def merge(
             raise NotRunnable(
                 what="Merging", reason=f"tensor '{name}' is stored as {tensor.dtype}; dequantise the base"
             )
+    return rewrite(
+        base, changes, out, report, extra=extra, untied=untied, dtype=dtype, max_shard_bytes=max_shard_bytes,
+        digests=digests, durable=durable, threads=threads,
+    )  # fmt: skip
+
+
+def rewrite(
+    base: Path,
+    changes: dict[str, Change],
+    out: Path,
+    report: Report = silent,
+    *,
+    extra: Mapping[str, str] | None = None,
+    untied: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    digests: bool = True,
+    durable: bool = True,
+    threads: int | None = None,
+) -> Merged:
+    """Write the base with these changes, by stored names, to the new or empty folder ``out``.
+
+    ``extra``: tensors to be added, name to the one each starts from; ``untied``: the config says that the head is.
+    """
+    _refuse_full(out)
+    extra = extra or {}
     shards = _shards(base, out, changes, extra, OUT_TYPES[dtype] if dtype else None, max_shard_bytes)
     total = sum(shard.size for shard in shards)
     out.mkdir(parents=True, exist_ok=True)
@@ -94,6 +119,11 @@ def merge(
     _copy_other_files(base, out)
     _write_config(base, out, untied, dtype)
     return Merged(taken, tuple(sorted(changes)), untied)
+
+
+def _refuse_full(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise PathUnusable(path=str(out), reason="a model goes to a new or empty folder, never over another one")
 
 
 # ── which tensors change, and how ────────────────────────────────────────────
@@ -174,7 +204,7 @@ Written = tuple[str, Stored, str]
 
 
 def _shards(
-    base: Path, out: Path, changes: dict[str, Change], extra: dict[str, str], dtype: str | None, limit: int | None
+    base: Path, out: Path, changes: dict[str, Change], extra: Mapping[str, str], dtype: str | None, limit: int | None
 ) -> list[_Shard]:
     """The base's own shards, or shards of at most ``limit`` bytes (or one tensor) each."""
     files: list[tuple[str, list[Written]]] = []

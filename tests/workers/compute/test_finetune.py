@@ -11,8 +11,9 @@ from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute import data
 from workers.compute.bank import attached
+from workers.compute.course import learning_rate
 from workers.compute.data import Packed, Row, hold_out
-from workers.compute.finetune import Task, Trained, as_trained, finetune, finetune_many, learning_rate
+from workers.compute.finetune import Task, Trained, as_trained, finetune, finetune_many
 from workers.compute.lora import Adapter, fresh
 from workers.compute.loss import Loss
 from workers.compute.weights import write_adapter
