@@ -19,6 +19,7 @@ from registry.core.names import Reference, SeriesName
 from . import bases, config
 from .bases import FOLDER
 from .output import Output, ago, command, fields, number, short, size, table, tree
+from .parameters import METRIC, METRICS
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -521,7 +522,7 @@ def policy_show(out: Output, name: str) -> None:
 )
 @click.argument("name", metavar="NAME")
 @click.option("--suite", metavar="S", help="The suite that gates it; with --metric and --margin.")
-@click.option("--metric", type=click.Choice(["likelihood", "accuracy", "exact-match"]))
+@click.option("--metric", type=METRIC, metavar="METRIC", help=f"What is read from the suite: {METRICS}.")
 @click.option("--margin", metavar="E", help="How much worse it may be: 0.01, or 2%gain of the gain over the bare base.")
 @click.option("--also", is_flag=True, help="Add this gate to the others in place of replacing them.")
 @click.option("--guard", metavar="S", help="A general suite that must not get worse by more than the margin.")

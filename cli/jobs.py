@@ -18,6 +18,7 @@ from registry.core.names import Reference, SeriesName
 
 from . import bases, config
 from .output import Bar, Output, ago, command, fields, number, plot, short, size, sparkline, table
+from .parameters import METRIC, METRICS
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -60,23 +61,34 @@ def dataset_push(out: Output, file: Path, name: str, message: str) -> None:
 @command(
     suite,
     "loractl suite push reviews-test.jsonl team/reviews-test",
-    "loractl suite push test.jsonl team/test --metric accuracy --metric likelihood",
+    "loractl suite push test.jsonl team/test --metric chrf --metric likelihood --max-new-tokens 40",
+    "loractl suite push orders.jsonl team/orders --metric exact-match --form json",
     name="push",
 )
 @click.argument("file", type=FILE)
 @click.argument("name", metavar="NAME")
-@click.option("--metric", "metrics", multiple=True, type=click.Choice(["likelihood", "accuracy", "exact-match"]),
-              help="What is measured; default: what the form of its rows allows.")  # fmt: skip
+@click.option("--metric", "metrics", multiple=True, type=METRIC, metavar="METRIC",
+              help=f"What is measured: {METRICS}; default: by the form of its rows.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), help="How far a generation may go.")
+@click.option("--form", metavar="FORM", help="What an output must be: json, or regex:EXPRESSION.")
 @click.option("-m", "--message", default="", metavar="TEXT", help="What is new in it.")
 def suite_push(
-    out: Output, file: Path, name: str, metrics: tuple[str, ...], max_new_tokens: int | None, message: str
+    out: Output,
+    file: Path,
+    name: str,
+    metrics: tuple[str, ...],
+    max_new_tokens: int | None,
+    form: str | None,
+    message: str,
 ) -> None:
     """Push FILE as the next version of a suite.
 
-    Lines are as in a dataset, or {"prompt": …, "choices": […], "answer": i}.
+    Lines are as in a dataset, with "references": […] beside the completion where several texts are right; or
+    {"prompt": …, "choices": […], "answer": i}.
     """
-    spec = {"metrics": sorted(metrics), "max_new_tokens": max_new_tokens}
+    if form is not None and form != "json" and not form.startswith("regex:"):
+        raise click.UsageError(f"--form {form}: expected json, or regex: with an expression behind it.")
+    spec = {"metrics": list(dict.fromkeys(metrics)), "max_new_tokens": max_new_tokens, "form": form}
     _push_data(out, "suite", file, name, {key: value for key, value in spec.items() if value}, message)
 
 

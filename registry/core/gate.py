@@ -27,9 +27,9 @@ from typing import Literal
 
 from .errors import GateImpossible, GateIncomplete, ItemsDiffer
 from .manifest import Frozen
+from .metrics import Metric, is_binary, is_share
 from .policy import Gate, Policy
-from .recipes import Metric
-from .records import BINARY, Record
+from .records import Record
 
 PARSE_MARGIN = 0.005
 """How much the share of parsed outputs may fall."""
@@ -83,15 +83,15 @@ class Criterion(Frozen):
             "guard": "on the guard suite",
             "parse-rate": "of outputs that parse",
         }[self.name]
-        binary = self.metric in BINARY or self.name == "parse-rate"
+        share = is_share(self.metric) or self.name == "parse-rate"
         sign = "" if self.at_most else "+"
         estimate, lower, upper, bound = (
-            f"{100 * x:{sign}.2f}" if binary else f"{x:{sign}.4g}"
+            f"{100 * x:{sign}.2f}" if share else f"{x:{sign}.4g}"
             for x in (self.estimate, self.lower, self.upper, self.bound)
         )
-        unit = "points" if binary else "nat/byte"
+        unit = " points" if share else " nat/byte" if self.metric == "likelihood" else ""
         return (
-            f"{self.name} {self.zone}: {self.metric} on {self.suite} {estimate} {unit} {what} "
+            f"{self.name} {self.zone}: {self.metric} on {self.suite} {estimate}{unit} {what} "
             f"(between {lower} and {upper}, n = {self.n}); {'at most' if self.at_most else 'above'} {bound} is needed"
         )
 
@@ -313,7 +313,7 @@ def judge(
         bare_pairs = _pairs(bare, serving, gate, ("the bare base", "the serving version"))
         alone.append(_difference("not-worse", bare_pairs, gate, bound, alpha, clusters))
     criteria.append(_difference("adds-value", over_bare, gate, 0.0, alpha, clusters))
-    if serving is not None and gate.metric in BINARY:
+    if serving is not None and is_binary(gate.metric):
         criteria.append(_flips(pairs, gate, policy.max_negative_flips, alpha))
     if policy.guard is not None:
         if guard is None:
@@ -377,14 +377,14 @@ def _difference(
     metric, n = gate.metric, len(pairs)
     values = [a.metrics[metric] - b.metrics[metric] for a, b in pairs]
     enough = n
-    if metric in BINARY:
+    if is_binary(metric):
         lower, upper = paired_interval(values.count(1), values.count(-1), n, alpha)
     else:
         groups = None if clusters is None else [clusters.get(a.item, a.item) for a, _ in pairs]
         enough = n if groups is None else len(set(groups))
         lower, upper = mean_interval(values, alpha, clusters=groups)
     zone = _zone(lower, upper, bound)
-    if zone is Zone.PASS and metric not in BINARY and enough < MIN_CONTINUOUS:
+    if zone is Zone.PASS and not is_binary(metric) and enough < MIN_CONTINUOUS:
         zone = Zone.UNRESOLVED
     return Criterion(
         name=name, suite=gate.suite, metric=metric, estimate=math.fsum(values) / n, lower=lower, upper=upper,
@@ -434,7 +434,7 @@ def smallest_n(gate: Gate, policy: Policy, *, alpha: float | None = None, discor
     metrics the spread is not known beforehand: the floor is all that can be said.
     """
     alpha = tier_alpha(policy) if alpha is None else alpha
-    if gate.metric not in BINARY:
+    if not is_binary(gate.metric):
         return MIN_CONTINUOUS
     z = NormalDist().inv_cdf(1 - alpha)
     margin, limit = gate.margin.value, policy.max_negative_flips

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .manifest import Frozen
-from .recipes import TIERS, Metric, Tier
+from .metrics import Metric
+from .recipes import TIERS, Tier
 
 Action = Literal["auto", "ask", "frozen"]
 

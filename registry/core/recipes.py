@@ -14,7 +14,6 @@ from .errors import BadRequest
 from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 
 Precision = Literal["auto", "fp32", "bf16"]
-Metric = Literal["likelihood", "accuracy", "exact-match"]
 Tier = Literal["carry", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]

@@ -9,22 +9,20 @@ and what is quoted (report) never overlap, in whichever suite a row turns up.
 
 import hashlib
 from collections.abc import Iterable
+from math import exp
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from .errors import BadRecords
 from .manifest import Frozen, canonical_json
-from .recipes import Metric
+from .metrics import Metric, is_binary
 
 Split = Literal["calibration", "gate", "report"]
 SPLITS: tuple[Split, ...] = ("calibration", "gate", "report")
 _FIFTHS: tuple[Split, ...] = ("calibration", "gate", "gate", "gate", "report")
 
-BINARY: frozenset[Metric] = frozenset({"accuracy", "exact-match"})
-"""Right or wrong: 1 or 0 per item."""
-CONTINUOUS: frozenset[Metric] = frozenset({"likelihood"})
-"""Any finite number per item; likelihood is nat per UTF-8 byte of the completion, higher is better."""
+_LARGEST_EXPONENT = 700.0
 
 Summary = dict[Metric, dict[Split, dict[str, float]]]
 
@@ -37,14 +35,15 @@ class Record(Frozen):
     metrics: Annotated[dict[Metric, FiniteFloat], Field(min_length=1)]
     """Higher is better in every one of them."""
     parsed: bool | None = None
-    """Whether the output had the form that was asked for; None where there is no form."""
+    """Whether the output had the form that the suite asks for; where it asks for none, whether it came to an end of
+    its own; None where nothing was generated."""
     output: str | None = None
 
     @model_validator(mode="after")
     def _right_or_wrong(self) -> Self:
-        for metric in BINARY & self.metrics.keys():
-            if self.metrics[metric] not in (0, 1):
-                raise ValueError(f"{metric} is {self.metrics[metric]:g}; allowed are 0 and 1")
+        for metric, value in self.metrics.items():
+            if is_binary(metric) and value not in (0, 1):
+                raise ValueError(f"{metric} is {value:g}; allowed are 0 and 1")
         return self
 
 
@@ -68,7 +67,7 @@ def to_jsonl(records: Iterable[Record]) -> bytes:
 
 
 def _line(record: Record) -> dict[str, Any]:
-    metrics = {name: int(value) if name in BINARY else value for name, value in record.metrics.items()}
+    metrics = {name: int(value) if is_binary(name) else value for name, value in record.metrics.items()}
     return record.model_dump() | {"metrics": metrics}
 
 
@@ -98,12 +97,21 @@ def parse_records(data: bytes) -> tuple[Record, ...]:
 
 
 def summary(records: Iterable[Record]) -> Summary:
-    """Mean and number of items, per metric and split; splits without items are left out."""
+    """Mean and number of items, per metric and split; splits without items are left out.
+
+    Likelihood has its perplexity per byte beside it, exp(−mean).
+    """
     values: dict[Metric, dict[Split, list[float]]] = {}
     for record in records:
         for metric, value in record.metrics.items():
             values.setdefault(metric, {}).setdefault(record.split, []).append(value)
     return {
-        metric: {split: {"mean": sum(some) / len(some), "n": len(some)} for split, some in sorted(splits.items())}
+        metric: {split: _mean(metric, some) for split, some in sorted(splits.items())}
         for metric, splits in sorted(values.items())
     }
+
+
+def _mean(metric: Metric, values: list[float]) -> dict[str, float]:
+    mean = sum(values) / len(values)
+    perplexity = {"perplexity": exp(min(-mean, _LARGEST_EXPONENT))} if metric == "likelihood" else {}
+    return {"mean": mean, "n": len(values)} | perplexity

@@ -3,6 +3,9 @@
     {"prompt": "2+2=", "completion": " 4"}
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"prompt": "2+2=", "choices": [" 3", " 4"], "answer": 1}            only in suites
+
+Rows of the first two forms may hold "references": other texts that are right, too. What a model writes is compared
+with the completion and with each of them; training and likelihood look at the completion alone.
 """
 
 import json
@@ -31,9 +34,9 @@ def row_problem(value: Any) -> str | None:
     """Why ``value`` is not a row; None when it is one."""
     match value:
         case {"messages": list(messages)}:
-            return _messages_problem(messages)
+            return _messages_problem(messages) or _references_problem(value)
         case {"prompt": str(), "completion": str(completion)}:
-            return None if completion else "the completion is empty"
+            return _references_problem(value) if completion else "the completion is empty"
         case {"prompt": str(), "choices": list(choices), "answer": answer}:
             if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
                 return "'choices' must be two or more texts, none of them empty"
@@ -44,6 +47,13 @@ def row_problem(value: Any) -> str | None:
             return "expected the texts 'prompt' and 'completion', or 'messages', or 'prompt', 'choices' and 'answer'"
         case _:
             return "not a JSON object"
+
+
+def _references_problem(value: dict[str, Any]) -> str | None:
+    found = value.get("references", [])
+    if isinstance(found, list) and all(isinstance(text, str) and text.strip() for text in found):
+        return None
+    return "'references' must be a list of texts, none of them empty"
 
 
 def _messages_problem(messages: list[Any]) -> str | None:

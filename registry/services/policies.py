@@ -6,10 +6,10 @@ from sqlmodel import Session
 
 from registry.core.errors import BadRequest, GateLoosened, PolicyNotFound
 from registry.core.gate import require_possible
+from registry.core.metrics import is_binary
 from registry.core.names import check_name
 from registry.core.policy import Policy, loosened
 from registry.core.recipes import FineTune, parse_recipe
-from registry.core.records import CONTINUOUS
 from registry.db import queries
 from registry.db.models import StoredPolicy
 
@@ -69,7 +69,7 @@ def put(
     for gate in every_gate(policy):
         suite = find_dataset(session, caller, "suite", gate.suite)
         needed = require_possible(gate, policy, n=suite.gate_rows, name=subject)
-        kind = "at least" if gate.metric in CONTINUOUS else "without a flip, at least"
+        kind = "without a flip, at least" if is_binary(gate.metric) else "at least"
         notes.append(f"{gate.suite}: {suite.gate_rows} gate items; {kind} {needed} are needed at margin {gate.margin}")
     before = queries.newest_policy(session, namespace, name)
     row = StoredPolicy(

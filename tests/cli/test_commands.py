@@ -12,6 +12,8 @@ from sqlmodel import col, select
 
 from cli.jobs import bytes_of
 from cli.main import run
+from cli.parameters import METRICS
+from registry.core.metrics import ALLOWED
 from registry.db.models import AliasMove, CampaignItem
 from registry.schemas import UpgradeRequest
 from tests import live
@@ -183,6 +185,35 @@ def test_a_gate_that_has_not_passed_exits_with_4(call: Call, bases: tuple[Path, 
     changed = call("policy", "set", "gated/bot", "--action", "ask")["policy"]
     assert (changed["action"], len(changed["gates"])) == ("ask", 1)  # what is not named stays
     assert call("policy", "show", "gated/bot")["inherited"] is False
+
+
+def test_a_gate_may_be_on_a_metric_whose_code_is_only_on_workers(call: Call, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.jsonl"
+    rows = ({"prompt": f"{i}", "completion": "x", "references": ["y"]} for i in range(700))
+    suite.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pushed = call("suite", "push", suite, "custom/s", "--metric", "chrf", "--metric", "custom:sql", "--form", "json")
+    assert pushed["outcome"]["ref"] == "custom/s@v1"
+    gate = ["--suite", "custom/s", "--margin", "0.02"]
+    mean = call("policy", "set", "custom/a", *gate, "--metric", "custom:sql")
+    right = call("policy", "set", "custom/b", *gate, "--metric", "custom-binary:runs")
+    assert "at least 100 are needed" in mean["notes"][0]
+    assert "without a flip, at least" in right["notes"][0]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["policy", "set", "gated", "--suite", "a/b", "--metric", "beauty", "--margin=0.1"],
+    ["suite", "push", "FILE", "a/b", "--metric", "custom:"],
+    ["suite", "push", "FILE", "a/b", "--form", "xml"],
+])  # fmt: skip
+def test_a_metric_or_a_form_that_is_none_is_wrong_usage(call: Call, tmp_path: Path, arguments: list[str]) -> None:
+    file = tmp_path / "suite.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    arguments = [str(file) if argument == "FILE" else argument for argument in arguments]
+    assert call(*arguments, code=2)["error"]["code"] == "usage"
+
+
+def test_the_help_names_the_metrics_that_there_are() -> None:
+    assert METRICS == ALLOWED
 
 
 @pytest.mark.parametrize("margin", ["x", "0", "2", "-1%gain"])

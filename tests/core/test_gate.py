@@ -33,8 +33,8 @@ from registry.core.gate import (
     tier_alpha,
     together,
 )
+from registry.core.metrics import Metric
 from registry.core.policy import Gate, Margin, Policy
-from registry.core.recipes import Metric
 from registry.core.records import Record
 
 ALPHA = 0.02

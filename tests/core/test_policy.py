@@ -5,16 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from registry.core.metrics import NAMED
 from registry.core.policy import Evidence, Gate, Margin, Policy, loosened
 from registry.core.recipes import TIERS
 
+METRICS = st.sampled_from([*NAMED, "custom:sql", "custom-binary:runs", "lm-eval:exact_match,strict-match"])
 GATE = Gate(suite="team/suite@v2", metric="likelihood", margin=Margin(value=0.02, of_gain=True))
 FRACTIONS = st.floats(0, 1, exclude_min=True, exclude_max=True)
 POLICIES = st.builds(
     Policy,
-    gates=st.lists(st.builds(Gate, suite=st.just("team/s"), margin=st.builds(Margin, value=FRACTIONS)), max_size=3).map(
-        tuple
-    ),
+    gates=st.lists(
+        st.builds(Gate, suite=st.just("team/s"), metric=METRICS, margin=st.builds(Margin, value=FRACTIONS)), max_size=3
+    ).map(tuple),
     max_negative_flips=st.floats(0, 1),
     alpha=st.floats(0, 0.5, exclude_min=True, exclude_max=True),
     tiers=st.permutations(TIERS).map(tuple),

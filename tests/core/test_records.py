@@ -95,8 +95,16 @@ def test_summary_gives_mean_and_number_per_metric_and_split() -> None:
     ]
     assert summary(records) == {
         "accuracy": {"gate": {"mean": 0.5, "n": 2}, "report": {"mean": 1.0, "n": 1}},
-        "likelihood": {"gate": {"mean": -1.5, "n": 2}, "report": {"mean": -3.0, "n": 1}},
+        "likelihood": {
+            "gate": {"mean": -1.5, "n": 2, "perplexity": pytest.approx(math.exp(1.5))},
+            "report": {"mean": -3.0, "n": 1, "perplexity": pytest.approx(math.exp(3))},
+        },
     }
+
+
+def test_a_likelihood_of_nearly_nothing_has_a_finite_perplexity() -> None:
+    found = summary([Record(item=ITEM, split="gate", metrics={"likelihood": -1e300})])
+    assert math.isfinite(found["likelihood"]["gate"]["perplexity"])
 
 
 def test_right_or_wrong_is_written_as_an_integer() -> None:
@@ -111,6 +119,7 @@ def test_right_or_wrong_is_written_as_an_integer() -> None:
         (line(ITEM, metrics={"likelihood": math.inf}), 1, "finite number"),
         (line(ITEM, metrics={"accuracy": 0.5}), 1, "allowed are 0 and 1"),
         (line(ITEM, metrics={"beauty": 1}), 1, "metrics.beauty"),
+        (line(ITEM, metrics={"custom-binary:runs": 0.5}), 1, "custom-binary:runs is 0.5; allowed are 0 and 1"),
         (line(ITEM, metrics={}), 1, "metrics"),
         (line(ITEM, split="gate" if split_of(ITEM) != "gate" else "report"), 1, "its hash says"),
         (line(ITEM, extra=1), 1, "extra"),
@@ -118,7 +127,10 @@ def test_right_or_wrong_is_written_as_an_integer() -> None:
         (line(ITEM) + b"not json\n", 2, "Invalid JSON"),
         (b"\n\n", 0, "no record"),
     ],
-    ids=["twice", "nan", "inf", "half", "unknown metric", "no metric", "split", "unknown key", "name", "json", "empty"],
+    ids=[
+        "twice", "nan", "inf", "half", "unknown metric", "half a custom one", "no metric", "split", "unknown key",
+        "name", "json", "empty",
+    ],
 )
 def test_a_bad_line_is_refused_with_its_number(data: bytes, number: int, says: str) -> None:
     with pytest.raises(BadRecords, match=says) as refusal:

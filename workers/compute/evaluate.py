@@ -3,19 +3,22 @@
 A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for other than the default, a
 ``suite.json`` beside them:
 
-    {"metrics": ["likelihood", "exact-match"], "max_new_tokens": 32}
+    {"metrics": ["likelihood", "chrf"], "max_new_tokens": 32, "form": "json"}
 
-By default rows with choices are scored by accuracy and likelihood, others by likelihood. Rows of like length are
-put together, and one pass through the base answers them for as many adapters as fit (see `bank`).
+By default rows with choices are scored by accuracy and likelihood, others by likelihood. ``form`` is what every output
+must be, whatever it says: ``json``, or ``regex:`` and an expression that matches all of it; a record's `parsed` is
+the answer. Rows of like length are put together, and one pass through the base answers them for as many adapters as
+fit (see `bank`).
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -23,7 +26,7 @@ from transformers import GenerationConfig
 from registry.core.digest import Digest
 from registry.core.errors import BadConfig
 from registry.core.manifest import canonical_json
-from registry.core.recipes import Metric
+from registry.core.metrics import ALLOWED, Metric, check_metric, is_generated
 from registry.core.records import Record, item_id, split_of
 
 from . import metrics as metric
@@ -31,26 +34,33 @@ from .bank import Bank
 from .data import Example, Row, padded, read_rows, tokenize
 from .finetune import Report, silent
 from .lora import Adapter
-from .model import Model, Tokenizer, check_tokens
+from .model import Model, Tokenizer, check_tokens, takes_padding
 
 BARE = "bare"
 HARNESS = 1
 """Raised whenever the same model would get another score: old records then no longer pair with new ones."""
+GENERATION = 2
+"""The same, of what is generated. 2: prompts of unlike length together, padded; several references."""
 _BATCH_TOKENS = 2048
 _TOGETHER = 16
 """Adapters in one pass, the bare base among them."""
 _GENERATED = 32
 """Rows that are generated at once."""
+_GENERATED_TOKENS = 16384
+"""Tokens of the prompts that are read at once."""
 _MAX_LENGTH = 2048
+_PATIENCE_S = 5.0
+"""What an expression may take for one output."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Rows, the metrics asked for (None: by the form of the row), and how far a generation may go."""
+    """Rows, the metrics asked for (None: by the form of the row), how far a generation may go, and its form."""
 
     rows: Sequence[Row]
     metrics: tuple[Metric, ...] | None = None
     max_new_tokens: int = 64
+    form: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Suite":
@@ -62,24 +72,27 @@ class Suite:
             spec = None
         if not isinstance(spec, dict):
             raise BadConfig(path=path.name, reason="not a JSON object")
-        names, length = spec.get("metrics"), spec.get("max_new_tokens", 64)
-        known = get_args(Metric)
-        if names is not None and (not names or not set(names) <= set(known)):
-            raise BadConfig(path=path.name, reason=f"metrics are {names}; allowed are {', '.join(known)}")
-        if not isinstance(length, int) or length < 1:
+        names, length, form = spec.get("metrics"), spec.get("max_new_tokens", 64), spec.get("form")
+        if names is not None and not _are_metrics(names):
+            raise BadConfig(path=path.name, reason=f"metrics are {names}; allowed are {ALLOWED}")
+        for name in names or ():
+            metric.version_of(name)  # a custom one that nobody brings is refused before a model is loaded
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise BadConfig(path=path.name, reason=f"max_new_tokens is {length}; it must be a whole number above 0")
-        return cls(read_rows(folder), None if names is None else tuple(names), length)
+        if form is not None and (problem := _form_problem(form)):
+            raise BadConfig(path=path.name, reason=f"form is {json.dumps(form)}; {problem}")
+        return cls(read_rows(folder), None if names is None else tuple(names), length, form)
 
     def only(self, split: str) -> "Suite":
         """The suite's rows of one split."""
         rows = [row for row in self.rows if split_of(item_id(row.value)) == split]
-        return Suite(rows, self.metrics, self.max_new_tokens)
+        return replace(self, rows=rows)
 
     def metrics_of(self, example: Example) -> tuple[Metric, ...]:
         """What this row is scored by."""
         if example.answer is None:
             return tuple(name for name in self.metrics or ("likelihood",) if name != "accuracy")
-        return tuple(name for name in self.metrics or ("accuracy", "likelihood") if name != "exact-match")
+        return tuple(name for name in self.metrics or ("accuracy", "likelihood") if not is_generated(name))
 
     def main_metric(self) -> Metric:
         """The metric that chooses among candidates: the first one asked for, else the first row's first."""
@@ -87,8 +100,47 @@ class Suite:
 
     def harness(self, precision: str) -> Digest:
         """Digest of all that decides a score beside the model and the rows."""
-        spec = {"harness": HARNESS, "metrics": self.metrics, "max_new_tokens": self.max_new_tokens}
+        spec: dict[str, Any] = {"harness": HARNESS, "metrics": self.metrics, "max_new_tokens": self.max_new_tokens}
+        made = sorted(name for name in self.metrics or () if is_generated(name))
+        if made:
+            versions = sorted({version for name in made if (version := metric.version_of(name))})
+            spec |= {"generation": GENERATION, "form": self.form, "versions": versions}
         return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": _MAX_LENGTH}))
+
+
+def _are_metrics(names: object) -> bool:
+    try:
+        return isinstance(names, list) and bool(names) and all(check_metric(name) for name in names)
+    except (TypeError, ValueError):
+        return False
+
+
+def _form_problem(form: object) -> str | None:
+    if form == "json":
+        return None
+    if not isinstance(form, str) or not form.startswith("regex:"):
+        return "allowed are 'json', and 'regex:' with an expression behind it"
+    try:
+        regex.compile(form.removeprefix("regex:"))
+    except regex.error as error:
+        return f"the expression does not compile: {error}"
+    return None
+
+
+def has_form(output: str, form: str) -> bool:
+    """Whether an output, without the spaces at its ends, is JSON, or is matched as a whole."""
+    text = output.strip()
+    if form == "json":
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        return True
+    try:
+        return regex.fullmatch(form.removeprefix("regex:"), text, timeout=_PATIENCE_S) is not None
+    except TimeoutError as error:
+        reason = f"{form} takes over {_PATIENCE_S:g} s for one output; avoid repeats within repeats"
+        raise BadConfig(path="suite.json", reason=reason) from error
 
 
 @dataclass(frozen=True)
@@ -116,15 +168,29 @@ def evaluate(
     limit = min(_MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH)
     examples = [tokenize(tokenizer, row, limit) for row in suite.rows]
     check_tokens(model, (token for e in examples for ids in (e.prompt, *e.completions) for token in ids))
+    for example in examples:
+        if not suite.metrics_of(example):
+            raise example.row.refuse(f"none of the suite's metrics {', '.join(suite.metrics or ())} applies to it")
     names = ([BARE] if bare else []) + list(adapters)
     bank = Bank(model, list(adapters.values()))
     order = {name: which for which, name in enumerate(adapters)}
     # Rows of an adapted head must stand in their order, so that there nothing is left out before it.
     whole = bank.touches(model.get_output_embeddings())
-    queries = [query for i, example in enumerate(examples) for query in _queries(i, example)]
-    prompts = [i for i, example in enumerate(examples) if "exact-match" in suite.metrics_of(example)]
+    queries = [
+        query
+        for i, example in enumerate(examples)
+        if not all(map(is_generated, suite.metrics_of(example)))
+        for query in _queries(i, example)
+    ]
+    length = min(suite.max_new_tokens, limit - 1)
+    prompts = [
+        (i, example.prompt[length - limit :])
+        for i, example in enumerate(examples)
+        if any(map(is_generated, suite.metrics_of(example)))
+    ]
     outputs: dict[str, dict[int, tuple[str, bool]]] = {name: {} for name in names}
     scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in names}
+    mixed = len({len(prompt) for _, prompt in prompts}) > 1 and takes_padding(model)
     step, steps = 0, (len(queries) + len(prompts)) * len(names)
     with torch.inference_mode(), bank.attached():
         for company in _parts(names, _TOGETHER):
@@ -139,14 +205,15 @@ def evaluate(
                                 scores[name][query.item][choice] = value
                     step += len(batch) * len(some)
                     report({"step": step, "steps": steps, "adapters": len(some)})
-            for asked in _prompts([(i, examples[i].prompt) for i in prompts], len(company)):
-                bank.assign([(order.get(name), len(asked)) for name in company])
-                made = _generate(model, tokenizer, [prompt for _, prompt in asked] * len(company), suite.max_new_tokens)
-                for place, name in enumerate(company):
-                    own = made[place * len(asked) : (place + 1) * len(asked)]
-                    outputs[name] |= {i: text for (i, _), text in zip(asked, own, strict=True)}
-                step += len(asked) * len(company)
-                report({"step": step, "steps": steps, "adapters": len(company)})
+            for asked in _prompts(prompts, len(company), mixed):
+                for some in _parts(company, max(1, _GENERATED_TOKENS // (len(asked) * len(asked[-1][1])))):
+                    bank.assign([(order.get(name), len(asked)) for name in some])
+                    made = _generate(model, tokenizer, [prompt for _, prompt in asked] * len(some), length)
+                    for place, name in enumerate(some):
+                        own = made[place * len(asked) : (place + 1) * len(asked)]
+                        outputs[name] |= {i: text for (i, _), text in zip(asked, own, strict=True)}
+                    step += len(asked) * len(some)
+                    report({"step": step, "steps": steps, "adapters": len(some)})
     return {
         name: [_record(suite, e, scores[name][i], outputs[name].get(i)) for i, e in enumerate(examples)]
         for name in names
@@ -206,31 +273,41 @@ def _log_probabilities(model: Model, batch: Sequence[Query], many: int, whole: b
     return found
 
 
-def _prompts(prompts: Sequence[tuple[int, tuple[int, ...]]], many: int) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-    """Prompts of equal length together, at most `_GENERATED` rows for ``many``: nothing is padded, nothing masked."""
+def _prompts(
+    prompts: Sequence[tuple[int, tuple[int, ...]]], many: int, mixed: bool
+) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+    """Prompts together by length, at most `_GENERATED` rows for ``many``; of equal length unless ``mixed``."""
     ordered = sorted(prompts, key=lambda item: (len(item[1]), item[0]))
-    for _, group in groupby(ordered, key=lambda item: len(item[1])):
-        equal = list(group)
-        size = max(1, _GENERATED // many)
-        yield from (equal[start : start + size] for start in range(0, len(equal), size))
+    size = max(1, _GENERATED // many)
+    for _, group in groupby(ordered, key=lambda item: mixed or len(item[1])):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _generate(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """The greedy continuations of prompts of one length, and whether each came to an end of its own."""
-    ids_BT = torch.tensor(prompts, device=model.device)
+    """The greedy continuations of prompts, and whether each came to an end of its own; it ends when all did.
+
+    Shorter prompts are padded on their left, where nothing looks; positions count from a prompt's own first token.
+    """
+    ids_BT = padded(prompts, left=True).to(model.device)
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    width = ids_BT.shape[1]
+    there_BT = (torch.arange(width, device=model.device) >= width - lengths_B[:, None]).long()
     end = tokenizer.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, bos_token_id=None
     )
-    made_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=greedy)
-    rows = made_BT[:, ids_BT.shape[1] :].tolist()
+    made_BT = model.generate(ids_BT, attention_mask=there_BT, generation_config=greedy)
+    rows = made_BT[:, width:].tolist()
     return [(tokenizer.decode(row, skip_special_tokens=True), end in row) for row in rows]
 
 
 def _record(suite: Suite, example: Example, scores: Sequence[float], output: tuple[str, bool] | None) -> Record:
     right = example.answer or 0
+    text, ended = output or ("", None)
+    references = [example.texts[right], *example.row.value.get("references", ())]
     values: dict[Metric, float] = {}
     for name in suite.metrics_of(example):
         match name:
@@ -238,10 +315,10 @@ def _record(suite: Suite, example: Example, scores: Sequence[float], output: tup
                 values[name] = metric.likelihood(scores[right], example.texts[right])
             case "accuracy":
                 values[name] = metric.accuracy(scores, example.texts, right)
-            case "exact-match":
-                values[name] = metric.exact_match(output[0] if output else "", example.texts[right])
-    if not values:
-        raise example.row.refuse(f"none of the suite's metrics {', '.join(suite.metrics or ())} applies to it")
+            case _:
+                values[name] = metric.comparison(name)(text.strip(), references)
     item = item_id(example.row.value)
-    text, ended = output or (None, None)
-    return Record(item=item, split=split_of(item), metrics=values, parsed=ended, output=text)
+    parsed = ended if output is None or suite.form is None else has_form(text, suite.form)
+    return Record(
+        item=item, split=split_of(item), metrics=values, parsed=parsed, output=text if output is not None else None
+    )

@@ -84,6 +84,26 @@ def keeps_apart(model: Model) -> bool:
     return torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=1e-2)
 
 
+@torch.no_grad()
+def takes_padding(model: Model) -> bool:
+    """Whether a sequence that is padded on its left, and masked there, gives what it gives alone.
+
+    Recurrent models would read the padding. Asked of a short sequence, since no list of models would stay true.
+    """
+    size = min(4, model.config.get_text_config().vocab_size - 1)
+    ids_BT = torch.arange(1, size + 1, device=model.device)[None]
+    padded_BT = torch.cat([torch.zeros_like(ids_BT), ids_BT], dim=1)
+    there_BT = torch.arange(2 * size, device=model.device)[None] >= size
+    positions_BT = (there_BT.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": padded_BT, "attention_mask": there_BT.long(), "position_ids": positions_BT}
+    try:
+        padded = model(**inputs, use_cache=False).logits[:, size:]
+    except TypeError:  # it takes no positions
+        return False
+    alone = model(input_ids=ids_BT, use_cache=False).logits
+    return torch.allclose(padded.float(), alone.float(), rtol=1e-2, atol=1e-2)
+
+
 def module_name(model: Model, name: str) -> str | None:
     """The model's own name of what an adapter calls ``name``: as it is, or with or without the base prefix."""
     prefix = f"{model.base_model_prefix}."

@@ -1,16 +1,20 @@
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from registry.core.digest import Digest
 from registry.core.errors import BadConfig, BadDataset
+from registry.core.manifest import canonical_json
 from registry.core.records import Record, parse_records, split_of, summary, to_jsonl
 from tests.workers import factories
 from workers.compute import evaluate as module
 from workers.compute.data import Row
-from workers.compute.evaluate import BARE, Suite, evaluate
+from workers.compute.evaluate import BARE, Suite, evaluate, has_form
 from workers.compute.finetune import finetune
 from workers.compute.metrics import accuracy, exact_match, mean
 
@@ -23,6 +27,12 @@ def score(row: dict[str, Any], *metrics: Any) -> Record:
     return evaluate(model, TOKENIZER, suite, {})[BARE][0]
 
 
+def same(some: Sequence[Record], others: Sequence[Record]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert one.model_copy(update={"metrics": other.metrics}) == other
+        assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
+
+
 def test_many_adapters_in_one_pass_score_as_in_passes_of_their_own() -> None:
     model = factories.llama()
     suite = Suite([*factories.choices(12), *factories.rows(12)])
@@ -30,8 +40,8 @@ def test_many_adapters_in_one_pass_score_as_in_passes_of_their_own() -> None:
     together = evaluate(model, TOKENIZER, suite, adapters)
     assert list(together) == [BARE, "0", "1", "2"]
     for name, adapter in adapters.items():
-        assert together[name] == evaluate(model, TOKENIZER, suite, {name: adapter}, bare=False)[name]
-    assert together[BARE] == evaluate(model, TOKENIZER, suite, {})[BARE]
+        same(together[name], evaluate(model, TOKENIZER, suite, {name: adapter}, bare=False)[name])
+    same(together[BARE], evaluate(model, TOKENIZER, suite, {})[BARE])
     assert len({mean(records, "likelihood") for records in together.values()}) == 4
 
 
@@ -66,8 +76,8 @@ def test_the_likeliest_choice_by_byte_is_the_answer() -> None:
 
 
 def test_an_exact_match_ignores_spaces_at_the_ends_only() -> None:
-    assert exact_match(" 4 2\n", "4 2") == 1
-    assert exact_match("42", "4 2") == 0
+    assert exact_match(" 4 2\n", ["5", "4 2"]) == 1
+    assert exact_match("42", ["4 2"]) == 0
 
 
 def test_a_learnt_completion_is_generated_exactly_and_ends_by_itself() -> None:
@@ -115,7 +125,12 @@ def test_a_suite_is_read_with_its_spec(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ('{"metrics": ["bleu"]}', "allowed are likelihood, accuracy, exact-match"),
+        ('{"metrics": ["beauty"]}', "allowed are likelihood, accuracy, exact-match"),
+        ('{"metrics": "likelihood"}', "allowed are likelihood, accuracy, exact-match"),
+        ('{"metrics": [["f1"]]}', "allowed are likelihood, accuracy, exact-match"),
+        ('{"metrics": ["custom:beauty"]}', "no package here has the metric custom:beauty, an entry point 'beauty'"),
+        ('{"form": "xml"}', "allowed are 'json', and 'regex:'"),
+        ('{"form": "regex:("}', "the expression does not compile: missing"),
         ('{"metrics": []}', "allowed are"),
         ('{"max_new_tokens": 0}', "a whole number above 0"),
         ("[]", "not a JSON object"),
@@ -131,10 +146,116 @@ def test_a_spec_that_means_nothing_is_refused(spec: str, reason: str, tmp_path: 
 
 def test_the_harness_digest_changes_with_what_changes_a_score() -> None:
     rows = factories.choices(2)
-    suites = [Suite(rows), Suite(rows, ("likelihood",)), Suite(rows, None, max_new_tokens=3)]
+    suites = [
+        Suite(rows), Suite(rows, ("likelihood",)), Suite(rows, None, max_new_tokens=3), Suite(rows, ("bleu",)),
+        Suite(rows, ("bleu",), form="json"),
+    ]  # fmt: skip
     digests = {str(suite.harness(precision)) for suite in suites for precision in ("fp32", "bf16")}
-    assert len(digests) == 6
+    assert len(digests) == 10
     assert Suite(rows).harness("fp32") == Suite(factories.choices(5)).harness("fp32")
+
+
+def test_the_harness_of_what_generates_nothing_is_the_one_of_records_that_are_there() -> None:
+    was = {"harness": 1, "metrics": None, "max_new_tokens": 64, "precision": "fp32", "max_length": 2048}
+    assert Suite(factories.rows(1)).harness("fp32") == Digest.sha256(canonical_json(was))
+
+
+@pytest.mark.parametrize("make", [factories.llama, factories.gpt2])
+def test_prompts_of_any_length_generate_together_what_each_generates_alone(make: Callable[[], Any]) -> None:
+    model = make()
+    rows = [Row({"prompt": "ab" * size, "completion": "x"}, "x.jsonl", size) for size in (1, 9, 2, 5, 14)]
+    adapters = {str(seed): factories.random_adapter(model, seed, targets=("all-linear",)) for seed in range(2)}
+    suite = Suite(rows, ("chrf",), max_new_tokens=12)
+    together = evaluate(model, TOKENIZER, suite, adapters)
+    for name, records in together.items():
+        for row, record in zip(rows, records, strict=True):
+            own = {name: adapters[name]} if name in adapters else {}
+            alone = evaluate(model, TOKENIZER, replace(suite, rows=[row]), own, bare=not own)
+            assert alone[name][0] == record
+    assert len({record.output for records in together.values() for record in records}) > 5
+
+
+def test_a_model_that_would_read_padding_is_asked_for_prompts_of_one_length_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = factories.llama()
+    rows = [Row({"prompt": "a" * size, "completion": "x"}, "x.jsonl", size) for size in (2, 5, 2)]
+    suite = Suite(rows, ("exact-match",), max_new_tokens=3)
+    padded = evaluate(model, TOKENIZER, suite, {})[BARE]
+    monkeypatch.setattr(module, "takes_padding", lambda _: False)
+    widths: set[int] = set()
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: widths.add(inputs[0].shape[1]))
+    assert evaluate(model, TOKENIZER, suite, {})[BARE] == padded
+    handle.remove()
+    assert {3, 6} <= widths  # prompts with their first token
+
+
+def test_a_long_prompt_is_read_for_fewer_adapters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = factories.llama()
+    suite = Suite([Row({"prompt": "a" * 20, "completion": "x"}, "x.jsonl", 1)], ("f1",), max_new_tokens=3)
+    adapters = {str(seed): factories.random_adapter(model, seed) for seed in range(3)}
+    whole = evaluate(model, TOKENIZER, suite, adapters)
+    monkeypatch.setattr(module, "_GENERATED_TOKENS", 45)
+    sizes: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    assert evaluate(model, TOKENIZER, suite, adapters) == whole
+    handle.remove()
+    assert max(sizes) <= 45
+
+
+def test_a_prompt_that_leaves_no_room_is_cut_on_its_left() -> None:
+    model = factories.gpt2()
+    limit = model.config.max_position_embeddings
+    long = Row({"prompt": "a" * limit + "b", "completion": "x"}, "x.jsonl", 1)
+    short = Row({"prompt": "a" * (limit - 9) + "b", "completion": "x"}, "x.jsonl", 1)
+    outputs = [
+        evaluate(model, TOKENIZER, Suite([row], ("f1",), max_new_tokens=8), {})[BARE][0].output
+        for row in (long, short)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_an_output_is_compared_with_every_reference() -> None:
+    row = {"prompt": "ab", "completion": "zzz"}
+    output = score(row, "exact-match").output
+    assert output is not None and score(row, "exact-match").metrics["exact-match"] == 0
+    known = {**row, "references": ["zz", output]}
+    found = score(known, "exact-match", "f1", "bleu", "chrf", "rouge-l", "likelihood").metrics
+    assert found["exact-match"] == found["chrf"] == 1
+    assert found["likelihood"] == pytest.approx(score(row).metrics["likelihood"])
+
+
+def test_a_row_is_run_for_likelihood_only_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_log_probabilities", None)  # whoever calls it, fails
+    assert score({"prompt": "ab", "completion": "c"}, "chrf").metrics.keys() == {"chrf"}
+
+
+@pytest.mark.parametrize(
+    ("form", "output", "has"),
+    [
+        ("json", ' {"a": [1]}\n', True),
+        ("json", '{"a": [1', False),
+        ("json", "", False),
+        (r"regex:\d{2,}|none", " 42 ", True),
+        (r"regex:\d{2,}|none", "42 or so", False),
+    ],
+)
+def test_an_output_has_the_form_as_a_whole_or_not_at_all(form: str, output: str, has: bool) -> None:
+    assert has_form(output, form) is has
+
+
+def test_parsed_says_whether_an_output_has_the_form_of_the_suite() -> None:
+    rows = [Row({"prompt": "ab", "completion": "c"}, "x.jsonl", 1)]
+    for form, parsed in ((r"regex:(?s).*", True), ("regex:never", False)):
+        found = evaluate(factories.llama(), TOKENIZER, Suite(rows, ("f1",), 4, form), {})[BARE][0]
+        assert found.parsed is parsed
+    assert evaluate(factories.llama(), TOKENIZER, Suite(rows, ("likelihood",), 4, "json"), {})[BARE][0].parsed is None
+
+
+def test_an_expression_that_does_not_end_is_refused_in_place_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.02)
+    with pytest.raises(BadConfig, match="avoid repeats within repeats"):
+        has_form("a" * 60, "regex:(a|aa)+[bc]")
 
 
 def test_a_long_row_is_answered_for_fewer_adapters_at_once_with_the_same_scores(
