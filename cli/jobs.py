@@ -500,6 +500,16 @@ def jobs_retry(out: Output, job_id: str, no_wait: bool) -> None:
     out.emit(job, lambda: _ended(job, curve))
 
 
+def told_rows(counted: dict[str, int]) -> str:
+    """What became of a training's rows, where it is told."""
+    if not counted:
+        return ""
+    words = [f"{counted['trained']:,} trained on"]
+    words += [f"{counted[key]:,} {key.replace('_', ' ')}" for key in ("held_out", "cut", "dropped") if counted[key]]
+    longer = f" (longer than {counted['max_length']:,} tokens)" if counted["cut"] or counted["dropped"] else ""
+    return ", ".join(words) + longer
+
+
 def _job(job: "JobInfo") -> None:
     result = job.result or {}
     made = ", ".join(str(item.get("ref") or short(item.get("digest"))) for item in result.get("made", []))
@@ -510,6 +520,7 @@ def _job(job: "JobInfo") -> None:
         "queue": job.queue,
         "made": made,
         "steps": str(result.get("steps") or ""),
+        "rows": told_rows(result.get("rows") or {}),
         "took": _took(job),
         "worker": job.worker,
         "attempt": f"{job.attempt} of {job.max_attempts}",

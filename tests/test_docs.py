@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import pytest
 
 from cli.main import cli
 from docs.generate import PAGES
+from registry.core.recipes import FineTune
 
 HOUSE = Path(__file__).parent.parent
 WRITTEN = [
@@ -52,3 +54,14 @@ def test_every_command_line_in_the_guides_is_understood(
         assert found is not None, f"no command {words[0]}"
         command, words = found, words[1:]
     command.make_context("loractl", words, parent=context)
+
+
+def test_the_recipe_in_the_guide_has_every_key_with_its_default() -> None:
+    [text] = re.findall(r"```toml\n(.*?)```", (HOUSE / "docs" / "recipes.md").read_text(), re.DOTALL)
+    written = tomllib.loads(re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE))
+    output = written.pop("output")
+    assert FineTune.model_fields.keys() - {"kind"} == written.keys()
+    digests = {"base": "b3:" + "1" * 64, "datasets": ("sha256:" + "2" * 64,)}
+    usual = FineTune.model_validate(digests).model_dump(exclude={"kind", "base", "datasets", "start"})
+    assert FineTune.model_validate(written | digests | {"start": None}).model_dump(include=set(usual)) == usual
+    assert output.keys() == {"adapter", "aliases", "message"}

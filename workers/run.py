@@ -224,6 +224,7 @@ def _training_facts(trained: Trained, precision: Precision) -> dict[str, Any]:
     return {
         "steps": len(losses),
         "tokens": trained.tokens,
+        "rows": asdict(trained.counted),
         "loss": [list(point) for point in losses if point[0] % thin == 0],
         "precision": _precision(precision),
     } | (held_out if trained.held_out else {})

@@ -17,7 +17,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 Tier = Literal["carry", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
+LongRows = Literal["cut", "refuse", "drop"]
 TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
+HOW = {"checkpoint_every", "activation_checkpointing"}
+"""Fields that say how work is done, and change nothing about what comes out."""
 
 
 def _not_blank(value: str) -> str:
@@ -43,11 +46,17 @@ class Training(Frozen):
     batch_tokens: Annotated[int, Field(ge=8)] = 512
     """Tokens a step, padding included; rows are taken until the next one would exceed it (at least one)."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Longer rows are cut on the left of the prompt; a completion that does not fit is refused."""
+    """In tokens, of a row; never above what the base was made for."""
+    long_rows: LongRows = "cut"
+    """What is done about longer ones: their prompt is cut on the left (a completion that does not fit is refused),
+    the training is refused, or they are dropped. How many were cut or dropped is in the result."""
     precision: Precision = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0 for none. Not a part of the result."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each decoder layer and compute the rest again on the way back: less memory, about a
+    third more time, the same bits. Not a part of the result."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """The share of rows that are looked at and not trained on, drawn by their content."""
     look_every: Annotated[int, Field(ge=1)] = 20
@@ -262,7 +271,7 @@ def parse_recipe(data: bytes | dict[str, Any]) -> AnyRecipe:
 
 def recipe_digest(recipe: Frozen) -> Digest:
     """SHA-256 of the recipe's canonical JSON: equal work has one digest."""
-    return Digest.sha256(canonical_json(recipe.model_dump(mode="json", exclude={"checkpoint_every"})))
+    return Digest.sha256(canonical_json(recipe.model_dump(mode="json", exclude=HOW)))
 
 
 def inputs_of(recipe: AnyRecipe) -> dict[str, str]:

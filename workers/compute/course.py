@@ -11,11 +11,25 @@ from typing import Any
 
 import torch
 
-from registry.core.errors import TrainingFailed
+from registry.core.errors import BadDataset, TrainingFailed
 from registry.core.recipes import Training
 
-from .data import Example, Row, batches, chunks, hold_out, tokenize
-from .model import Model, Tokenizer, check_tokens
+from .data import Example, Row, batches, chunks, encoded, hold_out, shortened
+from .model import Model, Tokenizer, check_tokens, context_of
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What became of the rows that were given."""
+
+    trained: int = 0
+    held_out: int = 0
+    cut: int = 0
+    """Of both, those whose prompt was too long."""
+    dropped: int = 0
+    """Neither trained on nor held out, because they were too long."""
+    max_length: int = 0
+    """What was too long: more tokens than this."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -23,6 +37,7 @@ class Course:
     """How far a training is."""
 
     recipe: Training
+    counted: Counted
     ahead: Iterator[list[Example]]
     """The batches of the coming steps."""
     held: Sequence[Sequence[Example]]
@@ -89,14 +104,35 @@ class Course:
 
 def laid_out(
     model: Model, tokenizer: Tokenizer, recipe: Training, rows: Sequence[Row]
-) -> tuple[Iterator[list[Example]], list[list[Example]]]:
-    """The batches of a training, without end, and its rows held out, in batches."""
-    kept, held = hold_out(rows, recipe.held_out)
-    examples, aside = (
-        [tokenize(tokenizer, _trainable(row), recipe.max_length) for row in some] for some in (kept, held)
-    )
-    check_tokens(model, (token for example in (*examples, *aside) for token in example.ids))
-    return batches(examples, recipe.batch_tokens, recipe.seed), list(chunks(aside, recipe.batch_tokens))
+) -> tuple[Iterator[list[Example]], list[list[Example]], Counted]:
+    """The batches of a training, without end; its rows held out, in batches; and what became of all rows."""
+    limit = min(recipe.max_length, context_of(model) or recipe.max_length)
+    kept, held = ([encoded(tokenizer, _trainable(row)) for row in some] for some in hold_out(rows, recipe.held_out))
+    long = sum(len(example.ids) > limit for example in (*kept, *held))
+    kept, held = ([_fitted(one, limit, recipe) for one in some if _stays(one, limit, recipe)] for some in (kept, held))
+    if not kept or (recipe.held_out and not held):
+        raise BadDataset(path=rows[0].path if rows else "the dataset", line=0, reason=_nothing_left(rows, limit))
+    check_tokens(model, (token for example in (*kept, *held) for token in example.ids))
+    dropped = long if recipe.long_rows == "drop" else 0
+    counted = Counted(len(kept), len(held), long - dropped, dropped, limit)
+    return batches(kept, recipe.batch_tokens, recipe.seed), list(chunks(held, recipe.batch_tokens)), counted
+
+
+def _stays(example: Example, limit: int, recipe: Training) -> bool:
+    return len(example.ids) <= limit or recipe.long_rows != "drop"
+
+
+def _fitted(example: Example, limit: int, recipe: Training) -> Example:
+    if len(example.ids) > limit and recipe.long_rows == "refuse":
+        reason = f"{len(example.ids)} tokens; at most {limit} are allowed, unless long_rows says 'cut' or 'drop'"
+        raise example.row.refuse(reason)
+    return shortened(example, limit)
+
+
+def _nothing_left(rows: Sequence[Row], limit: int) -> str:
+    if not rows:
+        return "there are no rows"
+    return f"with rows of more than {limit} tokens dropped, none of {len(rows)} is left to train on, or held out"
 
 
 def _trainable(row: Row) -> Row:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ def parse_rows(data: bytes, path: str) -> list[Row]:
 
 def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
     """The row in tokens; its prompt is cut on the left to ``max_length``, a completion that does not fit is refused."""
+    return shortened(encoded(tokenizer, row), max_length)
+
+
+def encoded(tokenizer: Tokenizer, row: Row) -> Example:
+    """The row in tokens, however many; one whose completion gives none is refused."""
     if "messages" in row.value:
         prompt, texts, end = _chat(tokenizer, row)
         answer = None
@@ -98,13 +103,18 @@ def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
         answer = row.value.get("answer") if "choices" in row.value else None
         end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     completions = tuple(_encode(tokenizer, text) for text in texts)
-    longest = max(map(len, completions)) + len(end)
     if min(map(len, completions)) == 0:
         raise row.refuse("a completion gives no tokens")
+    return Example(row, prompt or _beginning(tokenizer, row), completions, texts, answer, end)
+
+
+def shortened(example: Example, max_length: int) -> Example:
+    """The example with its prompt cut on the left, so that it fits with any of its completions."""
+    longest = max(map(len, example.completions)) + len(example.end)
     if longest >= max_length:
-        raise row.refuse(f"the completion has {longest} tokens; at most {max_length - 1} fit, beside one of the prompt")
-    prompt = prompt or _beginning(tokenizer, row)
-    return Example(row, prompt[longest - max_length :], completions, texts, answer, end)
+        reason = f"the completion has {longest} tokens; at most {max_length - 1} fit, beside one of the prompt"
+        raise example.row.refuse(reason)
+    return replace(example, prompt=example.prompt[longest - max_length :])
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from registry.core.recipes import FineTune, recipe_digest
 from . import checkpoint
 from .bank import Bank, Drop, Factors, factors_of, with_factors
 from .checkpoint import State
-from .course import Course, is_out_of_memory, laid_out, learning_rate, no_number
+from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
 from .data import Example, Row, asked_of, pack
 from .lora import Adapter, fresh
 from .loss import Loss
 from .model import Model, Tokenizer, keeps_apart
+from .recompute import recomputing
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -64,6 +66,7 @@ class Trained:
     """Steps after which rows held out were looked at, and their loss."""
     kept: int = 0
     """The step whose factors these are: the last one, or with patience that of the best look."""
+    counted: Counted = field(default_factory=Counted)
 
 
 Outcome = Trained | LoractlError
@@ -195,15 +198,15 @@ class _Run(Course):
         adapter = task.start or fresh(model, task.recipe)
         if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
             raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
-        ahead, held = laid_out(model, tokenizer, task.recipe, task.rows)
+        ahead, held, counted = laid_out(model, tokenizer, task.recipe, task.rows)
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
         identity = f"{recipe_digest(task.recipe)} {marks}"
         while others[identity]:  # the very same task again
             identity += " again"
         return cls(
-            recipe=task.recipe, ahead=ahead, held=held, place=place, start=adapter, factors=factors_of(adapter),
-            identity=identity, pulled=bool(task.recipe.pull) and task.start is not None,
+            recipe=task.recipe, counted=counted, ahead=ahead, held=held, place=place, start=adapter,
+            factors=factors_of(adapter), identity=identity, pulled=bool(task.recipe.pull) and task.start is not None,
         )  # fmt: skip
 
     @property
@@ -228,7 +231,7 @@ class _Run(Course):
             return self.failure
         factors, kept = (self.factors, self.step) if self.best is None else (self.best, self.best_look[0])
         adapter = with_factors(self.start, factors)
-        return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept)
+        return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept, self.counted)
 
     # ── checkpoints: the batches and the chance of a step follow from its number ──
 
@@ -271,7 +274,7 @@ def _together(
     optimizer = _Optimizer(bank, live)
     gradients = _Gradients(model, bank, live)
     limits_K = torch.tensor([run.recipe.max_grad_norm for run in live], device=model.device)
-    with bank.attached():
+    with bank.attached(), _sparing(model, bank, live):
         while not any(run.ended or run.place in unwanted for run in live):
             drawn = [next(run.ahead) for run in live]
             means_K, tokens_K = gradients(drawn)
@@ -303,6 +306,13 @@ def _together(
             if asked_to_stop is not None:
                 raise asked_to_stop
     optimizer.leave(live)
+
+
+def _sparing(model: Model, bank: Bank, live: Sequence[_Run]) -> AbstractContextManager[None]:
+    """Activations are computed again where one of the runs asks for it: the others' bits are the same either way."""
+    if not any(run.recipe.activation_checkpointing for run in live):
+        return nullcontext()
+    return recomputing(model, bank.drop.chances if bank.drop else ())
 
 
 class _Gradients:

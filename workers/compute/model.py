@@ -58,6 +58,12 @@ def check_tokens(model: Model, ids: Iterable[int]) -> None:
         raise ForeignTokenizer(token=highest, rows=rows)
 
 
+def context_of(model: Model) -> int | None:
+    """How many tokens the base was made for; None where its config does not say."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def skeleton(folder: Path) -> Model:
     """The model of ``folder`` without its weights: which module is of which kind, and what is tied."""
     try:

@@ -11,7 +11,7 @@ from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute import data
 from workers.compute.bank import attached
-from workers.compute.course import learning_rate
+from workers.compute.course import Counted, learning_rate
 from workers.compute.data import Packed, Row, hold_out
 from workers.compute.finetune import Task, Trained, as_trained, finetune, finetune_many
 from workers.compute.lora import Adapter, fresh
@@ -391,3 +391,49 @@ def test_a_run_stopped_between_looks_resumes_to_the_same_bytes(tmp_path: Path) -
 def test_a_share_that_leaves_nothing_on_one_side_is_refused() -> None:
     with pytest.raises(BadDataset, match=r"held_out = 0\.01 keeps none of its 3 rows aside"):
         train(factories.recipe(held_out=0.01), rows=factories.rows(3))
+
+
+# ── rows that are too long, or not there ─────────────────────────────────────
+
+
+def long_rows() -> list[Row]:
+    """Of 24 rows every fourth has a prompt of forty letters more."""
+    return [
+        Row(row.value | {"prompt": "x" * 40 * (i % 4 == 0) + row.value["prompt"]}, row.path, row.line)
+        for i, row in enumerate(factories.rows())
+    ]
+
+
+def test_long_rows_are_cut_and_counted() -> None:
+    trained = train(factories.recipe(steps=2, max_length=30), rows=long_rows())
+    assert trained.counted == Counted(trained=24, held_out=0, cut=6, dropped=0, max_length=30)
+    assert train(factories.recipe(steps=2), rows=long_rows()).counted.cut == 0
+
+
+def test_long_rows_are_dropped_on_request_as_if_they_had_not_been_there() -> None:
+    recipe = factories.recipe(steps=3, max_length=30, long_rows="drop")
+    dropped = train(recipe, rows=long_rows())
+    assert dropped.counted == Counted(trained=18, held_out=0, cut=0, dropped=6, max_length=30)
+    short = [row for i, row in enumerate(long_rows()) if i % 4]
+    assert dropped.losses == train(recipe, rows=short).losses
+
+
+def test_long_rows_are_refused_on_request_by_file_and_line() -> None:
+    with pytest.raises(BadDataset, match=r"'sums.jsonl', line 1: 48 tokens; at most 30 are allowed.*'cut' or 'drop'"):
+        train(factories.recipe(max_length=30, long_rows="refuse"), rows=long_rows())
+
+
+def test_dropping_all_rows_is_refused() -> None:
+    with pytest.raises(BadDataset, match="none of 6 is left to train on"):
+        train(factories.recipe(max_length=30, long_rows="drop"), rows=long_rows()[::4])
+
+
+def test_no_row_is_longer_than_the_base_was_made_for() -> None:
+    short = factories.llama(max_position_embeddings=30)
+    trained = finetune(short, TOKENIZER, factories.recipe(steps=1), long_rows())
+    assert (trained.counted.max_length, trained.counted.cut) == (30, 6)
+
+
+def test_a_training_without_rows_is_refused() -> None:
+    with pytest.raises(BadDataset, match="there are no rows"):
+        train(factories.recipe(), rows=[])
