@@ -7,21 +7,16 @@ A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for oth
 
 By default rows with choices are scored by accuracy and likelihood, others by likelihood. ``form`` is what every output
 must be, whatever it says: ``json``, or ``regex:`` and an expression that matches all of it; a record's `parsed` is
-the answer. Rows of like length are put together, and one pass through the base answers them for as many adapters as
-fit (see `bank`).
+the answer. How many adapters answer together is the matter of `panel`.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import regex
-import torch
-from torch import Tensor
-from transformers import GenerationConfig
 
 from registry.core.digest import Digest
 from registry.core.errors import BadConfig
@@ -30,25 +25,16 @@ from registry.core.metrics import ALLOWED, Metric, check_metric, is_generated
 from registry.core.records import Record, item_id, split_of
 
 from . import metrics as metric
-from .bank import Bank
-from .data import Example, Row, padded, read_rows, tokenize
+from .data import Example, Row, read_rows, tokenize
 from .finetune import Report, silent
 from .lora import Adapter
-from .model import Model, Tokenizer, check_tokens, takes_padding
+from .model import Model, Tokenizer, check_tokens
+from .panel import MAX_LENGTH, Panel, Query, Text
 
-BARE = "bare"
 HARNESS = 1
 """Raised whenever the same model would get another score: old records then no longer pair with new ones."""
 GENERATION = 2
 """The same, of what is generated. 2: prompts of unlike length together, padded; several references."""
-_BATCH_TOKENS = 2048
-_TOGETHER = 16
-"""Adapters in one pass, the bare base among them."""
-_GENERATED = 32
-"""Rows that are generated at once."""
-_GENERATED_TOKENS = 16384
-"""Tokens of the prompts that are read at once."""
-_MAX_LENGTH = 2048
 _PATIENCE_S = 5.0
 """What an expression may take for one output."""
 
@@ -105,7 +91,7 @@ class Suite:
         if made:
             versions = sorted({version for name in made if (version := metric.version_of(name))})
             spec |= {"generation": GENERATION, "form": self.form, "versions": versions}
-        return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": _MAX_LENGTH}))
+        return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": MAX_LENGTH}))
 
 
 def _are_metrics(names: object) -> bool:
@@ -143,18 +129,6 @@ def has_form(output: str, form: str) -> bool:
         raise BadConfig(path="suite.json", reason=reason) from error
 
 
-@dataclass(frozen=True)
-class Query:
-    """One row for the model: ids, and per position from ``first`` on the tokens whose log-probability is asked."""
-
-    item: int
-    choices: tuple[int, ...]
-    """The choices that the columns of ``asked`` belong to."""
-    ids: tuple[int, ...]
-    first: int
-    asked: tuple[tuple[int, ...], ...]
-
-
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
@@ -165,148 +139,42 @@ def evaluate(
     report: Report = silent,
 ) -> dict[str, list[Record]]:
     """Records by adapter name (`BARE` for the base alone), in the order of the suite's rows."""
-    limit = min(_MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH)
-    examples = [tokenize(tokenizer, row, limit) for row in suite.rows]
+    panel = Panel(model, tokenizer, adapters, bare=bare, report=report)
+    examples = [tokenize(tokenizer, row, panel.limit) for row in suite.rows]
     check_tokens(model, (token for e in examples for ids in (e.prompt, *e.completions) for token in ids))
-    for example in examples:
-        if not suite.metrics_of(example):
+    wanted = [suite.metrics_of(example) for example in examples]
+    for example, metrics in zip(examples, wanted, strict=True):
+        if not metrics:
             raise example.row.refuse(f"none of the suite's metrics {', '.join(suite.metrics or ())} applies to it")
-    names = ([BARE] if bare else []) + list(adapters)
-    bank = Bank(model, list(adapters.values()))
-    order = {name: which for which, name in enumerate(adapters)}
-    # Rows of an adapted head must stand in their order, so that there nothing is left out before it.
-    whole = bank.touches(model.get_output_embeddings())
-    queries = [
-        query
-        for i, example in enumerate(examples)
-        if not all(map(is_generated, suite.metrics_of(example)))
-        for query in _queries(i, example)
-    ]
-    length = min(suite.max_new_tokens, limit - 1)
-    prompts = [
-        (i, example.prompt[length - limit :])
-        for i, example in enumerate(examples)
-        if any(map(is_generated, suite.metrics_of(example)))
-    ]
-    outputs: dict[str, dict[int, tuple[str, bool]]] = {name: {} for name in names}
-    scores: dict[str, list[list[float]]] = {name: [[0.0] * len(e.completions) for e in examples] for name in names}
-    mixed = len({len(prompt) for _, prompt in prompts}) > 1 and takes_padding(model)
-    step, steps = 0, (len(queries) + len(prompts)) * len(names)
-    with torch.inference_mode(), bank.attached():
-        for company in _parts(names, _TOGETHER):
-            for batch in _batches(queries, len(company)):
-                tokens = len(batch) * len(batch[-1].ids)
-                for some in _parts(company, max(1, _BATCH_TOKENS // tokens)):  # a long row is too much for all at once
-                    bank.assign([(order.get(name), len(batch)) for name in some])
-                    found = _log_probabilities(model, batch, len(some), whole)
-                    for name, answers in zip(some, found, strict=True):
-                        for query, values in zip(batch, answers, strict=True):
-                            for choice, value in zip(query.choices, values, strict=True):
-                                scores[name][query.item][choice] = value
-                    step += len(batch) * len(some)
-                    report({"step": step, "steps": steps, "adapters": len(some)})
-            for asked in _prompts(prompts, len(company), mixed):
-                for some in _parts(company, max(1, _GENERATED_TOKENS // (len(asked) * len(asked[-1][1])))):
-                    bank.assign([(order.get(name), len(asked)) for name in some])
-                    made = _generate(model, tokenizer, [prompt for _, prompt in asked] * len(some), length)
-                    for place, name in enumerate(some):
-                        own = made[place * len(asked) : (place + 1) * len(asked)]
-                        outputs[name] |= {i: text for (i, _), text in zip(asked, own, strict=True)}
-                    step += len(asked) * len(some)
-                    report({"step": step, "steps": steps, "adapters": len(some)})
-    return {
-        name: [_record(suite, e, scores[name][i], outputs[name].get(i)) for i, e in enumerate(examples)]
-        for name in names
-    }
-
-
-def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
-    """Who goes through the base together: at most ``size``."""
-    return [names[start : start + size] for start in range(0, len(names), size)]
-
-
-def _queries(item: int, example: Example) -> Iterator[Query]:
-    """One row per completion; choices of a single token share one row and one position."""
-    first = len(example.prompt)
-    if all(len(completion) == 1 for completion in example.completions):
-        asked = tuple(completion[0] for completion in example.completions)
-        yield Query(item, tuple(range(len(asked))), example.prompt, first, (asked,))
-        return
-    for choice, completion in enumerate(example.completions):
-        ids = example.prompt + completion[:-1]
-        yield Query(item, (choice,), ids, first, tuple((token,) for token in completion))
-
-
-def _batches(queries: Sequence[Query], many: int) -> Iterator[list[Query]]:
-    """Queries of like length together, at most `_BATCH_TOKENS` tokens for ``many``, padded (at least one query)."""
-    batch: list[Query] = []
-    for query in sorted(queries, key=lambda query: (len(query.ids), query.item)):
-        if batch and len(query.ids) * (len(batch) + 1) * many > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(query)
-    if batch:
-        yield batch
-
-
-def _log_probabilities(model: Model, batch: Sequence[Query], many: int, whole: bool) -> list[list[list[float]]]:
-    """Per adapter, query and choice: the sum of ln p over the completion's tokens."""
-    ids_BT = padded([query.ids for query in batch])
-    asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-    for row, query in enumerate(batch):
-        asked_BT[row, query.first - 1 : len(query.ids)] = True
-    asked_BT = asked_BT.repeat(many, 1).to(model.device)
-    inputs = {"input_ids": ids_BT.repeat(many, 1).to(model.device), "use_cache": False}
-    if whole:
-        logits_NV: Tensor = model(**inputs).logits[asked_BT].float()
-    else:
-        logits_NV = model(**inputs, logits_to_keep=asked_BT).logits.reshape(int(asked_BT.sum()), -1).float()
-    log_z_N = logits_NV.logsumexp(dim=1)
-    found: list[list[list[float]]] = []
-    at = 0
-    for _ in range(many):
-        found.append([])
-        for query in batch:
-            span = slice(at, at := at + len(query.asked))
-            asked_NC = torch.tensor(query.asked, device=model.device)
-            found[-1].append((logits_NV[span].gather(1, asked_NC) - log_z_N[span, None]).sum(0).tolist())
+    scored = [i for i, metrics in enumerate(wanted) if not all(map(is_generated, metrics))]
+    written = [i for i, metrics in enumerate(wanted) if any(map(is_generated, metrics))]
+    asked = {i: list(_queries(examples[i])) for i in scored}
+    length = min(suite.max_new_tokens, panel.limit - 1)
+    panel.steps = (sum(map(len, asked.values())) + len(written)) * len(panel.names)
+    with panel.seated():
+        answers = panel.log_probabilities([query for queries in asked.values() for query in queries])
+        texts = panel.continuations([examples[i].prompt[length - panel.limit :] for i in written], length)
+    found: dict[str, list[Record]] = {}
+    for name in panel.names:
+        own = iter(answers[name])
+        scores = {i: [value for _ in queries for value in next(own).log_p] for i, queries in asked.items()}
+        outputs = dict(zip(written, texts[name], strict=True))
+        found[name] = [_record(suite, e, scores.get(i, ()), outputs.get(i)) for i, e in enumerate(examples)]
     return found
 
 
-def _prompts(
-    prompts: Sequence[tuple[int, tuple[int, ...]]], many: int, mixed: bool
-) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-    """Prompts together by length, at most `_GENERATED` rows for ``many``; of equal length unless ``mixed``."""
-    ordered = sorted(prompts, key=lambda item: (len(item[1]), item[0]))
-    size = max(1, _GENERATED // many)
-    for _, group in groupby(ordered, key=lambda item: mixed or len(item[1])):
-        alike = list(group)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+def _queries(example: Example) -> Iterator[Query]:
+    """One row per completion, in their order; choices of a single token share one row and one position."""
+    first = len(example.prompt)
+    if all(len(completion) == 1 for completion in example.completions):
+        yield Query(example.prompt, first, (tuple(completion[0] for completion in example.completions),))
+        return
+    for completion in example.completions:
+        yield Query(example.prompt + completion[:-1], first, tuple((token,) for token in completion))
 
 
-def _generate(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[tuple[str, bool]]:
-    """The greedy continuations of prompts, and whether each came to an end of its own; it ends when all did.
-
-    Shorter prompts are padded on their left, where nothing looks; positions count from a prompt's own first token.
-    """
-    ids_BT = padded(prompts, left=True).to(model.device)
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    width = ids_BT.shape[1]
-    there_BT = (torch.arange(width, device=model.device) >= width - lengths_B[:, None]).long()
-    end = tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, bos_token_id=None
-    )
-    made_BT = model.generate(ids_BT, attention_mask=there_BT, generation_config=greedy)
-    rows = made_BT[:, width:].tolist()
-    return [(tokenizer.decode(row, skip_special_tokens=True), end in row) for row in rows]
-
-
-def _record(suite: Suite, example: Example, scores: Sequence[float], output: tuple[str, bool] | None) -> Record:
+def _record(suite: Suite, example: Example, scores: Sequence[float], output: Text | None) -> Record:
     right = example.answer or 0
-    text, ended = output or ("", None)
     references = [example.texts[right], *example.row.value.get("references", ())]
     values: dict[Metric, float] = {}
     for name in suite.metrics_of(example):
@@ -316,9 +184,10 @@ def _record(suite: Suite, example: Example, scores: Sequence[float], output: tup
             case "accuracy":
                 values[name] = metric.accuracy(scores, example.texts, right)
             case _:
-                values[name] = metric.comparison(name)(text.strip(), references)
+                values[name] = metric.comparison(name)(output.text.strip() if output else "", references)
     item = item_id(example.row.value)
-    parsed = ended if output is None or suite.form is None else has_form(text, suite.form)
-    return Record(
-        item=item, split=split_of(item), metrics=values, parsed=parsed, output=text if output is not None else None
-    )
+    split = split_of(item)
+    if output is None:
+        return Record(item=item, split=split, metrics=values)
+    parsed = output.ended if suite.form is None else has_form(output.text, suite.form)
+    return Record(item=item, split=split, metrics=values, parsed=parsed, output=output.text)

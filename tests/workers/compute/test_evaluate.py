@@ -13,10 +13,12 @@ from registry.core.manifest import canonical_json
 from registry.core.records import Record, parse_records, split_of, summary, to_jsonl
 from tests.workers import factories
 from workers.compute import evaluate as module
+from workers.compute import panel
 from workers.compute.data import Row
-from workers.compute.evaluate import BARE, Suite, evaluate, has_form
+from workers.compute.evaluate import Suite, evaluate, has_form
 from workers.compute.finetune import finetune
 from workers.compute.metrics import accuracy, exact_match, mean
+from workers.compute.panel import BARE
 
 TOKENIZER = factories.tokenizer()
 
@@ -182,7 +184,7 @@ def test_a_model_that_would_read_padding_is_asked_for_prompts_of_one_length_at_a
     rows = [Row({"prompt": "a" * size, "completion": "x"}, "x.jsonl", size) for size in (2, 5, 2)]
     suite = Suite(rows, ("exact-match",), max_new_tokens=3)
     padded = evaluate(model, TOKENIZER, suite, {})[BARE]
-    monkeypatch.setattr(module, "takes_padding", lambda _: False)
+    monkeypatch.setattr(panel, "takes_padding", lambda _: False)
     widths: set[int] = set()
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: widths.add(inputs[0].shape[1]))
     assert evaluate(model, TOKENIZER, suite, {})[BARE] == padded
@@ -195,7 +197,7 @@ def test_a_long_prompt_is_read_for_fewer_adapters_at_once(monkeypatch: pytest.Mo
     suite = Suite([Row({"prompt": "a" * 20, "completion": "x"}, "x.jsonl", 1)], ("f1",), max_new_tokens=3)
     adapters = {str(seed): factories.random_adapter(model, seed) for seed in range(3)}
     whole = evaluate(model, TOKENIZER, suite, adapters)
-    monkeypatch.setattr(module, "_GENERATED_TOKENS", 45)
+    monkeypatch.setattr(panel, "_GENERATED_TOKENS", 45)
     sizes: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
     assert evaluate(model, TOKENIZER, suite, adapters) == whole
@@ -226,7 +228,7 @@ def test_an_output_is_compared_with_every_reference() -> None:
 
 
 def test_a_row_is_run_for_likelihood_only_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_log_probabilities", None)  # whoever calls it, fails
+    monkeypatch.setattr(panel, "_answers", None)  # whoever calls it, fails
     assert score({"prompt": "ab", "completion": "c"}, "chrf").metrics.keys() == {"chrf"}
 
 
@@ -264,7 +266,7 @@ def test_a_long_row_is_answered_for_fewer_adapters_at_once_with_the_same_scores(
     model, suite = factories.llama(), Suite([*factories.rows(3), *factories.choices(3)])
     adapters = {str(seed): factories.random_adapter(model, seed=seed) for seed in range(4)}
     whole = evaluate(model, TOKENIZER, suite, adapters)
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 24)
+    monkeypatch.setattr(panel, "_BATCH_TOKENS", 24)
     sizes: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
     narrow = evaluate(model, TOKENIZER, suite, adapters)

@@ -10,8 +10,9 @@ from registry.core.errors import BadConfig
 from registry.core.records import parse_records, to_jsonl
 from tests.workers import factories
 from workers.compute.data import Row
-from workers.compute.evaluate import BARE, Suite, evaluate
+from workers.compute.evaluate import Suite, evaluate
 from workers.compute.metrics import bleu, chrf, comparison, f1, rouge_l
+from workers.compute.panel import BARE
 
 TEXTS = ["the cat sat on the mat", "a cat is on the mat today", "x"]
 

@@ -10,11 +10,12 @@ from typing import Any
 from registry.core.recipes import FineTune
 
 from ..data import Row
-from ..evaluate import BARE, Suite, evaluate
+from ..evaluate import Suite, evaluate
 from ..finetune import Report, finetune, silent
 from ..lora import Adapter
 from ..metrics import mean
 from ..model import Model, Tokenizer
+from ..panel import BARE
 from .warm_start import Chosen
 
 ENOUGH = 0.3
