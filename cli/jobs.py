@@ -378,7 +378,7 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[st
         for left in work.iterdir():
             left.unlink()
         work.rmdir()
-        merged = digested(target, progress=bar)
+        merged = digested(target, progress=bar, taken=result["tensors"])
     document = {"out": str(target), "base": str(digest), "adapter": str(version), "digest": str(merged.digest)} | result
     shown = {"merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors"}
     if deviation := result.get("deviation"):

@@ -166,10 +166,17 @@ def table_of(base: BaseModel) -> str:
     return base64.b64encode(base.to_compressed()).decode("ascii")
 
 
-def digested(folder: Path, *, progress: Progress = silent, cache: HashCache | None = None) -> BaseModel:
+def digested(
+    folder: Path,
+    *,
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+    taken: Mapping[str, str] | None = None,
+) -> BaseModel:
     """`files.digest_base`, telling how much of how much is hashed."""
     total = sum(path.stat().st_size for path in files.base_shards(folder))
-    return files.digest_base(folder, progress=_Meter(progress, "hashing base", total).add, cache=cache)
+    meter = _Meter(progress, "hashing base", total)
+    return files.digest_base(folder, progress=meter.add, cache=cache, taken=taken)
 
 
 def scanned(

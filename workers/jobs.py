@@ -230,7 +230,7 @@ class Worker:
             case FineTune() | Rebase() | Combine() | Compress() | Extract():
                 pushes.append(self._push_adapter(recipe, out / "adapter", lease))
             case Merge():
-                pushes.append(self._push_base(recipe, out / "base", lease))
+                pushes.append(self._push_base(recipe, out / "base", result["tensors"], lease))
             case Evaluate():
                 evaluations = [
                     ScoredInfo(
@@ -274,8 +274,8 @@ class Worker:
         scan = scan_folder("adapter", folder, base=Digest.parse(recipe.base), lineage=lineage)
         return self._push(scan, Wishes(**_wishes(lease)), None, lease)
 
-    def _push_base(self, recipe: Merge, folder: Path, lease: "_Lease") -> str:
-        base = digest_base(folder)
+    def _push_base(self, recipe: Merge, folder: Path, taken: Mapping[str, str], lease: "_Lease") -> str:
+        base = digest_base(folder, taken=taken)
         lineage = Lineage(parents=(recipe.adapter,), recipe=recipe.model_dump(mode="json"))
         scan = scan_folder("base", folder, base=base.digest, lineage=lineage)
         wishes = Wishes(line=lease.output.get("line"), parent=recipe.base, parent_kind="merged")

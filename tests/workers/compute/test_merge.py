@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from registry.core.errors import BadHeader, BadTensor, NotRunnable, PathUnusable
+from registry.files import digest_base
 from tests.workers import factories
 from workers.compute import shards, stream
 from workers.compute.bank import attached
@@ -333,6 +334,14 @@ def test_a_source_that_ends_early_is_refused(tmp_path: Path) -> None:
     made = stream.Made(stored.name, beyond, stored.dtype, None, tmp_path / "out", 0)
     with pytest.raises(BadHeader, match="ends after the end of the file"):
         stream.stream([made], lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_the_digests_taken_on_the_way_are_those_of_the_files(dtype: str | None, tmp_path: Path) -> None:
+    model = factories.llama(tied=False)
+    base = factories.saved(model, tmp_path / "base", max_shard_size="60KB")
+    merged = merge(base, factories.random_adapter(model), tmp_path / "merged", dtype=dtype)
+    assert digest_base(tmp_path / "merged", taken=merged.tensors).digest == digest_base(tmp_path / "merged").digest
 
 
 def test_torch_has_its_threads_back_after_a_merge(tmp_path: Path) -> None:
