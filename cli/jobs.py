@@ -150,8 +150,8 @@ def load_recipe(path: Path) -> RecipeFile:
     except OSError as error:
         raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
     output = found.pop("output", {})
-    if not isinstance(output, dict) or not set(output) <= {"adapter", "aliases", "message", "task"}:
-        raise BadConfig(path=str(path), reason="[output] takes adapter, aliases, message and task")
+    if not isinstance(output, dict) or not set(output) <= {"adapter", "line", "aliases", "message", "task"}:
+        raise BadConfig(path=str(path), reason="[output] takes adapter (or line), aliases, message and task")
     return RecipeFile({"kind": "finetune", **found}, output)
 
 
@@ -166,17 +166,19 @@ def job_options(function: Any) -> Any:
     None,
     "loractl train recipe.toml",
     "loractl train recipe.toml --output team/bot --alias prod --no-wait",
+    "loractl train full.toml --line llama-bot",
 )
 @click.argument("recipe", type=FILE, metavar="RECIPE.toml")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: [output].")
+@click.option("--line", metavar="LINE", help="Full fine-tuning: the line it becomes the newest revision of.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
 @click.option("-m", "--message", metavar="TEXT", help="What is new in it.")
 @job_options
 def train(
-    out: Output, recipe: Path, name: str | None, aliases: tuple[str, ...], message: str | None,
+    out: Output, recipe: Path, name: str | None, line: str | None, aliases: tuple[str, ...], message: str | None,
     queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
-    """Fine-tune a LoRA adapter by a recipe, and draw its loss.
+    """Fine-tune a LoRA adapter, or the base itself, by a recipe, and draw its loss.
 
     \b
     base = "llama@r2"
@@ -186,14 +188,18 @@ def train(
     [output]
     adapter = "team/bot"
     aliases = ["prod"]
+
+    With kind = "full-finetune" the base's own weights are trained, and the result is a base model: name its line.
     """
     from registry.schemas import JobRequest
     from registry.schemas import Output as Goes
 
     read = load_recipe(recipe)
-    given = {"adapter": name, "aliases": list(aliases) or None, "message": message}
+    given = {"adapter": name, "line": line, "aliases": list(aliases) or None, "message": message}
     output = read.output | {key: value for key, value in given.items() if value is not None}
-    if "adapter" not in output:
+    if read.recipe["kind"] == "full-finetune" and "line" not in output:
+        raise BadRequest(problems='name the result: --line llama-bot, or line = "llama-bot" under [output]')
+    if read.recipe["kind"] == "finetune" and "adapter" not in output:
         raise BadRequest(problems='name the result: --output team/bot, or adapter = "team/bot" under [output]')
     ask(out, JobRequest(recipe=read.recipe, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
 

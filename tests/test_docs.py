@@ -10,7 +10,7 @@ import pytest
 
 from cli.main import cli
 from docs.generate import PAGES
-from registry.core.recipes import FineTune
+from registry.core.recipes import FineTune, FullFineTune, Training
 
 HOUSE = Path(__file__).parent.parent
 WRITTEN = [
@@ -57,11 +57,17 @@ def test_every_command_line_in_the_guides_is_understood(
 
 
 def test_the_recipe_in_the_guide_has_every_key_with_its_default() -> None:
-    [text] = re.findall(r"```toml\n(.*?)```", (HOUSE / "docs" / "recipes.md").read_text(), re.DOTALL)
-    written = tomllib.loads(re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE))
+    written, full = (
+        tomllib.loads(re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE))
+        for text in re.findall(r"```toml\n(.*?)```", (HOUSE / "docs" / "recipes.md").read_text(), re.DOTALL)
+    )
     output = written.pop("output")
     assert FineTune.model_fields.keys() - {"kind"} == written.keys()
     digests = {"base": "b3:" + "1" * 64, "datasets": ("sha256:" + "2" * 64,)}
     usual = FineTune.model_validate(digests).model_dump(exclude={"kind", "base", "datasets", "start"})
     assert FineTune.model_validate(written | digests | {"start": None}).model_dump(include=set(usual)) == usual
     assert output.keys() == {"adapter", "aliases", "message"}
+    assert full.pop("output").keys() == {"line"}
+    assert FullFineTune.model_fields.keys() - Training.model_fields.keys() | {"learning_rate"} == full.keys()
+    tuned = FullFineTune.model_validate(full | digests)
+    assert (tuned.learning_rate, tuned.parameters) == (FullFineTune.model_validate(digests).learning_rate, ())

@@ -45,7 +45,9 @@ from registry.core.recipes import (
     Evaluate,
     Extract,
     FineTune,
+    FullFineTune,
     MakesAdapter,
+    MakesBase,
     Merge,
     Rebase,
     Recipe,
@@ -229,7 +231,7 @@ class Worker:
         match recipe:
             case FineTune() | Rebase() | Combine() | Compress() | Extract():
                 pushes.append(self._push_adapter(recipe, out / "adapter", lease))
-            case Merge():
+            case Merge() | FullFineTune():
                 pushes.append(self._push_base(recipe, out / "base", result["tensors"], lease))
             case Evaluate():
                 evaluations = [
@@ -274,12 +276,15 @@ class Worker:
         scan = scan_folder("adapter", folder, base=Digest.parse(recipe.base), lineage=lineage)
         return self._push(scan, Wishes(**_wishes(lease)), None, lease)
 
-    def _push_base(self, recipe: Merge, folder: Path, taken: Mapping[str, str], lease: "_Lease") -> str:
+    def _push_base(self, recipe: MakesBase, folder: Path, taken: Mapping[str, str], lease: "_Lease") -> str:
         base = digest_base(folder, taken=taken)
-        lineage = Lineage(parents=(recipe.adapter,), recipe=recipe.model_dump(mode="json"))
+        match recipe:
+            case Merge():
+                lineage = Lineage(parents=(recipe.adapter,), recipe=recipe.model_dump(mode="json"))
+            case FullFineTune():
+                lineage = Lineage(datasets=recipe.datasets, recipe=recipe.model_dump(mode="json"))
         scan = scan_folder("base", folder, base=base.digest, lineage=lineage)
-        wishes = Wishes(line=lease.output.get("line"), parent=recipe.base, parent_kind="merged")
-        return self._push(scan, wishes, table_of(base), lease)
+        return self._push(scan, Wishes(line=lease.output.get("line")), table_of(base), lease)
 
     def _push(self, scan: Scan, wishes: Wishes, table: str | None, lease: "_Lease") -> str:
         request = JobPushRequest(attempt=lease.attempt, push=request_of(scan, wishes, table))
@@ -402,7 +407,7 @@ class _Lease:
 def _with_checkpoints(recipe: Recipe) -> Recipe:
     """The recipe with checkpoints, where its author asked for none: they change time and nothing else."""
     match recipe:
-        case FineTune(checkpoint_every=0):
+        case FineTune(checkpoint_every=0) | FullFineTune(checkpoint_every=0):
             return recipe.model_copy(update={"checkpoint_every": _CHECKPOINT_EVERY})
         case Rebase(training=FineTune() as training):
             return recipe.model_copy(update={"training": _with_checkpoints(training)})

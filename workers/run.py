@@ -6,7 +6,7 @@ Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``-
 
     result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
     adapter/                finetune, rebase, combine, compress, extract: a PEFT folder
-    base/                   merge: a model that transformers loads
+    base/                   full-finetune, merge: a model that transformers loads
     records-<i>.jsonl       evaluate: per item, for adapter i; the bare base's in records-bare.jsonl
     error.json              the refusal, instead of result.json; exit status 1
 
@@ -41,6 +41,7 @@ from registry.core.recipes import (
     Evaluate,
     Extract,
     FineTune,
+    FullFineTune,
     MakesAdapter,
     Merge,
     Precision,
@@ -58,6 +59,7 @@ from .compute.data import Row, read_rows
 from .compute.evaluate import Suite, evaluate
 from .compute.extract import Other, extract
 from .compute.finetune import Trained, finetune
+from .compute.full import Tuned, tune, write_tuned
 from .compute.lora import Adapter
 from .compute.merge import merge
 from .compute.model import dtype_for, load
@@ -99,6 +101,8 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
     match recipe:
         case FineTune():
             facts = _finetune(recipe, inputs, out, report, checkpoint)
+        case FullFineTune():
+            facts = _full_finetune(recipe, inputs, out, report, checkpoint)
         case Evaluate():
             facts = _evaluate(recipe, inputs, out, report)
         case Merge():
@@ -136,6 +140,16 @@ def _finetune(recipe: FineTune, inputs: Inputs, out: Path, report: Report, check
     trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, report=report, checkpoint_dir=checkpoint)
     _write(trained.adapter, out, recipe.base, recipe)
     return _training_facts(trained, recipe.precision)
+
+
+def _full_finetune(
+    recipe: FullFineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None
+) -> dict[str, Any]:
+    tuned = tune(inputs["base"], recipe, _rows(inputs), report=report, checkpoint_dir=checkpoint)
+    written = write_tuned(inputs["base"], tuned, out / "base", recipe.dtype)
+    trained = sum(value.numel() for value in tuned.weights.values())
+    facts = {"changed": len(written.changed), "trained": trained, "tensors": written.tensors}
+    return _training_facts(tuned, recipe.precision) | facts
 
 
 def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
@@ -217,7 +231,7 @@ def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None
     write_adapter(adapter, out / "adapter", base=base, recipe=str(recipe_digest(recipe)))
 
 
-def _training_facts(trained: Trained, precision: Precision) -> dict[str, Any]:
+def _training_facts(trained: Trained | Tuned, precision: Precision) -> dict[str, Any]:
     losses = list(enumerate(trained.losses, start=1))
     thin = -(-len(losses) // CURVE_POINTS)
     held_out = {"held_out": [list(look) for look in trained.held_out], "kept": trained.kept}

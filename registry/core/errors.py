@@ -529,6 +529,12 @@ class TrainingFailed(BadFile):
     help = "Lower the learning rate or look at the batch named above."
 
 
+class Unchanged(Conflict):
+    code = "unchanged"
+    says = "After {steps} steps no weight differs from the base's once it is written as {dtype}."
+    help = 'Raise the learning rate or train for longer; dtype = "fp32" writes weights as they were trained.'
+
+
 class UnknownTargets(Invalid):
     code = "unknown-targets"
     says = "Targets {targets} match no module of the base.{nearest}"

@@ -91,6 +91,17 @@ class FineTune(Training):
     """Weight of the pull ½·pull·(1 − t/T)·‖θ − θ_start‖² towards the start, decaying to zero (with ``start``)."""
 
 
+class FullFineTune(Training):
+    """Train the base's own weights: what LoRA is compared with. The result is another base model."""
+
+    kind: Literal["full-finetune"] = "full-finetune"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    parameters: tuple[Target, ...] = ()
+    """Ends of the names of parameters, or of modules whose parameters are trained; empty: all of them."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type that weights are written in; by default each in the base's own."""
+
+
 class Evaluate(Frozen):
     """Score adapters and the bare base on a suite, with a record per item."""
 
@@ -249,9 +260,11 @@ class Compare(Frozen):
     base: BaseDigest
 
 
-AnyRecipe = FineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Compare
+AnyRecipe = FineTune | FullFineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Compare
 MakesAdapter = FineTune | Rebase | Combine | Compress | Extract
 """Recipes whose result is a version of an adapter."""
+MakesBase = Merge | FullFineTune
+"""Recipes whose result is a base model."""
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
 BASE_ROLES = ("base", "old", "tuned")
 """Roles of `inputs_of` that are base models; all others are versions of adapters, datasets or suites."""
@@ -282,7 +295,7 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
     """
     found: dict[str, str] = {"base": recipe.base}
     match recipe:
-        case FineTune():
+        case FineTune() | FullFineTune():
             found |= _training_inputs(recipe)
         case Evaluate():
             found["suite"] = recipe.suite
@@ -307,6 +320,6 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
     return found
 
 
-def _training_inputs(recipe: FineTune) -> dict[str, str]:
+def _training_inputs(recipe: FineTune | FullFineTune) -> dict[str, str]:
     found = {f"dataset.{i}": digest for i, digest in enumerate(recipe.datasets)}
-    return found | ({"start": recipe.start} if recipe.start else {})
+    return found | ({"start": recipe.start} if isinstance(recipe, FineTune) and recipe.start else {})

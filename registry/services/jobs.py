@@ -41,7 +41,7 @@ from registry.core.recipes import (
     Evaluate,
     FineTune,
     MakesAdapter,
-    Merge,
+    MakesBase,
     Rebase,
     inputs_of,
     parse_recipe,
@@ -249,9 +249,9 @@ def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> Non
         caller.require("publish", SeriesName.parse(output.adapter).namespace)
     elif output.adapter is not None:
         raise BadRequest(problems=f"output.adapter: a job of kind '{recipe.kind}' makes no adapter")
-    if isinstance(recipe, Merge):
+    if isinstance(recipe, MakesBase):
         if output.line is None:
-            raise BadRequest(problems="output.line: name the line that the merged base becomes a revision of")
+            raise BadRequest(problems="output.line: name the line that the result becomes a revision of")
         check_name(output.line, "line")
         caller.require("publish", BASES)
     for alias in output.aliases:
@@ -466,7 +466,7 @@ def _made(
     session: Session, job: Job, recipe: AnyRecipe, pushed: Sequence[str], now: datetime
 ) -> list[dict[str, Any]]:
     """Commit the one push of a job that makes something; the outcome of each."""
-    wanted = "adapter" if isinstance(recipe, MakesAdapter) else "base" if isinstance(recipe, Merge) else None
+    wanted = "adapter" if isinstance(recipe, MakesAdapter) else "base" if isinstance(recipe, MakesBase) else None
     if len(pushed) != (wanted is not None):
         raise BadRequest(problems=f"pushes: a job of kind '{job.kind}' makes {f'one {wanted}' if wanted else 'none'}")
     return [commits.commit_verified(session, identity, job, now) for identity in pushed]

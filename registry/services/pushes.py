@@ -142,12 +142,15 @@ def open_push(
 def wishes_of_job(wishes: Wishes, kind: str, job: Job) -> Wishes:
     """What the job was planned with; a worker decides nothing about aliases, lines and trust."""
     output = job.output
+    continued = kind == "base" and job.kind == "full-finetune"
     return Wishes(
         message=wishes.message,
         allow_zero=wishes.allow_zero,
         task=output.get("task"),
         aliases=output.get("aliases", []) if kind == "adapter" else [],
         line=output.get("line") if kind == "base" else None,
+        parent=job.base if continued else None,
+        parent_kind="continued" if continued else None,
     )
 
 

@@ -252,6 +252,11 @@ def test_jobs_are_asked_for_listed_cancelled_and_retried(
     assert job["state"] == "queued"
     assert call("train", recipe, "--no-wait")["id"] == job["id"]
     assert job["id"] in told("jobs", "list")
+    recipe.write_text('kind = "full-finetune"\nbase = "jobs@r1"\ndatasets = ["jobs/data"]\nsteps = 3\n')
+    assert "--line llama-bot" in call("train", recipe, "--no-wait", code=2)["error"]["detail"]
+    full = call("train", recipe, "--no-wait", "--line", "jobs-full")
+    assert (full["kind"], full["output"]["line"]) == ("full-finetune", "jobs-full")
+    assert call("jobs", "cancel", full["id"])["state"] == "cancelled"
     assert call("jobs", "cancel", job["id"])["state"] == "cancelled"
     assert [event["kind"] for event in call("jobs", "logs", job["id"])] == ["queued", "cancelled"]
     assert call("jobs", "watch", job["id"], code=1)["error"]["code"] == "work-failed"

@@ -13,6 +13,7 @@ from registry.core.recipes import (
     Evaluate,
     Extract,
     FineTune,
+    FullFineTune,
     Merge,
     Rebase,
     inputs_of,
@@ -26,6 +27,7 @@ TRAIN = {"kind": "finetune", "base": B2, "datasets": [S1]}
 RECIPES: list[dict[str, Any]] = [
     TRAIN,
     TRAIN | {"start": S2, "pull": 0.5, "targets": ["all-linear"]},
+    {"kind": "full-finetune", "base": B2, "datasets": [S1, S2], "parameters": ["mlp"], "dtype": "fp32"},
     {"kind": "evaluate", "base": B1, "suite": S1, "adapters": [S2, S3]},
     {"kind": "merge", "base": B1, "adapter": S1},
     {"kind": "rebase", "tier": "carry", "adapter": S1, "old": B1, "base": B2},
@@ -62,14 +64,15 @@ def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
     [
         (RECIPES[0], {"base": B2, "dataset.0": S1}),
         (RECIPES[1], {"base": B2, "dataset.0": S1, "start": S2}),
-        (RECIPES[2], {"base": B1, "suite": S1, "adapter.0": S2, "adapter.1": S3}),
-        (RECIPES[3], {"base": B1, "adapter": S1}),
-        (RECIPES[4], {"base": B2, "old": B1, "adapter": S1}),
-        (RECIPES[5], {"base": B2, "old": B1, "adapter": S1, "dataset.0": S1, "suite": S3}),
-        (RECIPES[6], {"base": B2, "old": B1}),
-        (RECIPES[7], {"adapter.0": S1, "adapter.1": S2}),
-        (RECIPES[8], {"adapter": S1}),
-        (RECIPES[9], {"base": B1, "tuned": B2}),
+        (RECIPES[2], {"base": B2, "dataset.0": S1, "dataset.1": S2}),
+        (RECIPES[3], {"base": B1, "suite": S1, "adapter.0": S2, "adapter.1": S3}),
+        (RECIPES[4], {"base": B1, "adapter": S1}),
+        (RECIPES[5], {"base": B2, "old": B1, "adapter": S1}),
+        (RECIPES[6], {"base": B2, "old": B1, "adapter": S1, "dataset.0": S1, "suite": S3}),
+        (RECIPES[7], {"base": B2, "old": B1}),
+        (RECIPES[8], {"adapter.0": S1, "adapter.1": S2}),
+        (RECIPES[9], {"adapter": S1}),
+        (RECIPES[10], {"base": B1, "tuned": B2}),
     ],
 )
 def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -90,10 +93,11 @@ def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[
         (TRAIN | {"dropout": 1}, "dropout"),
         (TRAIN | {"seed": 1 << 32}, "seed"),
         (TRAIN | {"a_key_of_tomorrow": 1}, "a_key_of_tomorrow"),
-        (RECIPES[2] | {"adapters": [], "bare": False}, "nothing to evaluate"),
-        (RECIPES[4] | {"training": TRAIN}, "takes no training recipe"),
-        (RECIPES[4] | {"tier": "retrain"}, "needs a training recipe"),
-        (RECIPES[5] | {"training": TRAIN | {"base": B1}}, "for another base"),
+        (RECIPES[2] | {"rank": 8}, "rank"),
+        (RECIPES[3] | {"adapters": [], "bare": False}, "nothing to evaluate"),
+        (RECIPES[5] | {"training": TRAIN}, "takes no training recipe"),
+        (RECIPES[5] | {"tier": "retrain"}, "needs a training recipe"),
+        (RECIPES[6] | {"training": TRAIN | {"base": B1}}, "for another base"),
         (COMBINE | {"adapters": [S1]}, "adapters"),
         (COMBINE | {"weights": [1.0]}, "1 weights for 2 adapters"),
         (COMBINE | {"weights": [0, 0]}, "not be zero"),
@@ -102,7 +106,7 @@ def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[
         (COMBINE | {"method": "svd"}, "takes no density"),
         (COMBINE | {"method": "concat", "density": None, "rank": 3}, "neither rank nor energy"),
         (COMBINE | {"rank": 3, "energy": 0.5}, "exclude each other"),
-        (RECIPES[8] | {"rank": 3}, "exclude each other"),
+        (RECIPES[9] | {"rank": 3}, "exclude each other"),
         (EXTRACT | {"rank": 3, "energy": 0.5}, "exclude each other"),
         (EXTRACT | {"tuned": B1}, "the same weights"),
     ],
@@ -114,7 +118,8 @@ def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> 
 
 def test_kinds_are_told_apart() -> None:
     kinds = [type(parse_recipe(recipe)) for recipe in RECIPES]
-    assert kinds == [FineTune, FineTune, Evaluate, Merge, Rebase, Rebase, Compare, Combine, Compress, Extract]
+    assert kinds[:6] == [FineTune, FineTune, FullFineTune, Evaluate, Merge, Rebase]
+    assert kinds[6:] == [Rebase, Compare, Combine, Compress, Extract]
 
 
 def test_work_that_says_no_measure_is_equal_to_work_that_says_the_usual_one() -> None:

@@ -153,6 +153,27 @@ def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
     assert list((home.worker.cache / "jobs").iterdir()) == []  # nothing of a job that succeeded stays behind
 
 
+def test_a_full_fine_tune_becomes_a_base_and_an_adapter_is_extracted_from_it(home: House) -> None:
+    full = {key: value for key, value in TRAINING.items() if key != "rank"} | {"kind": "full-finetune"}
+    tuned = home.submit(full | {"parameters": ["q_proj", "mlp"]}, line="tuned")
+    with home.working():
+        pass
+    done = home.client.job(tuned.id)
+    assert (done.state, (done.result or {})["made"][0]["ref"]) == ("succeeded", "tuned@r1")
+    assert home.logged(tuned, 1, "progress")[-1]["step"] == 3
+    shown = home.client.base("tuned@r1")
+    parent = home.client.base("demo@r1")
+    assert shown.digest != parent.digest
+    diff = home.client.diff_bases("demo@r1", "tuned@r1")
+    assert diff.derivation == {"kind": "continued", "evidence": "declared", "detail": {}}
+    assert all("q_proj" in name or "mlp" in name for name in diff.changed)
+    extracted = home.submit({"kind": "extract", "base": "demo@r1", "tuned": "tuned@r1"}, adapter="team/extracted")
+    with home.working():
+        pass
+    assert home.client.job(extracted.id).state == "succeeded"
+    assert home.client.version("team/extracted", "v1").base == parent.digest
+
+
 # ── what may happen to it ────────────────────────────────────────────────────
 
 

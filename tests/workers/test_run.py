@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from registry.core.errors import BadRequest, LoractlError
-from registry.core.recipes import Compare, Evaluate, Merge, Rebase, recipe_digest
+from registry.core.recipes import Compare, Evaluate, FullFineTune, Merge, Rebase, recipe_digest
 from registry.core.records import parse_records
 from tests.workers import factories
 from workers.compute.bank import attached
@@ -87,6 +87,20 @@ def test_finetune_goes_on_from_a_version(folders: dict[str, Path], tmp_path: Pat
     assert started.patches.keys() == ended.patches.keys()
     with pytest.raises(BadRequest, match=r"rank is 2, but the version to start from has ranks \[4\]"):
         run(factories.recipe(start=factories.ADAPTER, rank=2), inputs, tmp_path / "other", silent)
+
+
+def test_full_finetune_leaves_a_base_and_its_loss_curve(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = FullFineTune(
+        base=factories.BASE, datasets=(factories.DATASET,), steps=4, batch_tokens=96, max_length=64,
+        learning_rate=1e-2, precision="fp32", parameters=("q_proj",),
+    )  # fmt: skip
+    run(recipe, folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert (found["kind"], found["steps"], found["changed"], found["trained"]) == ("full-finetune", 4, 2, 2 * 32 * 32)
+    assert [point[0] for point in found["loss"]] == [1, 2, 3, 4]
+    (before, _), (after, tokenizer) = load(folders["base"], "fp32"), load(tmp_path / "out" / "base", "fp32")
+    assert not torch.allclose(factories.logits(before), factories.logits(after), atol=1e-3)
+    assert tokenizer.chat_template == factories.CHAT
 
 
 def test_evaluate_leaves_records_and_their_summary(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from .lora import LINEAR, Adapter, Patch, is_transposed
 from .lowrank import nearest
 from .model import Model, device_here, skeleton
 from .plain import Kept, plain
-from .shards import Stored, stored_name, stored_tensors
+from .shards import Stored, stored_names, stored_tensors
 from .weights import DTYPES
 
 _MARGIN = 1.2
@@ -113,12 +113,12 @@ def _pairs(
     """Every parameter of the model by its own name, as both store it."""
     pairs: dict[str, tuple[Stored, Stored]] = {}
     used: set[str] = set()
-    for name, parameter in model.named_parameters():
-        names = [_stored_as(model, name, parameter, stored) for stored in (base, tuned)]
-        if names[0] is None or names[1] is None:
-            where = "the base" if names[0] is None else "the tuned model"
+    for name, _ in model.named_parameters():
+        names = [stored_names(model, name, stored) for stored in (base, tuned)]
+        if not names[0] or not names[1]:
+            where = "the tuned model" if names[0] else "the base"
             raise NotExtractable(reason=f"{where} has no tensor '{name}'")
-        one, two = base[names[0]], tuned[names[1]]
+        one, two = base[names[0][0]], tuned[names[1][0]]
         used.add(two.name)
         if one.shape != two.shape:
             raise NotExtractable(reason=f"'{name}' is {_shape(one)} in the base and {_shape(two)} in the tuned model")
@@ -130,14 +130,6 @@ def _pairs(
     if more:
         raise NotExtractable(reason=f"the tuned model has tensors that the base has not: {', '.join(more[:5])}")
     return pairs
-
-
-def _stored_as(model: Model, name: str, parameter: Tensor, stored: Mapping[str, Stored]) -> str | None:
-    """The stored name of a parameter; a tied one may be stored under its other name."""
-    if found := stored_name(model, name, stored):
-        return found
-    other = (n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n != name)
-    return next((found for n in other if (found := stored_name(model, n, stored))), None)
 
 
 def _linear(model: Model) -> dict[str, tuple[str, bool]]:

@@ -7,7 +7,7 @@ What carries it, alone or with others, is `bank`. Legend: R rank, I inputs, O ou
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,10 +123,8 @@ def target_modules(model: Model, targets: Sequence[str]) -> list[str]:
         return [name for name in linear if model.get_submodule(name) is not head]
     unknown = [target for target in targets if not any(_means(target, name) for name in linear)]
     if unknown:
-        ends = sorted({name.rpartition(".")[2] for name in linear})
-        near = [close for target in unknown for close in difflib.get_close_matches(target, ends, n=3, cutoff=0.5)]
-        nearest = f" Did you mean {_list(near)}?" if near else f" There are {_list(ends)}."
-        raise UnknownTargets(targets=_list(unknown), nearest=nearest)
+        ends = {name.rpartition(".")[2] for name in linear}
+        raise UnknownTargets(targets=listed(unknown), nearest=nearest(unknown, ends))
     return [name for name in linear if any(_means(target, name) for target in targets)]
 
 
@@ -134,7 +132,15 @@ def _means(target: str, name: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def _list(names: Sequence[str]) -> str:
+def nearest(unknown: Sequence[str], names: Collection[str]) -> str:
+    """What may have been meant by names that are not there, or all that are, as the end of a refusal."""
+    ends = sorted(names)
+    near = [close for name in unknown for close in difflib.get_close_matches(name, ends, n=3, cutoff=0.5)]
+    return f" Did you mean {listed(near)}?" if near else f" There are {listed(ends)}."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in quotes, each once."""
     return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
 
 

@@ -2,9 +2,9 @@
 
     loss_n = ln Σ_v exp(w_v·h_n + b_v) − (w_t·h_n + b_t)        t the token that comes next
 
-The head is frozen, so that the gradient of h can be computed chunk by chunk on the way forward: of a chunk's logits
-nothing is kept but what they say about h. Where a model does more to its logits than the head's product (caps, scales)
-or an adapter changes the head, autograd has its way with all of them.
+Gradients are computed chunk by chunk on the way forward: of a chunk's logits nothing is kept but what they say about h
+and, where the head itself is trained, about w and b, summed in float32. Where a model does more to its logits than the
+head's product (caps, scales) or an adapter changes the head, autograd has its way with all of them.
 Legend: N asked positions, D hidden size, V vocabulary, C positions of a chunk.
 """
 
@@ -83,6 +83,9 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        trained, shifted = ctx.needs_input_grad[1:3]
+        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trained else None
+        grad_V = torch.zeros(len(weight_VD), device=weight_VD.device) if shifted else None
         many = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
         for start in range(0, len(targets_N), many):
             chunk = slice(start, start + many)
@@ -90,16 +93,27 @@ class _Chunked(torch.autograd.Function):
             logits_CV = F.linear(hidden_ND[chunk], weight_VD, bias_V).float()
             log_z_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
             losses_N[chunk] = (log_z_C1 - logits_CV.gather(1, asked_C1))[:, 0]
+            if grad_ND is None and not (trained or shifted):
+                continue
+            p_CV = logits_CV.sub_(log_z_C1).exp_()
+            p_CV.scatter_add_(1, asked_C1, torch.full_like(log_z_C1, -1.0))
+            said_CV = p_CV.mul_(weights_N[chunk, None]).to(weight_VD.dtype)
             if grad_ND is not None:
-                p_CV = logits_CV.sub_(log_z_C1).exp_()
-                p_CV.scatter_add_(1, asked_C1, torch.full_like(log_z_C1, -1.0))
-                grad_ND[chunk] = p_CV.mul_(weights_N[chunk, None]).to(weight_VD.dtype) @ weight_VD
-        if grad_ND is not None:
-            ctx.save_for_backward(grad_ND)
+                grad_ND[chunk] = said_CV @ weight_VD
+            if grad_VD is not None:
+                grad_VD += said_CV.T @ hidden_ND[chunk]
+            if grad_V is not None:
+                grad_V += p_CV.sum(0)
+        ctx.save_for_backward(
+            grad_ND,
+            None if grad_VD is None else grad_VD.to(weight_VD.dtype),
+            None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype),
+        )
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_ND,) = ctx.saved_tensors
-        return grad_ND * gradients[0].to(grad_ND.dtype), None, None, None, None
+        times = gradients[0]
+        found = [None if grad is None else grad * times.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *found, None, None

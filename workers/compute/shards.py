@@ -64,3 +64,10 @@ def stored_name(model: Model, name: str, stored: Mapping[str, Stored]) -> str | 
     """A parameter's name in the files, which may lack the base prefix or have one more."""
     prefix = f"{model.base_model_prefix}."
     return next((n for n in (name, name.removeprefix(prefix), f"{prefix}{name}") if n in stored), None)
+
+
+def stored_names(model: Model, name: str, stored: Mapping[str, Stored]) -> list[str]:
+    """Every name under which the files keep a parameter: a tied one may have two, or only that of the other module."""
+    parameter = model.get_parameter(name)
+    names = [other for other, value in model.named_parameters(remove_duplicate=False) if value is parameter]
+    return [found for other in names if (found := stored_name(model, other, stored))]

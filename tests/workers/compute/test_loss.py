@@ -53,6 +53,27 @@ def test_chunks_of_any_size_give_the_loss_and_gradient_of_all_logits(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bytes_of_a_chunk", [1, 4 * 259 * 5, 1 << 30])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_that_is_trained_gets_the_gradient_of_all_logits(
+    bytes_of_a_chunk: int, tied: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", bytes_of_a_chunk)
+    model, batch = factories.llama(tied=tied), packed()
+    head = model.get_output_embeddings()
+    if bias:
+        head.bias = nn.Parameter(torch.randn(259))
+    model.requires_grad_(True)
+    found = []
+    for compute in (Loss(model, head_is_adapted=False), lambda given: whole(model, given)):
+        model.zero_grad()
+        compute(batch)[0].backward()
+        found.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    for name, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][name], atol=1e-5, rtol=1e-4)
+
+
 def test_a_model_that_caps_its_logits_is_left_to_compute_them() -> None:
     class Capped(nn.Module):
         """A model whose logits are more than the head's product."""
