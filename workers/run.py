@@ -234,6 +234,7 @@ def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None
 def _training_facts(trained: Trained | Tuned, precision: Precision) -> dict[str, Any]:
     losses = list(enumerate(trained.losses, start=1))
     thin = -(-len(losses) // CURVE_POINTS)
+    rate = {"learning_rate": trained.rate} if isinstance(trained, Trained) else {}
     held_out = {"held_out": [list(look) for look in trained.held_out], "kept": trained.kept}
     return {
         "steps": len(losses),
@@ -241,7 +242,7 @@ def _training_facts(trained: Trained | Tuned, precision: Precision) -> dict[str,
         "rows": asdict(trained.counted),
         "loss": [list(point) for point in losses if point[0] % thin == 0],
         "precision": _precision(precision),
-    } | (held_out if trained.held_out else {})
+    } | rate | (held_out if trained.held_out else {})
 
 
 def _precision(asked: Precision) -> str:

@@ -37,7 +37,8 @@ class Training(Frozen):
 
     base: BaseDigest
     datasets: Annotated[tuple[Sha256, ...], Field(min_length=1)]
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """At its highest; None: it follows from the share of matrices that are targeted (`workers.compute.rate`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -66,6 +66,7 @@ def test_finetune_leaves_a_bound_adapter_and_its_loss_curve(folders: dict[str, P
     assert returned.dump() == found
     assert [point[0] for point in found["loss"]] == [progress["step"] for progress in seen] == [1, 2, 3, 4, 5]
     assert (found["kind"], found["steps"], found["precision"]) == ("finetune", 5, "fp32")
+    assert found["learning_rate"] == recipe.learning_rate
     assert found["rows"] == {"trained": 24, "held_out": 0, "cut": 0, "dropped": 0, "max_length": 64}
     metadata = read_metadata(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert metadata["loractl.base"] == factories.BASE

@@ -16,6 +16,7 @@ from registry.core.recipes import Training
 
 from .data import Example, Row, batches, chunks, encoded, hold_out, shortened
 from .model import Model, Tokenizer, check_tokens, context_of
+from .rate import rate_of
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,17 @@ def _trainable(row: Row) -> Row:
 
 def learning_rate(recipe: Training, step: int) -> float:
     """The rate at a step counted from 0: a linear rise over the warm-up, then the schedule down towards 0."""
+    rate = rate_of(recipe)
     if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+        return rate * (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     match recipe.schedule:
         case "constant":
-            return recipe.learning_rate
+            return rate
         case "linear":
-            return recipe.learning_rate * (1 - done)
+            return rate * (1 - done)
         case "cosine":
-            return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            return rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def no_number(what: str, value: float, step: int, batch: Sequence[Example]) -> TrainingFailed | None:

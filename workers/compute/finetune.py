@@ -35,6 +35,7 @@ from .data import Example, Row, asked_of, pack
 from .lora import Adapter, fresh
 from .loss import Loss
 from .model import Model, Tokenizer, keeps_apart
+from .rate import rate_of, with_rate
 from .recompute import recomputing
 
 Report = Callable[[dict[str, Any]], None]
@@ -67,6 +68,8 @@ class Trained:
     kept: int = 0
     """The step whose factors these are: the last one, or with patience that of the best look."""
     counted: Counted = field(default_factory=Counted)
+    rate: float = 0.0
+    """The learning rate of the recipe, or the one that its placement gave it."""
 
 
 Outcome = Trained | LoractlError
@@ -125,12 +128,14 @@ def as_trained(
     checkpoint_dir: Path | None = None,
     tokens_at_once: int | None = None,
     unwanted: Collection[int] = (),
+    until: int | None = None,
 ) -> Iterator[tuple[int, Outcome]]:
     """Train an adapter per task and give each, by its place, when it ends; what one fails by is nobody else's.
 
     ``tokens_at_once`` limits the sum of the recipes' ``batch_tokens`` in a step (one task goes through in any case):
     whoever does not fit waits in order until there is room. ``unwanted`` are places that are looked at after every
-    step: their training ends without an outcome.
+    step: their training ends without an outcome. At step ``until`` training pauses: every task that is not finished
+    gives what it has then, a checkpoint is left, and the same call with a later step, or none, goes on from there.
 
     Where memory does not take a step in one pass it is made in twice as many, and so on; ``passes`` is reported then.
     ``report`` is called after every step of every task, with ``task``, its place, too.
@@ -138,7 +143,7 @@ def as_trained(
     runs: list[_Run] = []
     for place, task in enumerate(tasks):
         try:
-            runs.append(_Run.of(place, model, tokenizer, task, Counter(run.identity for run in runs)))
+            runs.append(_Run.of(place, model, tokenizer, task, Counter(run.identity for run in runs), until))
         except LoractlError as error:
             yield place, error
     if checkpoint_dir is not None:
@@ -160,6 +165,8 @@ def as_trained(
         if live := _admitted(waiting, tokens_at_once):
             with torch.random.fork_rng():
                 _together(model, live, report, save, unwanted)
+            if until is not None:
+                save()
 
 
 def _admitted(waiting: Sequence["_Run"], tokens_at_once: int | None) -> list["_Run"]:
@@ -187,6 +194,8 @@ class _Run(Course):
     """As they were when the run was left."""
     identity: str
     pulled: bool
+    until: int
+    """The step at which it ends for now."""
     moments: tuple[Factors, Factors] | None = None
     """The optimiser's first and second, after a step."""
     best: Factors | None = None
@@ -194,7 +203,9 @@ class _Run(Course):
     failure: LoractlError | None = None
 
     @classmethod
-    def of(cls, place: int, model: Model, tokenizer: Tokenizer, task: Task, others: Counter[str]) -> "_Run":
+    def of(
+        cls, place: int, model: Model, tokenizer: Tokenizer, task: Task, others: Counter[str], until: int | None
+    ) -> "_Run":
         adapter = task.start or fresh(model, task.recipe)
         if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
             raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
@@ -205,14 +216,16 @@ class _Run(Course):
         while others[identity]:  # the very same task again
             identity += " again"
         return cls(
-            recipe=task.recipe, counted=counted, ahead=ahead, held=held, place=place, start=adapter,
-            factors=factors_of(adapter), identity=identity, pulled=bool(task.recipe.pull) and task.start is not None,
+            recipe=with_rate(model, task.recipe, adapter), counted=counted, ahead=ahead, held=held, place=place,
+            start=adapter, factors=factors_of(adapter), identity=identity,
+            pulled=bool(task.recipe.pull) and task.start is not None,
+            until=task.recipe.steps if until is None else min(until, task.recipe.steps),
         )  # fmt: skip
 
     @property
     def ended(self) -> bool:
-        """Whether no step is left to make, or none can be made."""
-        return self.failure is not None or super().ended
+        """Whether no step is left to make for now, or none can be made."""
+        return self.failure is not None or self.step >= self.until or super().ended
 
     @property
     def wants_a_look(self) -> bool:
@@ -231,7 +244,8 @@ class _Run(Course):
             return self.failure
         factors, kept = (self.factors, self.step) if self.best is None else (self.best, self.best_look[0])
         adapter = with_factors(self.start, factors)
-        return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept, self.counted)
+        rate = rate_of(self.recipe)
+        return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept, self.counted, rate)
 
     # ── checkpoints: the batches and the chance of a step follow from its number ──
 

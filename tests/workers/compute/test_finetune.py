@@ -328,6 +328,18 @@ def test_the_checkpoint_of_one_that_failed_is_its_last_good_one(tmp_path: Path) 
     assert told == []
 
 
+def test_a_training_that_paused_goes_on_to_the_bytes_of_one_that_did_not(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoint_dir": tmp_path / "checkpoint"}
+    whole = finetune_many(factories.llama(), TOKENIZER, tasks())
+    for until, steps in ((3, [3, 3, 3]), (6, [6, 4, 6]), (None, [7, 4, 9])):
+        paused = dict(as_trained(factories.llama(), TOKENIZER, tasks(), until=until, **options))
+        assert [len(found.losses) for _, found in sorted(paused.items()) if isinstance(found, Trained)] == steps
+    for place, found in paused.items():
+        assert isinstance(found, Trained)
+        assert found.losses == whole[place].losses
+        assert written(found.adapter, tmp_path / f"{place}a") == written(whole[place].adapter, tmp_path / f"{place}b")
+
+
 def test_who_is_not_wanted_any_more_ends_without_an_outcome() -> None:
     unwanted: set[int] = set()
 
