@@ -19,7 +19,7 @@ from registry.core.names import Reference, SeriesName
 from . import bases, config
 from .bases import FOLDER
 from .output import Output, ago, command, fields, number, short, size, table, tree
-from .parameters import METRIC, METRICS
+from .parameters import METRIC, METRICS, TIER
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -530,7 +530,7 @@ def policy_show(out: Output, name: str) -> None:
 @click.option("--recipe", metavar="R", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="A RECIPE.toml to retrain by, for adapters made outside.")  # fmt: skip
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="The gated aliases; default: prod.")
-@click.option("--tier", "tiers", multiple=True, type=click.Choice(["carry", "warm-start", "retrain"]),
+@click.option("--tier", "tiers", multiple=True, type=TIER,
               help="The tiers that an upgrade may try, in this order.")  # fmt: skip
 @click.option("--warm-steps", type=click.IntRange(1), help="Steps of a warm start.")
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,14 +19,13 @@ from registry.core.names import Reference, SeriesName
 
 from . import bases, config
 from .output import Bar, Output, ago, command, fields, number, plot, short, size, sparkline, table
-from .parameters import METRIC, METRICS
+from .parameters import METRIC, METRICS, TIER
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
     from registry.schemas import DatasetInfo, JobInfo, JobRequest
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-TIERS = click.Choice(["carry", "warm-start", "retrain"])
 
 
 @click.group("dataset", short_help="Training data: push, list.")
@@ -277,7 +277,7 @@ def merge(
 )
 @click.argument("ref", metavar="REF")
 @click.option("--to", "base_text", required=True, metavar="BASE", help="The new weights.")
-@click.option("--tier", type=TIERS, default="carry", show_default=True, help="How.")
+@click.option("--tier", type=TIER, default="carry", show_default=True, help="How.")
 @click.option("--suite", "suite_ref", metavar="S", help="Its calibration split chooses where a warm start starts.")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: the same one.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
@@ -292,7 +292,7 @@ def rebase(
 
     reference = Reference.parse(ref)
     recipe: dict[str, Any] = {"kind": "rebase", "tier": tier, "adapter": str(reference), "base": _base(out, base_text)}
-    if suite_ref and tier != "carry":
+    if suite_ref and tier in ("warm-start", "retrain"):
         recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
     goes = Goes(adapter=name or str(reference.series), aliases=list(aliases))
     ask(out, JobRequest(recipe=recipe, output=goes, queue=queue, fresh=fresh), no_wait)
@@ -546,6 +546,21 @@ def _job(job: "JobInfo") -> None:
     if modules := _modules(result.get("modules") or {}):
         click.echo()
         table(["module", "how many", "rank before", "rank now", "least energy kept"], modules)
+    if spaces := _spaces(result.get("matches") or {}):
+        click.echo()
+        table(["space", "layers", "alike before", "alike by the map found", "taken in"], spaces)
+
+
+def _spaces(matches: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of how like two bases are in their spaces, a row for a space of all layers."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, match in matches.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(match)
+    return [
+        [kind, str(len(found)), *(number(fmean(match[when] for match in found)) for when in ("before", "after")),
+         str(sum(match["moved"] for match in found))]
+        for kind, found in kinds.items()
+    ]  # fmt: skip
 
 
 def _modules(modules: dict[str, dict[str, Any]]) -> list[list[str]]:

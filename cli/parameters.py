@@ -22,3 +22,5 @@ class MetricName(click.ParamType[str]):
 
 
 METRIC = MetricName()
+TIER = click.Choice(["carry", "align", "warm-start", "retrain"])
+"""As in registry.core.recipes."""

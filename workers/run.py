@@ -64,9 +64,11 @@ from .compute.lora import Adapter
 from .compute.merge import merge
 from .compute.model import dtype_for, load
 from .compute.plain import Kept
+from .compute.rebase.align import align
 from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
 from .compute.rebase.signals import compare
+from .compute.rebase.symmetries import Match
 from .compute.rebase.warm_start import warm_start
 from .compute.verify import deviation
 from .compute.weights import read_adapter, write_adapter, write_file
@@ -176,6 +178,10 @@ def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str
 
 def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
     adapter = read_adapter(inputs["adapter"])
+    if recipe.tier == "align":
+        aligned = align(adapter, inputs["old"], inputs["base"], report)
+        _write(aligned.adapter, out, recipe.base, recipe)
+        return {"tier": recipe.tier, "steps": 0, "matches": _by_name(aligned.matches)}
     carried = carry(adapter, inputs["old"], inputs["base"])
     training = recipe.training
     if training is None:
@@ -217,7 +223,7 @@ def _extract(recipe: Extract, inputs: Inputs, out: Path, report: Report) -> dict
     return {"modules": _by_name(made.modules), "energy": made.energy, "rest": _by_name(made.rest)}
 
 
-def _by_name(found: Mapping[str, Kept] | Mapping[str, Other]) -> dict[str, Any]:
+def _by_name(found: Mapping[str, Kept] | Mapping[str, Other] | Mapping[str, Match]) -> dict[str, Any]:
     return {name: asdict(value) for name, value in found.items()}
 
 

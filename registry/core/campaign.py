@@ -34,7 +34,7 @@ from .gate import Verdict, Zone, smallest_n, tier_alpha
 from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
-from .recipes import Tier
+from .recipes import TRAINED, Tier
 
 FitClass = Literal["exact", "derived", "targets-equal", "same-shape", "incompatible", "unknown"]
 CARRIES: frozenset[FitClass] = frozenset({"exact", "derived", "targets-equal", "same-shape"})
@@ -510,12 +510,12 @@ def possible_tiers(facts: Facts) -> tuple[Tier, ...]:
 
 def _missing_for(tier: Tier, facts: Facts) -> str | None:
     """Why ``tier`` cannot be run, with the command that helps."""
-    if tier in ("carry", "warm-start") and facts.fit not in CARRIES:
+    if tier != "retrain" and facts.fit not in CARRIES:
         detail = f" ({facts.fit_reason})" if facts.fit_reason else ""
         return f"{tier} needs a base of the same shapes; this one is {facts.fit}{detail}"
-    if tier != "carry" and not facts.recipe:
+    if tier in TRAINED and not facts.recipe:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"
-    if tier != "carry" and not facts.datasets:
+    if tier in TRAINED and not facts.datasets:
         return f"{tier} needs the recipe's datasets: loractl dataset push FILE NAME, or the right to read them"
     return None
 

@@ -14,11 +14,14 @@ from .errors import BadRequest
 from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 
 Precision = Literal["auto", "fp32", "bf16"]
-Tier = Literal["carry", "warm-start", "retrain"]
+Tier = Literal["carry", "align", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
 LongRows = Literal["cut", "refuse", "drop"]
 TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
+"""Those that an upgrade tries where nobody names others."""
+TRAINED: frozenset[Tier] = frozenset({"warm-start", "retrain"})
+"""Those that take steps, and so a training recipe."""
 HOW = {"checkpoint_every", "activation_checkpointing"}
 """Fields that say how work is done, and change nothing about what comes out."""
 
@@ -150,7 +153,7 @@ class Rebase(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.tier == "carry") != (self.training is None):
+        if (self.tier in TRAINED) != (self.training is not None):
             raise ValueError(f"tier '{self.tier}' {'takes no' if self.training else 'needs a'} training recipe")
         if self.training is not None and self.training.base != self.base:
             raise ValueError("the training recipe is for another base")

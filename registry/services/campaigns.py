@@ -40,6 +40,7 @@ from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
 from registry.core.policy import Gate, Policy
+from registry.core.recipes import TRAINED
 from registry.db import queries
 from registry.db.models import (
     Adapter,
@@ -485,7 +486,7 @@ class _Work:
             "adapter": action.adapter,
             "base": self.new.digest,
         }
-        if action.tier != "carry":
+        if action.tier in TRAINED:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
         message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
         output = Output(adapter=facts.adapter, message=f"{message}, campaign {self.campaign.id}")

@@ -36,6 +36,7 @@ from registry.core.manifest import canonical_json
 from registry.core.names import Reference, SeriesName, check_name
 from registry.core.recipes import (
     BASE_ROLES,
+    TRAINED,
     AnyRecipe,
     Combine,
     Evaluate,
@@ -163,7 +164,7 @@ def _planned(
         plan["datasets"] = [find_data(session, caller, "dataset", str(text)).digest for text in plan["datasets"]]
     if isinstance(plan.get("suite"), str) and plan["suite"] not in suites:
         plan["suite"] = find_data(session, caller, "suite", plan["suite"]).digest
-    if kind == "rebase" and plan.get("tier") in ("warm-start", "retrain"):
+    if kind == "rebase" and plan.get("tier") in TRAINED:
         plan["training"] = _training(session, caller, plan)
     return parse_recipe(plan)
 

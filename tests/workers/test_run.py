@@ -148,6 +148,15 @@ def rebase(tier: str, **options: Any) -> Rebase:
     return Rebase.model_validate({"tier": tier} | common | options)
 
 
+def test_an_aligned_adapter_comes_with_what_was_found_of_either_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    run(rebase("align"), folders, tmp_path / "out", silent)
+    matches = result(tmp_path / "out")["matches"]
+    assert {"residual", "layers.0.heads", "layers.0.neurons"} <= matches.keys()
+    assert not any(match["moved"] for match in matches.values())
+    made, given = (read_adapter(folder) for folder in (tmp_path / "out" / "adapter", folders["adapter"]))
+    assert all(torch.equal(made.patches[name].b_OR, patch.b_OR) for name, patch in given.patches.items())
+
+
 def test_a_carried_adapter_does_not_keep_the_name_of_the_base_it_came_from(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

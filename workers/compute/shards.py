@@ -1,7 +1,7 @@
 """Base folders as raw tensors: where each one lies, and reading it by position in bounded memory."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,19 @@ class Stored:
             if len(data) != (last - first) * row:
                 raise BadHeader(path=self.path.name, reason=f"tensor '{self.name}' ends after the end of the file")
             yield slice(first, last), torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
+
+    def read(self) -> Tensor:
+        """All of it."""
+        with self.path.open("rb") as file:
+            blocks = [block for _, block in self.blocks(file.fileno())]
+        return torch.cat(blocks).reshape(self.shape) if blocks else torch.empty(self.shape, dtype=DTYPES[self.dtype])
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """Some rows (dimension 0), in the order asked for."""
+        row = self.size // self.shape[0]
+        with self.path.open("rb") as file:
+            data = bytearray().join(os.pread(file.fileno(), row, self.start + row * place) for place in places)
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
 
 
 def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:

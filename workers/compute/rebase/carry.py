@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from registry.core.errors import NotRunnable
@@ -41,7 +40,5 @@ def _parameters(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         )
         if here is None:
             raise NotRunnable(what="Carrying the adapter", reason=f"it replaces '{name}', which a base does not store")
-        tensor = stored[here]
-        with tensor.path.open("rb") as file:
-            found[name] = torch.cat([block.float() for _, block in tensor.blocks(file.fileno())]).reshape(tensor.shape)
+        found[name] = stored[here].read().float()
     return found

@@ -1,0 +1,197 @@
+"""Tier 1: symmetries between the bases are undone before an adapter is carried; exact, and without data (docs: rebase).
+
+    B′ = M_out·B        A′ = A·M_in⁻¹        M: maps from the old base's spaces to the new one's (see `symmetries`)
+
+What reads the residual stream reads it through a norm x ↦ g·x̂ + b, whose gains belong to either base:
+
+    A′ = A·diag(g₁)·Qᵀ·diag(1⁄g₂)        and a bias of B′·(A·b₁ − A′·b₂) where norms have biases
+
+Legend: D residual, V vocabulary, R rank, I inputs, O outputs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from registry.core.errors import NotRunnable
+
+from ..finetune import Report, silent
+from ..lora import Adapter, Patch, fitted
+from .anatomy import READERS, Anatomy, Base
+from .symmetries import Maps, Match, layer_maps, likeness, rotation, taken
+
+_TOKENS = 16384
+"""Tokens that the rotation is found from, at most; spread over the vocabulary."""
+_FLAT = 1e-6
+"""A gain below this share of the largest lets nothing through, and nothing is put through it."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The adapter in the new base's coordinates, and what was found by space (``residual``, ``layers.0.neurons`` …)."""
+
+    adapter: Adapter
+    matches: dict[str, Match]
+
+
+def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> Aligned:
+    """``adapter``, made on the base in folder ``old``, in the coordinates of the base in folder ``base``.
+
+    Both are read layer by layer. `NotRunnable` for families whose symmetries are not known, for bases of other sizes,
+    and for what an adapter has beside B·A: lengths and whole parameters belong to the old base's own rows.
+    """
+    one, two = Base.at(old), Base.at(base)
+    patched, _ = fitted(one.model, adapter)
+    _check(adapter, one.parts, two.parts)
+    tokens = _shared_tokens(one, two, old, base)
+    some = tokens[:: -(-len(tokens) // _TOKENS)]
+    e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
+    q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred)
+    bases = _Bases(one, two, q_DD, found.moved)
+    matches = {"residual": found}
+    patches: dict[str, Patch] = {}
+    biases: dict[str, Tensor] = {}
+    by_layer: dict[int | None, list[tuple[str, Patch]]] = {}
+    for name, _, patch in patched:
+        by_layer.setdefault(one.parts.layer_of(name), []).append((name, patch))
+    for step, (layer, mine) in enumerate(by_layer.items(), start=1):
+        if layer is None:
+            patches |= {name: _end(bases, name, patch, tokens) for name, patch in mine}
+        else:
+            maps, here = bases.maps(layer)
+            matches |= {f"layers.{layer}.{space}": match for space, match in here.items()}
+            for name, patch in mine:
+                patches[name], bias_O = _inside(bases, maps, layer, name, patch)
+                biases |= {} if bias_O is None else {f"{name}.bias": bias_O}
+        report({"step": step, "steps": len(by_layer)})
+    config = adapter.config | ({"bias": "lora_only"} if biases else {})
+    return Aligned(Adapter(patches, config, biases), matches)
+
+
+def _check(adapter: Adapter, one: Anatomy, two: Anatomy) -> None:
+    if adapter.replaced:
+        raise NotRunnable(what="Aligning", reason=f"the adapter replaces '{min(adapter.replaced)}' as a whole")
+    lengths = sorted(name for name, patch in adapter.patches.items() if patch.magnitude_O is not None)
+    if lengths:
+        raise NotRunnable(what="Aligning", reason=f"'{lengths[0]}' has DoRA, whose lengths are of the old base's rows")
+    differ = [f"{key} {value} and {two.sizes[key]}" for key, value in one.sizes.items() if value != two.sizes[key]]
+    if one.family != two.family or differ:
+        raise NotRunnable(
+            what="Aligning", reason=f"the bases are not of one shape: {', '.join(differ) or 'two families'}"
+        )
+
+
+def _shared_tokens(one: Base, two: Base, old: Path, base: Path) -> list[tuple[int, int]]:
+    """Old and new ids of the tokens that both vocabularies have; without tokenizers, ids mean the same."""
+    sizes = [side.model.get_input_embeddings().weight.shape[0] for side in (one, two)]
+    try:
+        first, second = (
+            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
+            for folder in (old, base)
+        )
+    except (ValueError, OSError, KeyError, ImportError):
+        return [(token, token) for token in range(min(sizes))]
+    shared = [(first[token], second[token]) for token in first.keys() & second.keys()]
+    if first == second:  # rows beyond the vocabulary as well
+        return [(token, token) for token in range(min(sizes))]
+    return sorted((a, b) for a, b in shared if a < sizes[0] and b < sizes[1])
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """Two bases, and the map of their residual streams."""
+
+    old: Base
+    new: Base
+    residual_DD: Tensor
+    turned: bool
+
+    def maps(self, layer: int) -> tuple[Maps, dict[str, Match]]:
+        """The maps of a layer."""
+        parts = self.old.parts
+        one, two = ({role: base.normal(layer, role) for role in parts.family.modules} for base in (self.old, self.new))
+        for role, x in one.items():
+            reads = role in READERS
+            one[role] = torch.cat([x[:, :-1] @ self.residual_DD.T, x[:, -1:]], 1) if reads else self.residual_DD @ x
+        return layer_maps(parts, one, two, self.residual_DD)
+
+    def through(self, norm: str, a_RI: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A′ for what reads through ``norm``, and A·b₁ − A′·b₂.
+
+        ``pairs`` are weights that read through it, old ones with their outputs mapped and new ones: where the streams
+        are one, gains are only folded when that brings these together.
+        """
+        (g1_D, b1_D), (g2_D, b2_D) = self.old.norm(norm), self.new.norm(norm)
+        through_D = torch.where(g2_D.abs() > _FLAT * g2_D.abs().max(), 1 / g2_D, 0.0)
+
+        def folded(x_ND: Tensor) -> Tensor:
+            return (self.old.centred(x_ND * g1_D) @ self.residual_DD.T) * through_D
+
+        def like(move: Callable[[Tensor], Tensor]) -> float:
+            one, two = (torch.cat(side) for side in zip(*((move(w1), w2) for w1, w2 in pairs), strict=True))
+            return likeness(*(self.new.centred(side * g2_D) for side in (one, two)))
+
+        if not self.turned and not taken(like(lambda x: x), like(folded)).moved:
+            return a_RI, torch.zeros(len(a_RI), dtype=a_RI.dtype)
+        moved_RI = folded(a_RI)
+        return moved_RI, a_RI @ b1_D - moved_RI @ b2_D
+
+
+def _inside(bases: _Bases, maps: Maps, layer: int, name: str, patch: Patch) -> tuple[Patch, Tensor | None]:
+    """A patch in a layer; and its module's new bias, where what the old norm's bias brought does not come by itself."""
+    parts = bases.old.parts
+    roles = parts.roles_of(layer, name)
+    if not roles:
+        raise NotRunnable(what="Aligning", reason=f"'{name}' is no part of a layer whose symmetries are known")
+
+    def out(x_ON: Tensor) -> Tensor:
+        moved_ON = x_ON.clone()
+        for role in roles:
+            rows = parts.part(layer, role).rows
+            moved_ON[rows] = maps.out(role, x_ON[rows])
+        return moved_ON
+
+    a_RI, b_OR = patch.a_RI.double(), out(patch.b_OR.double())
+    extra_O = None if patch.bias_O is None else out(patch.bias_O.double()[:, None])[:, 0].to(patch.bias_O.dtype)
+    norm = parts.part(layer, roles[0]).norm
+    constant_O = None
+    if norm is None:
+        a_RI = maps.into(roles[0], a_RI)
+    else:
+        pairs = [(maps.out(role, bases.old.weight(layer, role)), bases.new.weight(layer, role)) for role in roles]
+        a_RI, constant_R = bases.through(norm, a_RI, pairs)
+        constant_O = patch.scale * (b_OR @ constant_R)
+    moved = replace(patch, a_RI=a_RI.to(patch.a_RI.dtype), b_OR=b_OR.to(patch.b_OR.dtype), bias_O=extra_O)
+    if constant_O is None or not constant_O.any():
+        return moved, None
+    bias_O = bases.new.parameter(f"{name}.bias")
+    if bias_O is None:
+        raise NotRunnable(what="Aligning", reason=f"'{name}' has no bias to take up what the old norm's bias brought")
+    return moved, (bias_O + constant_O).float()
+
+
+def _end(bases: _Bases, name: str, patch: Patch, tokens: Sequence[tuple[int, int]]) -> Patch:
+    """A patch of the embedding or the head: rows of the vocabulary go where their tokens are."""
+    old, new = (list(pair) for pair in zip(*tokens, strict=True))
+    module = bases.old.model.get_submodule(name)
+    size = bases.new.model.get_submodule(name).weight.shape[0]
+    if module is bases.old.model.get_input_embeddings():
+        a_RV = torch.zeros(patch.a_RI.shape[0], size, dtype=patch.a_RI.dtype)
+        a_RV[:, new] = patch.a_RI[:, old]
+        b_DR = bases.residual_DD @ patch.b_OR.double()
+        return replace(patch, a_RI=a_RV, b_OR=b_DR.to(patch.b_OR.dtype))
+    if module is not bases.old.model.get_output_embeddings():
+        raise NotRunnable(what="Aligning", reason=f"'{name}' is neither in a layer nor the embedding or the head")
+    heads = [
+        (bases.old.rows(module, old[:_TOKENS]), bases.new.rows(bases.new.model.get_submodule(name), new[:_TOKENS]))
+    ]
+    a_RI, constant_R = bases.through(bases.old.parts.family.final_norm, patch.a_RI.double(), heads)
+    if constant_R.any():
+        raise NotRunnable(what="Aligning", reason="the head has no bias to take up what the old norm's bias brought")
+    b_VR = torch.zeros(size, patch.b_OR.shape[1], dtype=patch.b_OR.dtype)
+    b_VR[new] = patch.b_OR[old]
+    return replace(patch, a_RI=a_RI.to(patch.a_RI.dtype), b_OR=b_VR)

@@ -1,0 +1,270 @@
+"""Maps between two bases that compute the same in other coordinates: found from their weights alone (docs: rebase).
+
+    W₂ = M_out·W₁·M_in⁻¹
+
+residual   x₂ = Q·x₁, Q = argmin ‖E₁Qᵀ − E₂‖ over rotations, E the embeddings of tokens that both have (Procrustes).
+dual pairs x₂ = M·x₁ and y₂ = M⁻ᵀ·y₁, where only xᵀy counts: q and k, v and o, rows of up and columns of down.
+           argmin ‖M·x₁ − x₂‖² + ‖Mᵀ·y₂ − y₁‖² is linear:  M·x₁x₁ᵀ + y₂y₂ᵀ·M = x₂x₁ᵀ + y₂y₁ᵀ  (Sylvester);
+           on a rotary plane M is a complex number, on a neuron a real one.
+order      neurons by assignment on all their weights, heads and groups on what no M changes.
+
+A map is taken where it leaves less than half of what does not match as the bases lie; else it is the identity: between
+bases that moved apart by training alone it would only follow the noise. Legend: D residual, N anything, G groups,
+H heads of a group, K width of a head, P rotary planes, F neurons.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from scipy.linalg import solve_sylvester
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .anatomy import Anatomy, Role
+
+_TAKEN = 0.5
+"""A map is taken when it leaves less than this share of the misfit."""
+_EQUAL = 1e-6
+"""A misfit that is rounding."""
+_SOUND = 1e6
+"""A basis of a higher condition is none."""
+_SAMPLE = 256
+"""Neurons that are asked first whether they are where they were."""
+_STAYS = 0.9
+"""The share of them that must be most like themselves."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How like two bases are in one space, 1 being equal: as they lie, and by the map that was found."""
+
+    before: float
+    after: float
+    moved: bool
+    """Whether the map was taken."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps of one layer. New group g was ``groups_G[g]``, its head h was ``heads_GH[g, h]`` of that group."""
+
+    residual_DD: Tensor
+    groups_G: Tensor
+    heads_GH: Tensor
+    qk_GKK: Tensor
+    vo_GKK: Tensor
+    neurons_F: Tensor
+    scale_F: Tensor
+
+    def out(self, role: Role, x_ON: Tensor) -> Tensor:
+        """M_out·x, for what a part writes."""
+        groups, heads, width = *self.heads_GH.shape, self.qk_GKK.shape[1]
+        moved: Tensor
+        match role:
+            case "q":
+                x_GHKN = x_ON.reshape(groups, heads, width, -1)[self.groups_G[:, None], self.heads_GH]
+                moved = self.qk_GKK[:, None] @ x_GHKN
+            case "k":
+                x_GKN = x_ON.reshape(groups, width, -1)[self.groups_G]
+                moved = torch.linalg.inv(self.qk_GKK).mT @ x_GKN
+            case "v":
+                moved = self.vo_GKK @ x_ON.reshape(groups, width, -1)[self.groups_G]
+            case "gate":
+                moved = x_ON[self.neurons_F]
+            case "up":
+                moved = x_ON[self.neurons_F] * self.scale_F[:, None]
+            case "o" | "down":
+                moved = self.residual_DD @ x_ON
+        return moved.reshape(x_ON.shape)
+
+    def into(self, role: Role, a_RI: Tensor) -> Tensor:
+        """A·M_in⁻¹, for what o and down read; what reads through a norm needs its gains as well."""
+        if role == "down":
+            return a_RI[:, self.neurons_F] / self.scale_F
+        groups, heads, width = *self.heads_GH.shape, self.vo_GKK.shape[1]
+        a_RGHK = a_RI.reshape(-1, groups, heads, width)[:, self.groups_G[:, None], self.heads_GH]
+        moved: Tensor = a_RGHK @ torch.linalg.inv(self.vo_GKK)
+        return moved.reshape(a_RI.shape)
+
+
+def taken(before: float, after: float) -> Match:
+    """A map that brings likeness from ``before`` to ``after``, and whether that is enough."""
+    misfit = 1 - before
+    return Match(before, after, moved=misfit > _EQUAL and 1 - after < _TAKEN * misfit)
+
+
+def likeness(x: Tensor, y: Tensor) -> float:
+    """Cosine of two tensors."""
+    size = float(x.norm() * y.norm())
+    return float((x * y).sum()) / size if size else 1.0
+
+
+def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False) -> tuple[Tensor, Match]:
+    """Q of the residual stream; ``centred``: of those that keep the all-ones direction, along which E has nothing."""
+    cross_DD = e2_ND.T @ e1_ND
+    if centred:
+        cross_DD = cross_DD + torch.full_like(cross_DD, float(cross_DD.norm()) / len(cross_DD))
+    u, _, vt = torch.linalg.svd(cross_DD)
+    q_DD = u @ vt
+    match = taken(likeness(e1_ND, e2_ND), likeness(e1_ND @ q_DD.T, e2_ND))
+    return (q_DD if match.moved else torch.eye(len(q_DD), dtype=q_DD.dtype)), match
+
+
+def layer_maps(
+    parts: Anatomy, old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], residual_DD: Tensor
+) -> tuple[Maps, dict[str, Match]]:
+    """The maps of a layer from its parts in normal form, the old ones turned by Q already; matches by space."""
+    groups_G, heads_GH, qk_GKK, vo_GKK, found = _attention(parts, old, new)
+    neurons_F, found["neurons"] = _neurons(old, new)
+    scale_F, found["scales"] = _scales(old, new, neurons_F)
+    return Maps(residual_DD, groups_G, heads_GH, qk_GKK, vo_GKK, neurons_F, scale_F), found
+
+
+def _attention(
+    parts: Anatomy, old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Match]]:
+    """Order of groups and of heads within them, M of q and k and of v and o by group, and how alike all this is."""
+    g, h, k = parts.groups, parts.heads, parts.width
+    q1, q2 = (side["q"].reshape(g, h, k, -1) for side in (old, new))
+    k1, k2 = (side["k"].reshape(g, k, -1) for side in (old, new))
+    v1, v2 = (side["v"].reshape(g, k, -1) for side in (old, new))
+    o1, o2 = (side["o"].T.reshape(g, h, k, -1) for side in (old, new))
+    groups_G, heads_GH, order = _order(
+        _alike(parts, q1.flatten(0, 1), q2.flatten(0, 1)).reshape(g, h, g, h).transpose(1, 2),
+        (_alike(parts, k1, k2) + _spans(v1, v2)) / 2,
+    )
+    maps_qk, maps_vo = [], []
+    for b, a in enumerate(groups_G.tolist()):
+        q_pair = [q[place].transpose(0, 1).flatten(1) for q, place in ((q1, (a, heads_GH[b])), (q2, b))]
+        o_pair = [o[place].transpose(0, 1).flatten(1) for o, place in ((o1, (a, heads_GH[b])), (o2, b))]
+        maps_qk.append(_basis(parts, (*q_pair, k1[a], k2[b]), turning=True))
+        maps_vo.append(_basis(parts, (v1[a], v2[b], *o_pair), turning=False))
+    found = {"heads": order, "qk": _mean(match for _, match in maps_qk), "vo": _mean(match for _, match in maps_vo)}
+    return groups_G, heads_GH, torch.stack([m for m, _ in maps_qk]), torch.stack([m for m, _ in maps_vo]), found
+
+
+def _order(heads_GGHH: Tensor, shared_GG: Tensor) -> tuple[Tensor, Tensor, Match]:
+    """By assignment: which old group every new one is, and within it which old head every new one."""
+    groups, heads = heads_GGHH.shape[1:3]
+    within = [[linear_sum_assignment(-heads_GGHH[a, b].numpy().T)[1] for b in range(groups)] for a in range(groups)]
+    best_GG = torch.tensor([
+        [float(heads_GGHH[a, b][within[a][b], range(heads)].mean()) for b in range(groups)] for a in range(groups)
+    ]) + shared_GG  # fmt: skip
+    old_G = torch.from_numpy(linear_sum_assignment(-best_GG.numpy().T)[1])
+    own = heads_GGHH.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).mean(1) + shared_GG.diagonal()
+    match = taken(float(own.mean()) / 2, float(best_GG[old_G, torch.arange(groups)].mean()) / 2)
+    if not match.moved:
+        return torch.arange(groups), torch.arange(heads).expand(groups, heads), match
+    return old_G, torch.stack([torch.from_numpy(within[a][b]) for b, a in enumerate(old_G.tolist())]), match
+
+
+def _basis(parts: Anatomy, pair: tuple[Tensor, ...], *, turning: bool) -> tuple[Tensor, Match]:
+    """M of a dual pair where it was taken, else the identity."""
+    x1, x2, y1, y2 = pair
+    identity_KK = torch.eye(len(x1), dtype=x1.dtype)
+    before = (likeness(x1, x2) + likeness(y1, y2)) / 2
+    if turning and parts.family.qk_norms:
+        return identity_KK, Match(before, before, moved=False)
+    m_KK = _dual_planes(parts, *pair) if turning else _dual(*pair)
+    if not torch.isfinite(m_KK).all() or float(torch.linalg.cond(m_KK)) > _SOUND:
+        return identity_KK, Match(before, before, moved=False)
+    after = (likeness(m_KK @ x1, x2) + likeness(torch.linalg.solve(m_KK.T, y1), y2)) / 2
+    match = taken(before, after)
+    return (m_KK if match.moved else identity_KK), match
+
+
+def _mean(matches: Iterable[Match]) -> Match:
+    some = list(matches)
+    return Match(
+        fmean(match.before for match in some), fmean(match.after for match in some), any(m.moved for m in some)
+    )
+
+
+def _dual(x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
+    """M of a dual pair: any basis of K dimensions."""
+    left, right = (y2_KN @ y2_KN.T).numpy(), (x1_KN @ x1_KN.T).numpy()
+    return torch.from_numpy(solve_sylvester(left, right, (x2_KN @ x1_KN.T + y2_KN @ y1_KN.T).numpy()))
+
+
+def _dual_planes(parts: Anatomy, x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
+    """M of q and k: an angle and a scale on every rotary plane, any basis of what does not turn."""
+    m_KK = torch.zeros(len(x1_KN), len(x1_KN), dtype=x1_KN.dtype)
+    one_P, two_P = parts.planes_P2.unbind(1)
+    a, b, c, d = (torch.complex(value[one_P], value[two_P]) for value in (x1_KN, x2_KN, y1_KN, y2_KN))
+    z_P = ((a.conj() * b).sum(1) + (c.conj() * d).sum(1)) / ((a.abs() ** 2).sum(1) + (d.abs() ** 2).sum(1))
+    m_KK[one_P, one_P] = m_KK[two_P, two_P] = z_P.real
+    m_KK[two_P, one_P], m_KK[one_P, two_P] = z_P.imag, -z_P.imag
+    free_N = parts.free_N
+    if len(free_N):
+        m_KK[free_N[:, None], free_N] = _dual(x1_KN[free_N], x2_KN[free_N], y1_KN[free_N], y2_KN[free_N])
+    return m_KK
+
+
+def _alike(parts: Anatomy, x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
+    """Old head × new head: how like they are on rotary planes, whatever their angles and scales are."""
+    if not len(parts.planes_P2):
+        return _spans(x1_HKN, x2_HKN)
+    one_P, two_P = parts.planes_P2.unbind(1)
+    turned = (torch.complex(x[:, one_P], x[:, two_P]) for x in (x1_HKN, x2_HKN))
+    a_PHN, b_PHN = ((x / x.norm(dim=2, keepdim=True).clamp_min(1e-30)).transpose(0, 1) for x in turned)
+    like_PHH: Tensor = (a_PHN.conj() @ b_PHN.mT).abs()
+    return like_PHH.mean(0)
+
+
+def _spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
+    """Old head × new head: the share of one's span that lies in the other's, whatever their bases are."""
+    a_HNK, b_HNK = (torch.linalg.qr(x.transpose(1, 2)).Q for x in (x1_HKN, x2_HKN))
+    return torch.stack([(a_NK.T @ b_HNK).square().sum((1, 2)) for a_NK in a_HNK]) / x1_HKN.shape[1]
+
+
+def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Tensor, Match]:
+    """Which old neuron every new one is: by gate, up and down together; up and down may have changed sign."""
+    sides = [[_unit(side["gate"]), *(_unit(x) for x in _scaled(side))] for side in (old, new)]
+
+    def alike(some: Tensor | slice) -> Tensor:
+        gate_FF, *scaled_FF = (one[some] @ two[some].T for one, two in zip(*sides, strict=True))
+        like_FF: Tensor = (gate_FF + _signless(scaled_FF)) / len(sides[0])
+        return like_FF
+
+    gate_F, *scaled_F = ((one * two).sum(1) for one, two in zip(*sides, strict=True))
+    before = float((gate_F + _signless(scaled_F)).mean()) / len(sides[0])
+    everyone_F = torch.arange(len(gate_F))
+    sample = torch.randperm(len(gate_F), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+    if float((alike(sample).argmax(0) == torch.arange(len(sample))).double().mean()) > _STAYS:
+        return everyone_F, Match(before, before, moved=False)
+    like_FF = alike(slice(None))
+    order_F = torch.from_numpy(linear_sum_assignment(-like_FF.numpy().T)[1])
+    match = taken(before, float(like_FF[order_F, everyone_F].mean()))
+    return (order_F if match.moved else everyone_F), match
+
+
+def _scaled(side: Mapping[Role, Tensor]) -> list[Tensor]:
+    """The dual pair of a neuron: its column of down, and its row of up where there is one."""
+    return [side["down"].T, *([side["up"]] if "up" in side else [])]
+
+
+def _signless(likeness: Sequence[Tensor]) -> Tensor:
+    total = torch.stack(list(likeness)).sum(0)
+    return total.abs() if len(likeness) > 1 else total
+
+
+def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Tensor) -> tuple[Tensor, Match]:
+    """M of up against down, a number a neuron."""
+    d1, d2 = old["down"].T[order_F], new["down"].T
+    ones_F = torch.ones(len(order_F), dtype=d1.dtype)
+    if "up" not in old:
+        return ones_F, Match(likeness(d1, d2), likeness(d1, d2), moved=False)
+    u1, u2 = old["up"][order_F], new["up"]
+    s_F = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
+    before = (likeness(u1, u2) + likeness(d1, d2)) / 2
+    if float(s_F.abs().min()) * _SOUND < float(s_F.abs().max()):
+        return ones_F, Match(before, before, moved=False)
+    match = taken(before, (likeness(s_F[:, None] * u1, u2) + likeness(d1 / s_F[:, None], d2)) / 2)
+    return (s_F if match.moved else ones_F), match
+
+
+def _unit(x_FN: Tensor) -> Tensor:
+    length_F1: Tensor = x_FN.norm(dim=1, keepdim=True)
+    return x_FN / length_F1.clamp_min(1e-30)
