@@ -14,7 +14,7 @@ from celery.signals import worker_process_init
 from registry import logs
 from registry.settings import WorkerSettings
 
-from .jobs import die_with
+from .processes import die_with
 
 settings = WorkerSettings.from_environment(os.environ)
 app = Celery("workers", broker=settings.broker_url, include=["workers.tasks"])

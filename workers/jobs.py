@@ -7,7 +7,6 @@ registry does not answer at all, the work goes on: nobody can have taken it.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -69,6 +68,7 @@ from registry.settings import WorkerSettings
 from registry.transfer import finish_push, request_of, table_of
 
 from .cache import Cache
+from .processes import die_with
 
 _BEAT_S = 5.0
 """The longest time between two words with the registry: so soon is a cancellation heard."""
@@ -81,7 +81,6 @@ _MAX_LINE = 1 << 16
 _CHECKPOINT_EVERY = 50
 _KEPT_S = 7 * 24 * 3600
 """How long the checkpoints of a job that did not succeed are kept for a retry."""
-_PR_SET_PDEATHSIG = 1
 log = structlog.get_logger()
 
 
@@ -466,17 +465,3 @@ def _without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     """What a child is told: neither our token nor the broker; and that it has no business with any network."""
     kept = {key: value for key, value in env.items() if not key.startswith(("LORACTL_", "CELERY_"))}
     return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def die_with(parent: int) -> Callable[[], None]:
-    """To be called in a fresh child: from now on it is killed when its parent ends, however that comes about."""
-    if sys.platform != "linux":
-        return lambda: None
-    prctl = ctypes.CDLL(None).prctl
-
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it ended in between
-
-    return bind

@@ -12,6 +12,9 @@ Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``-
 
 Progress goes to ``--progress-fd`` as lines of JSON, else to stderr for people. A termination signal stops
 after the step at hand, leaves a checkpoint, and exits with 130; the same command then goes on from it.
+
+A recipe with ``sharded`` runs in a process a GPU, which torchrun starts; started under torchrun, on several machines
+say, any training does. The first process writes and reports; what one of them fails by ends all.
 """
 
 import argparse
@@ -33,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import transformers
 
-from registry.core.errors import BadRequest, LoractlError
+from registry.core.errors import BadRequest, LoractlError, ProcessFailed
 from registry.core.recipes import (
     Combine,
     Compare,
@@ -56,6 +59,7 @@ from registry.core.records import summary, to_jsonl
 from .compute.combine import combine
 from .compute.compress import compress
 from .compute.data import Row, read_rows
+from .compute.distributed import ALONE, Ranks, is_started_by_torchrun, load_sharded, ranks_of
 from .compute.evaluate import Suite, evaluate
 from .compute.extract import Other, extract
 from .compute.finetune import Trained, finetune
@@ -72,10 +76,12 @@ from .compute.rebase.symmetries import Match
 from .compute.rebase.warm_start import warm_start
 from .compute.verify import deviation
 from .compute.weights import read_adapter, write_adapter, write_file
+from .processes import die_with
 
 Report = Callable[[dict[str, Any]], None]
 Inputs = Mapping[str, Path]
 CURVE_POINTS = 200
+_REFUSAL = "error.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ class Result:
         return {"kind": self.kind, **self.facts}
 
 
-def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None = None) -> Result:
+def run(
+    recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None = None, ranks: Ranks = ALONE
+) -> Result:
     """Run ``recipe``; outputs and ``result.json`` lie in ``out`` when this returns.
 
     A KeyboardInterrupt out of ``report`` stops the work at a step's end, with a checkpoint where there is one.
@@ -98,13 +106,15 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
     missing = sorted(inputs_of(recipe).keys() - inputs.keys())
     if missing:
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
+    if ranks.mesh is not None and not isinstance(recipe, FineTune | FullFineTune):
+        raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' runs in one process: leave torchrun out")
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     match recipe:
         case FineTune():
-            facts = _finetune(recipe, inputs, out, report, checkpoint)
+            facts = _finetune(recipe, inputs, out, report, checkpoint, ranks)
         case FullFineTune():
-            facts = _full_finetune(recipe, inputs, out, report, checkpoint)
+            facts = _full_finetune(recipe, inputs, out, report, checkpoint, ranks)
         case Evaluate():
             facts = _evaluate(recipe, inputs, out, report)
         case Merge():
@@ -123,31 +133,41 @@ def run(recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: P
         "seconds": round(time.monotonic() - began, 3),
         "recipe": str(recipe_digest(recipe)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": ranks.many,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     result = Result(recipe.kind, facts)
-    write_file(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
+    if ranks.first:
+        write_file(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
+    ranks.wait()
     return result
 
 
 # ── one function per kind ────────────────────────────────────────────────────
 
 
-def _finetune(recipe: FineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
+def _finetune(
+    recipe: FineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None, ranks: Ranks
+) -> dict[str, Any]:
     start = read_adapter(inputs["start"]) if recipe.start else None
-    if start is not None and (ranks := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
-        raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(ranks)}")
-    model, tokenizer = load(inputs["base"], recipe.precision)
-    trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, report=report, checkpoint_dir=checkpoint)
-    _write(trained.adapter, out, recipe.base, recipe)
+    if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
+        raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
+    base, precision = inputs["base"], recipe.precision
+    model, tokenizer = load(base, precision) if ranks.mesh is None else load_sharded(base, precision, ranks.mesh)
+    options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint, "ranks": ranks}
+    trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, **options)
+    if ranks.first:
+        _write(trained.adapter, out, recipe.base, recipe)
     return _training_facts(trained, recipe.precision)
 
 
 def _full_finetune(
-    recipe: FullFineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None
+    recipe: FullFineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None, ranks: Ranks
 ) -> dict[str, Any]:
-    tuned = tune(inputs["base"], recipe, _rows(inputs), report=report, checkpoint_dir=checkpoint)
+    tuned = tune(inputs["base"], recipe, _rows(inputs), report=report, checkpoint_dir=checkpoint, ranks=ranks)
+    if not ranks.first:
+        return {}
     written = write_tuned(inputs["base"], tuned, out / "base", recipe.dtype)
     trained = sum(value.numel() for value in tuned.weights.values())
     facts = {"changed": len(written.changed), "trained": trained, "tensors": written.tensors}
@@ -266,37 +286,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to leave checkpoints and go on from")
     parser.add_argument("--progress-fd", type=int, metavar="N", help="write progress as JSON lines to this descriptor")
+    parser.add_argument("--processes", type=int, metavar="N", help="of a recipe with 'sharded'; one a GPU by default")
     args = parser.parse_args(argv)
+    started_by_torchrun = is_started_by_torchrun(os.environ)
+    if not started_by_torchrun and (many := _processes(args.recipe, args.processes)) > 1:
+        _start(many, sys.argv[1:] if argv is None else argv)
+    if started_by_torchrun:
+        die_with(os.getppid())()
+    progress = args.progress_fd
+    if progress is not None and started_by_torchrun:  # which closes what its children would inherit
+        progress = os.open(f"/proc/{os.getppid()}/fd/{progress}", os.O_WRONLY)
 
     stopped: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         stopped.append(number)
 
-    def report(progress: dict[str, Any]) -> None:
-        if args.progress_fd is not None:
-            os.write(args.progress_fd, json.dumps(progress).encode() + b"\n")
-        else:
+    def report(now: dict[str, Any]) -> None:
+        if progress is not None and ranks.first:
+            os.write(progress, json.dumps(now).encode() + b"\n")
+        elif ranks.first:
             words = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in progress.items())  # fmt: skip
+                     for key, value in now.items())  # fmt: skip
             sys.stderr.write("  ".join(words) + "\n")
         if stopped:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    ranks = ALONE
     try:
-        run(parse_recipe(args.recipe.read_bytes()), dict(args.inputs), args.out, report, args.checkpoint)
+        with ranks_of(os.environ) as ranks:
+            if ranks.first:
+                (args.out / _REFUSAL).unlink(missing_ok=True)
+            ranks.wait()
+            recipe = parse_recipe(args.recipe.read_bytes())
+            run(recipe, dict(args.inputs), args.out, report, args.checkpoint, ranks)
     except KeyboardInterrupt:
         return 130
     except LoractlError as error:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_file(args.out / "error.json", json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
-        sys.stderr.write(f"{error.message}\n{error.hint}".strip() + "\n")
-        return 1
+        return _refused(error, args.out)
+    except RuntimeError as error:
+        if ranks.many == 1:
+            raise
+        return _refused(ProcessFailed(rank=ranks.rank, many=ranks.many, reason=str(error)), args.out)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _refused(error: LoractlError, out: Path) -> int:
+    """Leave the refusal, unless another process was refused before: it says why, and the others that they lost it."""
+    if not (out / _REFUSAL).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / _REFUSAL, json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
+        sys.stderr.write(f"{error.message}\n{error.hint}".strip() + "\n")
+    return 1
+
+
+def _processes(path: Path, asked: int | None) -> int:
+    """How many processes are to run the recipe in this file."""
+    try:
+        recipe = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return 1  # it is refused where it is read
+    sharded = isinstance(recipe, dict) and recipe.get("sharded") is True
+    return (asked or torch.cuda.device_count()) if sharded else 1
+
+
+def _start(many: int, argv: Sequence[str]) -> None:
+    """Become torchrun with the same command in so many processes."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // many)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many), "-m", "workers.run"]
+    os.execv(sys.executable, [sys.executable, *launch, *argv])  # noqa: S606  # our own command, and no shell
 
 
 def _input(text: str) -> tuple[str, Path]:

@@ -529,6 +529,12 @@ class TrainingFailed(BadFile):
     help = "Lower the learning rate or look at the batch named above."
 
 
+class ProcessFailed(LocalFailure):
+    code = "process-failed"
+    says = "Process {rank} of {many} stopped: {reason}"
+    help = "A closed connection means that another one ended first: torchrun's output above says which, and how."
+
+
 class Unchanged(Conflict):
     code = "unchanged"
     says = "After {steps} steps no weight differs from the base's once it is written as {dtype}."

@@ -224,13 +224,13 @@ class Packed:
         return Packed(**moved, rows=self.rows)
 
 
-def pack(many: Sequence[Sequence[Example]], *, together: bool = True, asked: Sequence[int] | None = None) -> Packed:
+def pack(many: Sequence[Sequence[Example]], *, together: bool = True, asked: Sequence[float] | None = None) -> Packed:
     """Batches as rows of one length, one batch behind the other; with ``together`` rows hold several sequences.
 
     Without it every sequence has a row of its own, for models that would let one look into another. ``asked``: tokens
     that are asked of each batch, where this is only a part of it.
     """
-    asked = [asked_of(batch) for batch in many] if asked is None else asked
+    asked = list(map(asked_of, many)) if asked is None else asked
     if together:
         width = max(_width(batch) for batch in many if batch)
         lines = [_laid_out(batch, width) for batch in many]

@@ -31,7 +31,8 @@ from . import checkpoint
 from .bank import Bank, Drop, Factors, factors_of, with_factors
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
-from .data import Example, Row, asked_of, pack
+from .data import Example, Packed, Row, asked_of, pack
+from .distributed import ALONE, OUT_OF_MEMORY, Ranks
 from .lora import Adapter, fresh
 from .loss import Loss
 from .model import Model, Tokenizer, keeps_apart
@@ -84,6 +85,7 @@ def finetune(
     start: Adapter | None = None,
     report: Report = silent,
     checkpoint_dir: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train as ``recipe`` says; with ``start`` its modules, ranks and scales are trained on, from its factors.
 
@@ -91,7 +93,7 @@ def finetune(
     KeyboardInterrupt a checkpoint is left in ``checkpoint_dir``, from which the same call goes on.
     """
     [trained] = finetune_many(
-        model, tokenizer, [Task(recipe, rows, start)], report=report, checkpoint_dir=checkpoint_dir
+        model, tokenizer, [Task(recipe, rows, start)], report=report, checkpoint_dir=checkpoint_dir, ranks=ranks
     )
     return trained
 
@@ -104,6 +106,7 @@ def finetune_many(
     report: Report = silent,
     checkpoint_dir: Path | None = None,
     tokens_at_once: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Trained]:
     """Train an adapter per task, all at once, as each would be alone but for rounding (see `as_trained`).
 
@@ -112,7 +115,7 @@ def finetune_many(
     """
     found: dict[int, Trained] = {}
     options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint_dir, "tokens_at_once": tokens_at_once}
-    for place, outcome in as_trained(model, tokenizer, tasks, **options):
+    for place, outcome in as_trained(model, tokenizer, tasks, **options, ranks=ranks):
         if isinstance(outcome, LoractlError):
             raise outcome
         found[place] = outcome
@@ -129,6 +132,7 @@ def as_trained(
     tokens_at_once: int | None = None,
     unwanted: Collection[int] = (),
     until: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, Outcome]]:
     """Train an adapter per task and give each, by its place, when it ends; what one fails by is nobody else's.
 
@@ -138,7 +142,8 @@ def as_trained(
     gives what it has then, a checkpoint is left, and the same call with a later step, or none, goes on from there.
 
     Where memory does not take a step in one pass it is made in twice as many, and so on; ``passes`` is reported then.
-    ``report`` is called after every step of every task, with ``task``, its place, too.
+    ``report`` is called after every step of every task, with ``task``, its place, too. All ``ranks`` call this with
+    the same tasks, each reports, and each is told the same outcomes; the model is their `load_sharded`.
     """
     runs: list[_Run] = []
     for place, task in enumerate(tasks):
@@ -151,10 +156,11 @@ def as_trained(
             run.go_on_from(checkpoint.read(checkpoint_dir, run.identity))
 
     def save() -> None:
-        if checkpoint_dir is not None:
+        if checkpoint_dir is not None and ranks.first:
             sound = [run for run in runs if run.failure is None]
             failed = [run.identity for run in runs if run.failure is not None]
             checkpoint.save(checkpoint_dir, {run.identity: run.state() for run in sound}, keep=failed)
+        ranks.wait()  # who leaves earlier would have the one that writes killed
 
     waiting = list(runs)
     while waiting:
@@ -164,7 +170,7 @@ def as_trained(
                 yield run.place, run.outcome()
         if live := _admitted(waiting, tokens_at_once):
             with torch.random.fork_rng():
-                _together(model, live, report, save, unwanted)
+                _together(model, live, report, save, unwanted, ranks)
             if until is not None:
                 save()
 
@@ -279,14 +285,19 @@ class _Run(Course):
 
 
 def _together(
-    model: Model, live: Sequence[_Run], report: Report, save: Callable[[], None], unwanted: Collection[int]
+    model: Model,
+    live: Sequence[_Run],
+    report: Report,
+    save: Callable[[], None],
+    unwanted: Collection[int],
+    ranks: Ranks,
 ) -> None:
     """Steps of all ``live`` runs until one of them has ended; then every run knows where it is."""
     bank = Bank(model, [run.start for run in live], train=True)
     assert bank.grad_KP is not None
     began_KP = bank.theta_KP.clone() if any(run.pulled for run in live) else None
     optimizer = _Optimizer(bank, live)
-    gradients = _Gradients(model, bank, live)
+    gradients = _Gradients(model, bank, live, ranks)
     limits_K = torch.tensor([run.recipe.max_grad_norm for run in live], device=model.device)
     with bank.attached(), _sparing(model, bank, live):
         while not any(run.ended or run.place in unwanted for run in live):
@@ -313,7 +324,7 @@ def _together(
             places = [place for place, run in enumerate(live) if run.wants_a_look]
             for place, loss in zip(places, gradients.held_out(places), strict=True):
                 live[place].looked(loss, lambda place=place: bank.factors(place))  # type: ignore[misc]
-            asked_to_stop = _tell([run for run in live if run.failure is None], report, gradients.parts)
+            asked_to_stop = _tell([run for run in live if run.failure is None], report, gradients.parts, ranks)
             if asked_to_stop is not None or any(run.wants_a_checkpoint for run in live):
                 optimizer.leave(live)
                 save()
@@ -332,8 +343,8 @@ def _sparing(model: Model, bank: Bank, live: Sequence[_Run]) -> AbstractContextM
 class _Gradients:
     """Losses and gradients of a step, in one pass through the base or, where memory does not take that, in several."""
 
-    def __init__(self, model: Model, bank: Bank, live: Sequence[_Run]) -> None:
-        self._model, self._bank, self._live = model, bank, live
+    def __init__(self, model: Model, bank: Bank, live: Sequence[_Run], ranks: Ranks) -> None:
+        self._model, self._bank, self._live, self._ranks = model, bank, live, ranks
         if any(run.recipe.dropout for run in live):
             bank.drop = Drop([run.recipe.dropout for run in live], [torch.Generator(model.device) for _ in live])
         self._together = keeps_apart(model)
@@ -344,7 +355,8 @@ class _Gradients:
     def __call__(self, drawn: Sequence[list[Example]]) -> tuple[list[float], list[int]]:
         """The mean loss and the tokens of each adapter's batch; the gradients are in the bank.
 
-        `TrainingFailed` when there is no memory for single rows.
+        `TrainingFailed` when there is no memory for single rows, or on one of several ranks: the others are amid the
+        same pass, and wait for it.
         """
         while True:
             try:
@@ -352,8 +364,8 @@ class _Gradients:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.parts >= max(map(len, drawn)):
-                    reason = "out of memory with one row of each adapter"
+                if self.parts >= max(map(len, drawn)) or self._ranks.many > 1:
+                    reason = "out of memory with one row of each adapter" if self._ranks.many == 1 else OUT_OF_MEMORY
                     raise TrainingFailed(step=self._live[0].step + 1, reason=reason) from error
             self.parts *= 2
             if self._model.device.type == "cuda":
@@ -362,20 +374,29 @@ class _Gradients:
     def _passes(self, drawn: Sequence[list[Example]]) -> tuple[list[float], list[int]]:
         asked = [asked_of(batch) for batch in drawn]
         means_K = torch.zeros(len(drawn), device=self._model.device)
-        tokens_K = [0] * len(drawn)
+        tokens_K = torch.zeros(len(drawn), dtype=torch.long, device=self._model.device)
         for run, chance in zip(self._live, self._bank.drop.chances if self._bank.drop else [], strict=False):
-            chance.manual_seed((run.recipe.seed << 32) + run.step)
+            chance.manual_seed((run.recipe.seed << 32) + (self._ranks.rank << 24) + run.step)
         with self._bank.gradients(at_once=self.parts == 1):
-            for part in range(min(self.parts, max(map(len, drawn)))):
-                some = [batch[part :: self.parts] for batch in drawn]
-                packed = pack(some, together=self._together, asked=asked).to(self._model.device)
+            for part in range(self._ranks.passes(max(map(len, drawn)), self.parts)):
+                packed = self._packed(drawn, part, self.parts, asked)
                 self._bank.assign(list(enumerate(packed.rows)))
                 total, losses_N = self._loss(packed)
                 total.backward()
                 means_K.index_add_(0, packed.owner_N, losses_N * packed.weights_N)
-                width = packed.ids_BT.shape[1]
-                tokens_K = [tokens + rows * width for tokens, rows in zip(tokens_K, packed.rows, strict=True)]
-        return means_K.tolist(), tokens_K
+                tokens_K += torch.tensor(packed.rows, device=tokens_K.device) * packed.ids_BT.shape[1]
+        assert self._bank.grad_KP is not None
+        self._ranks.add_up(self._bank.grad_KP, means_K, tokens_K)
+        return means_K.tolist(), tokens_K.tolist()
+
+    def _packed(self, drawn: Sequence[Sequence[Example]], part: int, parts: int, asked: Sequence[float]) -> Packed:
+        """This rank's rows for a pass; where it has none, a row that weighs nothing: layers need all ranks."""
+        some = [self._ranks.share(batch, part, parts) for batch in drawn]
+        if not any(some):
+            first = next(place for place, batch in enumerate(drawn) if batch)
+            some = [batch[:1] if place == first else [] for place, batch in enumerate(drawn)]
+            asked = [math.inf] * len(drawn)
+        return pack(some, together=self._together, asked=asked).to(self._model.device)
 
     @torch.no_grad()
     def held_out(self, places: Sequence[int]) -> list[float]:
@@ -388,19 +409,20 @@ class _Gradients:
                 if not now:
                     break
                 drawn = [self._live[place].held[batch] for place in now]
-                packed = pack(drawn, together=self._together).to(self._model.device)
+                packed = self._packed(drawn, 0, 1, [1] * len(drawn))
                 self._bank.assign(list(zip(now, packed.rows, strict=True)))
-                _, losses_N = self._loss(packed)
-                sums_K.index_add_(0, torch.tensor(now)[packed.owner_N.cpu()], losses_N.double().cpu())
+                losses_N = self._loss(packed)[1].double() * packed.weights_N
+                sums_K.index_add_(0, torch.tensor(now)[packed.owner_N.cpu()], losses_N.cpu())
                 for place, some in zip(now, drawn, strict=True):
                     asked_K[place] += asked_of(some)
         finally:
             self._bank.drop = drop
+        self._ranks.add_up(sums_K)
         return [float(sums_K[place]) / asked_K[place] for place in places]
 
 
-def _tell(live: Sequence[_Run], report: Report, parts: int) -> KeyboardInterrupt | None:
-    """Report the step of each run, in how many passes it was made if not in one; what the report asked to stop by."""
+def _tell(live: Sequence[_Run], report: Report, parts: int, ranks: Ranks) -> KeyboardInterrupt | None:
+    """Report the step of each run, in how many passes it was made if not in one; what a report asked to stop by."""
     asked_to_stop = None
     more = {"passes": parts} if parts > 1 else {}
     for run in live:
@@ -408,7 +430,8 @@ def _tell(live: Sequence[_Run], report: Report, parts: int) -> KeyboardInterrupt
             report(run.told() | {"task": run.place} | more)
         except KeyboardInterrupt as interrupt:
             asked_to_stop = interrupt
-    return asked_to_stop
+    stops = ranks.any(asked_to_stop is not None)
+    return asked_to_stop or (KeyboardInterrupt() if stops else None)
 
 
 def _check(what: str, values: Sequence[float], live: Sequence[_Run], drawn: Sequence[Sequence[Example]]) -> None:

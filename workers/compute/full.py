@@ -8,6 +8,7 @@ step is far below a weight's unit in the last place (Micikevicius et al. 2018, a
 bytes, or 18 with its copy in bfloat16, beside the activations. Vectors (norms, biases) do not decay.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from registry.core.recipes import FullFineTune, recipe_digest
 from . import checkpoint
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
-from .data import Example, Row, asked_of, pack
+from .data import Example, Packed, Row, asked_of, pack
+from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of, whole
 from .finetune import Report, silent
 from .lora import listed, nearest
 from .loss import Loss
@@ -59,42 +61,57 @@ def tune(
     *,
     report: Report = silent,
     checkpoint_dir: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tuned:
     """Train the weights of the base in folder ``base`` as ``recipe`` says; the folder stays as it is.
 
     ``report`` is called after every step; when it raises KeyboardInterrupt a checkpoint is left in ``checkpoint_dir``,
     from which the same call goes on to the same bytes. `TrainingFailed` names the rows on which the loss or the
-    gradient was no number.
+    gradient was no number. All ``ranks`` call this alike; weights, gradients and moments are sharded among them, and
+    the first alone has the weights in the end, and writes checkpoints.
     """
-    model, tokenizer = load(base, "fp32")
+    computes_in = dtype_for(recipe.precision)
+    if ranks.mesh is None:
+        model, tokenizer = load(base, "fp32")
+    else:
+        model, tokenizer = load_sharded(base, "fp32", ranks.mesh, computes_in=computes_in)
     if getattr(model.config, "quantization_config", None):
         raise NotRunnable(what="Full fine-tuning", reason="the base is quantised; train its unquantised weights")
     names = _trained(model, recipe)
     kept_as = _kept_as(model, names, stored_tensors(base))
     ahead, held, counted = laid_out(model, tokenizer, recipe, rows)
     course = _Course(recipe=recipe, counted=counted, ahead=ahead, held=held)
-    weights = _Weights(model, names, dtype_for(recipe.precision), recipe.weight_decay)
+    weights = _Weights(model, names, computes_in if ranks.mesh is None else torch.float32, recipe.weight_decay, ranks)
     identity = str(recipe_digest(recipe))
     if checkpoint_dir is not None and (state := checkpoint.read(checkpoint_dir, identity)) is not None:
         course.go_to(dict(state.told))
         weights.go_to(state)
         course.best = weights.by_name("best", state)
-    gradients = _Gradients(model, weights)
+    gradients = _Gradients(model, weights, ranks)
 
     def save() -> None:
         if checkpoint_dir is not None:
-            checkpoint.save(checkpoint_dir, {identity: weights.state(course)})
+            state = weights.state(course)
+            if ranks.first:
+                checkpoint.save(checkpoint_dir, {identity: state})
+        ranks.wait()
 
     with recomputing(model) if recipe.activation_checkpointing else nullcontext():
         while not course.ended:
-            _step(course, weights, gradients, report, save)
-    found, kept = (course.best, course.best_look[0]) if course.best else (weights.on_the_processor(), course.step)
-    stored = {other: found[name] for name, others in kept_as.items() for other in others}
+            _step(course, weights, gradients, report, save, ranks)
+    kept = course.step if course.best is None else course.best_look[0]
+    found = weights.on_the_processor() if course.best is None else course.best
+    stored = {other: found[name] for name, others in kept_as.items() for other in others if ranks.first}
     return Tuned(stored, tuple(course.losses), course.tokens, tuple(course.looks), kept, counted)
 
 
 def _step(
-    course: "_Course", weights: "_Weights", gradients: "_Gradients", report: Report, save: Callable[[], None]
+    course: "_Course",
+    weights: "_Weights",
+    gradients: "_Gradients",
+    report: Report,
+    save: Callable[[], None],
+    ranks: Ranks,
 ) -> None:
     batch, step = next(course.ahead), course.step
     mean, tokens = gradients(batch, step + 1)
@@ -110,13 +127,16 @@ def _step(
         course.looks.append((course.step, gradients.held_out(course.held)))
         if course.is_best:
             course.best = weights.on_the_processor()
+    asked_to_stop = False
     try:
         report(course.told() | ({"passes": gradients.parts} if gradients.parts > 1 else {}))
     except KeyboardInterrupt:
+        asked_to_stop = True
+    asked_to_stop = ranks.any(asked_to_stop)
+    if asked_to_stop or course.wants_a_checkpoint:
         save()
-        raise
-    if course.wants_a_checkpoint:
-        save()
+    if asked_to_stop:
+        raise KeyboardInterrupt
 
 
 def write_tuned(base: Path, tuned: Tuned, out: Path, dtype: str | None = None, report: Report = silent) -> Merged:
@@ -177,8 +197,11 @@ class _Course(Course):
 class _Weights:
     """The trained parameters, their float32 values, and AdamW on these."""
 
-    def __init__(self, model: Model, names: Sequence[str], dtype: torch.dtype, decay: float) -> None:
+    def __init__(
+        self, model: Model, names: Sequence[str], dtype: torch.dtype, decay: float, ranks: Ranks = ALONE
+    ) -> None:
         """``model`` is in float32; from here on it computes in ``dtype``."""
+        self._ranks = ranks
         self.exact: dict[str, Tensor] = {}
         self._computed: dict[str, nn.Parameter] = {}
         wanted = set(names)
@@ -207,7 +230,7 @@ class _Weights:
     def norm(self) -> float:
         """‖gradient‖ over all weights together."""
         grads = [exact.grad for exact in self.exact.values() if exact.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+        return float(whole(torch.nn.utils.get_total_norm(grads)))
 
     @torch.no_grad()
     def step(self, rate: float, *, clip: float) -> None:
@@ -222,8 +245,17 @@ class _Weights:
                 parameter.copy_(self.exact[name])
 
     def on_the_processor(self) -> dict[str, Tensor]:
-        """The weights as they are now, copied."""
-        return {name: exact.detach().to("cpu", copy=True) for name, exact in self.exact.items()}
+        """The weights as they are now, copied; put together where they are sharded, and kept by the first rank."""
+        return self._kept({name: exact.detach() for name, exact in self.exact.items()})
+
+    def _kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors on the processor: one by one put together, all ranks at once, and kept by the first of them."""
+        kept = {}
+        for name, tensor in tensors.items():
+            put_together = whole(tensor)
+            if self._ranks.first:
+                kept[name] = put_together.to("cpu", copy=True)
+        return kept
 
     # ── checkpoints ──
 
@@ -234,17 +266,19 @@ class _Weights:
             moments = self._adamw.state.get(exact, {})  # nothing for a weight that no gradient ever reached
             tensors |= {f"{kind}.{name}": moments[key] for kind, key in _MOMENTS.items() if key in moments}
         tensors |= {f"best.{name}": value for name, value in (course.best or {}).items()}
+        if self._ranks.mesh is not None:
+            tensors = self._kept(tensors)
         return State(course.step, tensors, course.noted())
 
     @torch.no_grad()
     def go_to(self, state: State) -> None:
         """Be where a checkpoint was made."""
         for name, exact in self.exact.items():
-            exact.copy_(state.tensors[f"theta.{name}"])
+            exact.copy_(part_of(exact, state.tensors[f"theta.{name}"]))
             if f"m.{name}" in state.tensors:
                 self._adamw.state[exact] = {"step": torch.tensor(float(state.step), device=exact.device)}
                 for kind, key in _MOMENTS.items():
-                    self._adamw.state[exact][key] = state.tensors[f"{kind}.{name}"].to(exact.device)
+                    self._adamw.state[exact][key] = part_of(exact, state.tensors[f"{kind}.{name}"])
             if self._computed[name] is not exact:
                 self._computed[name].copy_(exact)
 
@@ -270,8 +304,8 @@ def _hand_over(parameter: Tensor, exact: Tensor) -> None:
 class _Gradients:
     """The loss and the gradients of a step, in one pass or, where memory does not take that, in several."""
 
-    def __init__(self, model: Model, weights: _Weights) -> None:
-        self._model, self._weights = model, weights
+    def __init__(self, model: Model, weights: _Weights, ranks: Ranks) -> None:
+        self._model, self._weights, self._ranks = model, weights, ranks
         self._together = keeps_apart(model)
         self._loss = Loss(model, head_is_adapted=False)
         self.parts = 1
@@ -286,28 +320,36 @@ class _Gradients:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.parts >= len(batch):
-                    raise TrainingFailed(step=step, reason="out of memory with one row") from error
+                if self.parts >= len(batch) or self._ranks.many > 1:
+                    reason = "out of memory with one row" if self._ranks.many == 1 else OUT_OF_MEMORY
+                    raise TrainingFailed(step=step, reason=reason) from error
             self.parts *= 2
             if self._model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _passes(self, batch: Sequence[Example]) -> tuple[float, int]:
-        mean, tokens = 0.0, 0
-        for part in range(min(self.parts, len(batch))):
-            some = batch[part :: self.parts]
-            packed = pack([some], together=self._together, asked=[asked_of(batch)]).to(self._model.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
+        for part in range(self._ranks.passes(len(batch), self.parts)):
+            packed = self._packed(batch, part, self.parts, asked_of(batch))
             total, _ = self._loss(packed)
             total.backward()
-            mean += float(total.detach())
-            tokens += packed.ids_BT.numel()
-        return mean, tokens
+            sums += torch.tensor([float(total.detach()), packed.ids_BT.numel()], device=sums.device)
+        self._ranks.add_up(sums)
+        mean, tokens = sums.tolist()
+        return mean, int(tokens)
 
     @torch.no_grad()
     def held_out(self, held: Sequence[Sequence[Example]]) -> float:
         """The mean loss over tokens of the rows held out."""
-        total = 0.0
+        total = torch.zeros(1, dtype=torch.float64, device=self._model.device)
         for batch in held:
-            packed = pack([batch], together=self._together).to(self._model.device)
-            total += float(self._loss(packed)[1].double().sum())
-        return total / sum(map(asked_of, held))
+            packed = self._packed(batch, 0, 1, 1)
+            total += (self._loss(packed)[1].double() * packed.weights_N).sum()
+        self._ranks.add_up(total)
+        return float(total) / sum(map(asked_of, held))
+
+    def _packed(self, batch: Sequence[Example], part: int, parts: int, asked: float) -> Packed:
+        """This rank's rows for a pass; where it has none, a row that weighs nothing: layers need all ranks."""
+        some = self._ranks.share(batch, part, parts)
+        weighed = pack([some or batch[:1]], together=self._together, asked=[asked if some else math.inf])
+        return weighed.to(self._model.device)

@@ -25,7 +25,8 @@ def decoder_layers(model: Model) -> list[nn.Module]:
     """The layers that the model repeats: members of its lists that are of the kinds it does not want to be split."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return [layer for layers in lists for layer in layers if type(layer).__name__ in kinds]
+    of_kind = (layer for layers in lists for layer in layers)  # a sharded layer has a kind of its own, below its own
+    return [layer for layer in of_kind if kinds & {kind.__name__ for kind in type(layer).__mro__}]
 
 
 @contextmanager

@@ -30,15 +30,16 @@ class Stored:
     start: int
     size: int
 
-    def blocks(self, file: int) -> Iterator[tuple[slice, Tensor]]:
-        """The tensor by blocks of rows (dimension 0) of at most `BLOCK_BYTES` each, or of one row."""
+    def blocks(self, file: int, some: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The tensor, or some of its rows (dimension 0), by blocks of rows of at most `BLOCK_BYTES` each, or of one."""
         if not self.size:
             return
         rows = self.shape[0] if self.shape else 1
         row = self.size // rows
         many = max(1, BLOCK_BYTES // row)
-        for first in range(0, rows, many):
-            last = min(first + many, rows)
+        start, stop, _ = (some or slice(None)).indices(rows)
+        for first in range(start, stop, many):
+            last = min(first + many, stop)
             data = bytearray(os.pread(file, (last - first) * row, self.start + first * row))
             if len(data) != (last - first) * row:
                 raise BadHeader(path=self.path.name, reason=f"tensor '{self.name}' ends after the end of the file")
