@@ -2,11 +2,12 @@
 
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks import run
+from benchmarks.rebase import exactness
 from benchmarks.table import Row, at_least, at_most
 
 TINY = 0.002
@@ -21,6 +22,13 @@ def test_a_benchmark_yields_rows_with_claims(name: str) -> None:
         assert row.target
         assert row.measured >= 0
         json.dumps(asdict(row))
+
+
+def test_the_exactness_of_aligning_is_measured_family_by_family() -> None:
+    found = list(exactness.cells(steps=4, rows=8))
+    assert {cell.family for cell in found} == exactness.FAMILIES.keys()
+    assert all(abs(cell.aligned - cell.before) <= exactness.LIMIT for cell in found)
+    assert exactness.table(found) != exactness.table([replace(found[0], aligned=found[0].before + 1), *found[1:]])
 
 
 def test_every_row_is_in_the_table_with_its_verdict() -> None:

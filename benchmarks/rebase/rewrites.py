@@ -131,10 +131,11 @@ def vocabulary(model: Model, order: Sequence[int], more: int, seed: int) -> None
     """Token ``order[i]`` becomes token i; after them ``more`` new ones that the old model has no row for."""
     chance = torch.Generator().manual_seed(seed)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for table in {id(module.weight): module for module in (embedding, head)}.values():
+    tied = head.weight is embedding.weight
+    for table in (embedding,) if tied else (embedding, head):
         new = torch.randn(more, table.weight.shape[1], generator=chance) * table.weight.std()
         table.weight = nn.Parameter(torch.cat([table.weight[list(order)], new]), requires_grad=False)
-    if model.config.tie_word_embeddings:
+    if tied:
         head.weight = embedding.weight
     model.config.vocab_size = embedding.num_embeddings = head.out_features = len(order) + more
 

@@ -99,8 +99,11 @@ def test_what_the_bias_of_a_norm_brought_is_a_bias_that_peft_loads(tmp_path: Pat
     torch.testing.assert_close(factories.logits(with_peft), expected, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "turned"])
 @pytest.mark.parametrize("family", [factories.llama, untied], ids=["tied", "untied"])
-def test_rows_of_the_vocabulary_go_where_their_tokens_are(family: Callable[[], Model], tmp_path: Path) -> None:
+def test_rows_of_the_vocabulary_go_where_their_tokens_are(
+    family: Callable[[], Model], turned: bool, tmp_path: Path
+) -> None:
     model = lively(family())
     chance = torch.Generator().manual_seed(1)
     adapter = factories.random_adapter(model)
@@ -114,7 +117,8 @@ def test_rows_of_the_vocabulary_go_where_their_tokens_are(family: Callable[[], M
     old, expected = factories.saved(model, tmp_path / "old"), answers(model, adapter)
     order = torch.randperm(259, generator=chance).tolist()
     place = torch.tensor(order).argsort()
-    rewrites.residual(model, 3)
+    if turned:
+        rewrites.residual(model, 3)
     rewrites.vocabulary(model, order, more=5, seed=4)
     model.save_pretrained(tmp_path / "new")
     rewrites.renumbered(factories.tokenizer(), order).save_pretrained(tmp_path / "new")
