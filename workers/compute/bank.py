@@ -104,8 +104,8 @@ class Layer:
     replaced: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     stretch_O: dict[int, Tensor] = field(default_factory=dict)
     """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitude ⁄ ‖W₀ + ΔW‖ by rows."""
-    untouched: bool = field(default=False, init=False)
-    """Whether the gradient's views hold nothing of this step, so that the next product overwrites them."""
+    untouched: set[int] = field(default_factory=set, init=False)
+    """Adapters whose views of the gradient hold nothing of this step, so that their next product overwrites them."""
     plain: bool = field(init=False)
     """Whether products of all rows say everything."""
 
@@ -115,6 +115,7 @@ class Layer:
         # A module whose input needs no gradient would have no backward, but its factors need theirs.
         self._anchor = torch.zeros((), requires_grad=self.trained is not None)
         self._leaves: tuple[Tensor, Tensor] | None = None
+        self._parts: dict[tuple[int, int], _Part] = {}
 
     def apply(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         """h of the rows that belong to adapters, as adapted."""
@@ -131,11 +132,31 @@ class Layer:
         added: Tensor = _Added.apply(own, dropped, self, groups, self._anchor)
         return added
 
-    def clear(self) -> None:
-        """Forget the gradient."""
+    def part(self, adapters: slice) -> "_Part":
+        """The factors of some; made once, as the same ones are asked for at every step."""
+        key = (adapters.start, adapters.stop)
+        if key not in self._parts:
+            views = (self.a_KRI, self.b_KOR, self.scale_K11, *(self.trained or ())[2:])
+            which = slice(*key) if adapters.stop - adapters.start > 1 else adapters.start
+            self._parts[key] = _Part(*(view[which] for view in views))
+        return self._parts[key]
+
+    def is_first(self, adapters: slice) -> bool:
+        """Whether the coming product is the first of this step for these adapters, all of them or none."""
+        asked = set(range(adapters.start, adapters.stop))
+        first = asked & self.untouched
+        self.untouched -= first
+        if first == asked:
+            return True
+        self.clear(first)
+        return False
+
+    def clear(self, adapters: Iterable[int]) -> None:
+        """Forget the gradient of these."""
         if self.trained is not None:
-            self.trained[2].zero_()
-            self.trained[3].zero_()
+            for which in adapters:
+                self.trained[2][which].zero_()
+                self.trained[3][which].zero_()
 
     def _one_by_one(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         parts, end = [], 0
@@ -185,24 +206,31 @@ def _replaced(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, h: Te
     return F.linear(x, weight.T if isinstance(module, Conv1D) else weight, bias)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Factors of neighbours: of one alone as matrices, whose plain products are the faster ones."""
+
+    a_KRI: Tensor
+    b_KOR: Tensor
+    scale_K11: Tensor
+    grad_a_KRI: Tensor | None = None
+    grad_b_KOR: Tensor | None = None
+
+    def rows(self, x: Tensor, group: Group) -> Tensor:
+        """The group's rows of x as matrices that the factors can be multiplied with: K×L×I, or L×I of one alone."""
+        own = x if group.rows == slice(0, len(x)) else x[group.rows]
+        return own.reshape(-1, x.shape[-1]) if group.many == 1 else own.reshape(group.many, -1, x.shape[-1])
+
+
 def _forward(layer: Layer, x: Tensor, h: Tensor, groups: Sequence[Group]) -> list[Tensor]:
-    """Add s·B·A·x of all groups to h, in place; s·A·x of each. A group of one is a plain product, the faster one."""
+    """Add s·B·A·x of all groups to h, in place; s·A·x of each."""
     lows = []
     for group in groups:
-        a_KRI, b_KOR, scale_K11 = (each[group.adapters] for each in (layer.a_KRI, layer.b_KOR, layer.scale_K11))
-        h_KLO = h[group.rows].view(group.many, -1, h.shape[-1])
-        x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
-        low_KLR = _product(x_KLI, a_KRI.mT).mul_(scale_K11)
+        part = layer.part(group.adapters)
+        low_KLR = (part.rows(x, group) @ part.a_KRI.mT).mul_(part.scale_K11)
+        _add(part.rows(h, group), low_KLR, part.b_KOR.mT)
         lows.append(low_KLR)
-        if group.many == 1:
-            h_KLO[0].addmm_(low_KLR[0], b_KOR[0].T)
-        else:
-            h_KLO.baddbmm_(low_KLR, b_KOR.mT)
     return lows
-
-
-def _is_whole(groups: Sequence[Group], x: Tensor) -> bool:
-    return len(groups) == 1 and groups[0].rows == slice(0, len(x))
 
 
 class _Added(torch.autograd.Function):
@@ -221,40 +249,34 @@ class _Added(torch.autograd.Function):
         layer: Layer = ctx.layer
         x, *lows = ctx.saved_tensors
         dh = gradients[0].contiguous()
-        assert layer.trained is not None
-        _, _, grad_a_KRI, grad_b_KOR = layer.trained
         wanted = ctx.needs_input_grad[1]
-        dx = torch.zeros_like(x) if wanted and not _is_whole(ctx.groups, x) else None
+        dx = torch.zeros_like(x) if wanted and ctx.groups[0].rows != slice(0, len(x)) else None
         for group, low_KLR in zip(ctx.groups, lows, strict=True):
-            which = group.adapters
-            a_KRI, b_KOR = layer.a_KRI[which], layer.b_KOR[which]
-            dh_KLO = dh[group.rows].view(group.many, -1, dh.shape[-1])
-            x_KLI = x[group.rows].reshape(group.many, -1, x.shape[-1])
-            dlow_KLR = _product(dh_KLO, b_KOR).mul_(layer.scale_K11[which])
-            _add(grad_b_KOR[which], dh_KLO.mT, low_KLR, layer.untouched)
-            _add(grad_a_KRI[which], dlow_KLR.mT, x_KLI, layer.untouched)
+            part = layer.part(group.adapters)
+            assert part.grad_a_KRI is not None
+            assert part.grad_b_KOR is not None
+            dh_KLO = part.rows(dh, group)
+            dlow_KLR = (dh_KLO @ part.b_KOR).mul_(part.scale_K11)
+            first = layer.is_first(group.adapters)
+            _add(part.grad_b_KOR, dh_KLO.mT, low_KLR, instead=first)
+            _add(part.grad_a_KRI, dlow_KLR.mT, part.rows(x, group), instead=first)
             if wanted:
-                part = _product(dlow_KLR, a_KRI).view(x[group.rows].shape)
+                own = dlow_KLR @ part.a_KRI
                 if dx is None:
-                    dx = part
+                    dx = own.view(x.shape)
                 else:
-                    dx[group.rows] = part
-        layer.untouched = False
+                    dx[group.rows] = own.view(x[group.rows].shape)
         return gradients[0], dx, None, None, None
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return (left[0] @ right[0])[None] if len(left) == 1 else torch.bmm(left, right)
-
-
-def _add(into: Tensor, left: Tensor, right: Tensor, instead: bool) -> None:
+def _add(into: Tensor, left: Tensor, right: Tensor, *, instead: bool = False) -> None:
     """Add a product to what is there, or put it there ``instead``."""
-    if len(into) == 1 and into.dtype == left.dtype:
-        torch.addmm(into[0], left[0], right[0], beta=0 if instead else 1, out=into[0])
-    elif instead:
-        into.copy_(_product(left, right))
+    if into.dtype != left.dtype:
+        into.copy_(left @ right) if instead else into.add_(left @ right)
+    elif into.dim() == 2:
+        into.addmm_(left, right, beta=0 if instead else 1)
     else:
-        into.add_(_product(left, right))
+        into.baddbmm_(left, right, beta=0 if instead else 1)
 
 
 # ── dropout ──────────────────────────────────────────────────────────────────
@@ -342,20 +364,17 @@ class Bank:
             self._computed_KP.copy_(self.theta_KP)
 
     @contextmanager
-    def gradients(self, *, at_once: bool = True) -> Iterator[Tensor]:
-        """θ's gradient (K×P): what the losses that are differentiated inside the block say, and nothing of before.
-
-        ``at_once``: each module is passed once at most, with rows of every adapter, so that what it says needs no sum.
-        """
+    def gradients(self) -> Iterator[Tensor]:
+        """θ's gradient (K×P): what the losses that are differentiated inside the block say, and nothing of before."""
         assert self.grad_KP is not None
+        everyone = range(len(self.adapters))
         for layer in self.layers.values():
-            layer.untouched = layer.plain and at_once
-            if not layer.untouched:
-                layer.clear()
+            layer.untouched = set(everyone) if layer.plain else set()
+            if not layer.plain:
+                layer.clear(everyone)
         yield self.grad_KP
-        for layer in self.layers.values():
-            if layer.untouched:  # nothing went through it
-                layer.clear()
+        for layer in self.layers.values():  # through some nothing went, of some adapters
+            layer.clear(layer.untouched)
 
     def assign(self, rows: Rows) -> None:
         """Say whose the rows of the coming batches are. One adapter alone has every row unless told otherwise."""

@@ -377,7 +377,7 @@ class _Gradients:
         tokens_K = torch.zeros(len(drawn), dtype=torch.long, device=self._model.device)
         for run, chance in zip(self._live, self._bank.drop.chances if self._bank.drop else [], strict=False):
             chance.manual_seed((run.recipe.seed << 32) + (self._ranks.rank << 24) + run.step)
-        with self._bank.gradients(at_once=self.parts == 1):
+        with self._bank.gradients():
             for part in range(self._ranks.passes(max(map(len, drawn)), self.parts)):
                 packed = self._packed(drawn, part, self.parts, asked)
                 self._bank.assign(list(enumerate(packed.rows)))

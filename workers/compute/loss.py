@@ -91,13 +91,14 @@ class _Chunked(torch.autograd.Function):
             chunk = slice(start, start + many)
             asked_C1 = targets_N[chunk, None]
             logits_CV = F.linear(hidden_ND[chunk], weight_VD, bias_V).float()
-            log_z_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            losses_N[chunk] = (log_z_C1 - logits_CV.gather(1, asked_C1))[:, 0]
+            logit_C1, top_C1, weight_C1 = logits_CV.gather(1, asked_C1), logits_CV.amax(1, True), weights_N[chunk, None]
+            exp_CV = logits_CV.sub_(top_C1).exp_()  # in place: memory that is new to a process is slow to come by
+            sum_C1 = exp_CV.sum(1, True)
+            losses_N[chunk] = (sum_C1.log() + top_C1 - logit_C1)[:, 0]
             if grad_ND is None and not (trained or shifted):
                 continue
-            p_CV = logits_CV.sub_(log_z_C1).exp_()
-            p_CV.scatter_add_(1, asked_C1, torch.full_like(log_z_C1, -1.0))
-            said_CV = p_CV.mul_(weights_N[chunk, None]).to(weight_VD.dtype)
+            p_CV = exp_CV.mul_(weight_C1 / sum_C1).scatter_add_(1, asked_C1, -weight_C1)
+            said_CV = p_CV.to(weight_VD.dtype)
             if grad_ND is not None:
                 grad_ND[chunk] = said_CV @ weight_VD
             if grad_VD is not None:

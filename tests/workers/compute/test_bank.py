@@ -199,3 +199,22 @@ def test_the_scale_is_not_rounded_to_the_models_type() -> None:
         update = module(x).double() - bare
     exact = 0.3 * x.double() @ a_RI.double().T @ b_OR.double().T
     assert float((update * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=5e-4)
+
+
+def test_gradients_of_passes_with_others_company_add_up_and_forget_the_step_before() -> None:
+    model = factories.llama()
+    bank = Bank(model, mixed(model), train=True)
+
+    def said(*passes: list[tuple[int | None, int]]) -> Tensor:
+        with bank.attached(), bank.gradients() as grad_KP:
+            for rows in passes:
+                bank.assign(rows)
+                ids_BT = torch.cat([IDS[which : which + count] for which, count in rows if which is not None])
+                model(input_ids=ids_BT).logits.square().sum().backward()
+        return grad_KP.clone()
+
+    both = said([(0, 2), (1, 2)], [(1, 1), (2, 1)])  # adapter 1 goes first with 0, then with 2 that has nothing yet
+    alone = [said([(0, 2)]), said([(1, 2)], [(1, 1)]), said([(2, 1)])]
+    for which, grad_KP in enumerate(alone):
+        torch.testing.assert_close(both[which], grad_KP[which], atol=1e-4, rtol=1e-4)
+        assert not grad_KP[[other for other in range(3) if other != which]].any()

@@ -95,3 +95,12 @@ def test_a_model_that_caps_its_logits_is_left_to_compute_them() -> None:
     ours, theirs = Loss(model, head_is_adapted=False)(batch), whole(model, batch)
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_beyond_what_float32_can_tell_from_impossible_has_its_loss() -> None:
+    model, batch = factories.llama(), packed()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(400.0)
+    (ours, ours_N), (theirs, theirs_N) = Loss(model, head_is_adapted=False)(batch), whole(model, batch)
+    assert float(theirs_N.max()) > 104  # exp of minus this is 0
+    torch.testing.assert_close((ours, ours_N), (theirs, theirs_N), atol=1e-3, rtol=1e-5)
