@@ -1,7 +1,6 @@
 """Commands about work: datasets, suites, training, evaluation, merging, rebasing, and jobs themselves."""
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,8 @@ from registry.core.names import Reference, SeriesName
 
 from . import bases, config
 from .output import Bar, Output, ago, command, fields, number, plot, short, size, sparkline, table
-from .parameters import METRIC, METRICS, TIER
+from .parameters import METRIC, METRICS, TIER, bytes_of
+from .searches import searched, show_search
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -167,16 +167,26 @@ def job_options(function: Any) -> Any:
     "loractl train recipe.toml",
     "loractl train recipe.toml --output team/bot --alias prod --no-wait",
     "loractl train full.toml --line llama-bot",
+    "loractl train recipe.toml --rank auto --energy 0.95 --suite team/reviews-test",
+    "loractl train recipe.toml --scale auto --suite team/reviews-test",
+    "loractl train recipe.toml --targets auto --suite team/reviews-test",
 )
 @click.argument("recipe", type=FILE, metavar="RECIPE.toml")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: [output].")
 @click.option("--line", metavar="LINE", help="Full fine-tuning: the line it becomes the newest revision of.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
 @click.option("-m", "--message", metavar="TEXT", help="What is new in it.")
+@click.option("--rank", metavar="N|auto", help="The rank; auto: train a high one, keep what carries the update.")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="--rank auto: how much of ‖ΔW‖² to keep.")
+@click.option("--bytes", "budget", metavar="SIZE", help="--rank auto: at most so large. --targets auto: each so large.")
+@click.option("--scale", type=click.Choice(["auto"]), help="Search scale and learning rate together.")
+@click.option("--targets", type=click.Choice(["auto"]), help="Add groups of modules as long as the next one helps.")
+@click.option("--suite", "suite_ref", metavar="S", help="With auto: the suite whose calibration split chooses.")
 @job_options
 def train(
     out: Output, recipe: Path, name: str | None, line: str | None, aliases: tuple[str, ...], message: str | None,
-    queue: str, fresh: bool, no_wait: bool,
+    rank: str | None, energy: float | None, budget: str | None, scale: str | None, targets: str | None,
+    suite_ref: str | None, queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a LoRA adapter, or the base itself, by a recipe, and draw its loss.
 
@@ -197,11 +207,12 @@ def train(
     read = load_recipe(recipe)
     given = {"adapter": name, "line": line, "aliases": list(aliases) or None, "message": message}
     output = read.output | {key: value for key, value in given.items() if value is not None}
+    wanted = searched(read.recipe, rank, scale, targets, energy, budget, suite_ref)
     if read.recipe["kind"] == "full-finetune" and "line" not in output:
         raise BadRequest(problems='name the result: --line llama-bot, or line = "llama-bot" under [output]')
     if read.recipe["kind"] == "finetune" and "adapter" not in output:
         raise BadRequest(problems='name the result: --output team/bot, or adapter = "team/bot" under [output]')
-    ask(out, JobRequest(recipe=read.recipe, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=wanted, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
 
 
 @command(
@@ -339,10 +350,12 @@ def succeeded(job: "JobInfo") -> "JobInfo":
 def _draw(bar: Bar, kind: str, event: str, data: dict[str, Any], curve: list[tuple[float, float]]) -> None:
     step, steps, loss = data.get("step"), data.get("steps"), data.get("loss")
     if step is not None and loss is not None:
+        if curve and step < curve[-1][0]:
+            curve.clear()  # another phase of a search
         curve.append((float(step), float(loss)))
     losses = [point[1] for point in curve]
     note = f"loss {losses[-1]:.3f} {sparkline(losses)}" if losses else event
-    bar.count(kind, step or 0, steps or 0, note)
+    bar.count(data.get("phase", kind), step or 0, steps or 0, note)
 
 
 def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
@@ -352,6 +365,8 @@ def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
         curves = {"loss": curve, "held out": [(float(step), float(loss)) for step, loss in result.get("held_out", [])]}
         click.echo(plot({name: points for name, points in curves.items() if len(points) > 1},
                         title=f"{job.kind} {job.id}", x="step"))  # fmt: skip
+    if job.kind == "search" and result:
+        show_search(result)
     _job(job)
 
 
@@ -393,18 +408,6 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[st
             f"the same token is the likeliest at {deviation['agreement']:.1%} of {deviation['positions']} positions"
         )
     out.emit(document, lambda: fields(shown))
-
-
-_SIZE = re.compile(r"(?P<count>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
-
-
-def bytes_of(text: str) -> int:
-    """``5GB``, ``500MB`` (powers of 1000) or ``2GiB`` (of 1024) as a number of bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise click.UsageError(f"'{text}' is not a size such as 500MB, 5GB or 2GiB.")
-    power = ("", "K", "M", "G", "T").index(match["unit"].upper())
-    return int(float(match["count"]) * (1024 if match["binary"] else 1000) ** power)
 
 
 def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:

@@ -1,5 +1,7 @@
 """Values of options that click has no type for."""
 
+import re
+
 import click
 
 METRICS = "likelihood, accuracy, exact-match, f1, bleu, chrf, rouge-l, custom:NAME, custom-binary:NAME, lm-eval:NAME"
@@ -24,3 +26,14 @@ class MetricName(click.ParamType[str]):
 METRIC = MetricName()
 TIER = click.Choice(["carry", "align", "warm-start", "retrain"])
 """As in registry.core.recipes."""
+
+_SIZE = re.compile(r"(?P<count>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+
+
+def bytes_of(text: str) -> int:
+    """``5GB``, ``500MB`` (powers of 1000) or ``2GiB`` (of 1024) as a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise click.UsageError(f"'{text}' is not a size such as 500MB, 5GB or 2GiB.")
+    power = ("", "K", "M", "G", "T").index(match["unit"].upper())
+    return int(float(match["count"]) * (1024 if match["binary"] else 1000) ** power)

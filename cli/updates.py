@@ -7,8 +7,9 @@ import click
 from registry.core.names import Reference, SeriesName
 
 from . import bases
-from .jobs import ask, bytes_of, job_options
+from .jobs import ask, job_options
 from .output import Output, command
+from .parameters import bytes_of
 
 _SHARE = click.FloatRange(0, 1, min_open=True)
 

@@ -50,6 +50,7 @@ from registry.core.recipes import (
     Merge,
     Rebase,
     Recipe,
+    Search,
     parse_recipe,
 )
 from registry.files import Scan, digest_base, scan_folder
@@ -228,6 +229,9 @@ class Worker:
         pushes: list[str] = []
         evaluations: list[ScoredInfo] = []
         match recipe:
+            case Search():
+                found = recipe.model_copy(update={"found": FineTune.model_validate(result["found"], strict=False)})
+                pushes.append(self._push_adapter(found, out / "adapter", lease))
             case FineTune() | Rebase() | Combine() | Compress() | Extract():
                 pushes.append(self._push_adapter(recipe, out / "adapter", lease))
             case Merge() | FullFineTune():
@@ -408,7 +412,7 @@ def _with_checkpoints(recipe: Recipe) -> Recipe:
     match recipe:
         case FineTune(checkpoint_every=0) | FullFineTune(checkpoint_every=0):
             return recipe.model_copy(update={"checkpoint_every": _CHECKPOINT_EVERY})
-        case Rebase(training=FineTune() as training):
+        case Rebase(training=FineTune() as training) | Search(training=training):
             return recipe.model_copy(update={"training": _with_checkpoints(training)})
     return recipe
 
@@ -420,6 +424,8 @@ def _origins(recipe: MakesAdapter, lease: _Lease) -> tuple[tuple[str, ...], Fine
             return ((recipe.start,) if recipe.start else ()), recipe
         case Rebase():
             return (recipe.adapter,), recipe.training
+        case Search():
+            return (), recipe.found
         case Compress():
             return (recipe.adapter,), None
         case Combine():

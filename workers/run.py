@@ -5,7 +5,7 @@
 Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``--out``:
 
     result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
-    adapter/                finetune, rebase, combine, compress, extract: a PEFT folder
+    adapter/                finetune, search, rebase, combine, compress, extract: a PEFT folder
     base/                   full-finetune, merge: a model that transformers loads
     records-<i>.jsonl       evaluate: per item, for adapter i; the bare base's in records-bare.jsonl
     error.json              the refusal, instead of result.json; exit status 1
@@ -50,6 +50,7 @@ from registry.core.recipes import (
     Precision,
     Rebase,
     Recipe,
+    Search,
     inputs_of,
     parse_recipe,
     recipe_digest,
@@ -74,6 +75,7 @@ from .compute.rebase.retrain import gain, recovered, retrain
 from .compute.rebase.signals import compare
 from .compute.rebase.symmetries import Match
 from .compute.rebase.warm_start import warm_start
+from .compute.search import search
 from .compute.verify import deviation
 from .compute.weights import read_adapter, write_adapter, write_file
 from .processes import die_with
@@ -127,6 +129,8 @@ def run(
             facts = _compress(recipe, inputs, out, report)
         case Extract():
             facts = _extract(recipe, inputs, out, report)
+        case Search():
+            facts = _search(recipe, inputs, out, report, checkpoint)
         case Compare():
             facts = asdict(compare(inputs["old"], inputs["base"], report))
     facts |= {
@@ -241,6 +245,17 @@ def _extract(recipe: Extract, inputs: Inputs, out: Path, report: Report) -> dict
     made = extract(inputs["base"], inputs["tuned"], recipe, report)
     _write(made.adapter, out, recipe.base, recipe)
     return {"modules": _by_name(made.modules), "energy": made.energy, "rest": _by_name(made.rest)}
+
+
+def _search(recipe: Search, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
+    suite = Suite.read(inputs["suite"])
+    model, tokenizer = load(inputs["base"], recipe.training.precision)
+    rows = _rows(inputs)
+    study, found = search(model, tokenizer, recipe, rows, suite, report=report, checkpoint_dir=checkpoint)
+    _write(found.adapter, out, recipe.base, recipe)
+    told = {"over": recipe.over, "chosen": found.chosen, "reason": found.reason, "candidates": found.candidates}
+    measured = {"metric": study.metric, "items": study.items, "found": found.recipe.model_dump(mode="json")}
+    return _training_facts(found.trained, recipe.training.precision) | told | measured | found.facts
 
 
 def _by_name(found: Mapping[str, Kept] | Mapping[str, Other] | Mapping[str, Match]) -> dict[str, Any]:

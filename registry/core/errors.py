@@ -547,6 +547,12 @@ class UnknownTargets(Invalid):
     help = "Name linear modules by their last part, such as q_proj or down_proj."
 
 
+class SuiteTooSmall(Invalid):
+    code = "suite-too-small"
+    says = "The suite's calibration split has {n} items scored by {metric}; at least {needed} are needed to choose by."
+    help = "Push a larger suite, of which a fifth is its calibration split: loractl suite push FILE NAME"
+
+
 class RankTooHigh(Invalid):
     code = "rank-too-high"
     says = "Rank {rank} is above the smaller side of '{module}', which is {outputs}×{inputs}; at most {most} fits here"

@@ -163,6 +163,8 @@ class Rebase(Frozen):
         return self
 
 
+FULL_RANK = 64
+"""The rank that a search over ranks trains where nobody says which."""
 ENERGY = 0.95
 """The share of ‖ΔW‖² that is kept where nobody says how much."""
 Energy = Annotated[float, Field(gt=0, le=1)]
@@ -259,6 +261,68 @@ class Extract(Frozen):
         return self
 
 
+Times = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_CANDIDATES = 64
+
+
+class Search(Frozen):
+    """Train one adapter whose rank, scale or placement is found by measuring, on the calibration split of a suite.
+
+    rank       trains once at a high rank and cuts the update down by its spectrum
+    scale      trains every pair of scale and rate at once and goes on with the better half, three times
+    targets    adds groups of modules at equal bytes, as long as the next one's gain is clearly above zero
+    """
+
+    kind: Literal["search"] = "search"
+    over: Literal["rank", "scale", "targets"]
+    base: BaseDigest
+    training: FineTune
+    """Where the search starts from, and what it leaves as it is."""
+    suite: Sha256
+    """Its calibration split chooses, its report split is quoted, its gate split is not looked at."""
+    full_rank: Rank | None = None
+    """rank: the one that is trained; None: `FULL_RANK`, or what the targeted modules allow."""
+    energy: Energy | None = None
+    """rank: the share of ‖ΔW‖² to keep, module by module; `ENERGY` without ``bytes``."""
+    bytes: Annotated[int, Field(ge=1)] | None = None
+    """rank: of all factors together, at most. targets: what every placement gets, in float32; None: as many as the
+    recipe's own rank takes on its own targets, or rank 1 on all modules where that is more."""
+    scales: Annotated[tuple[Times, ...], Field(min_length=1)] = (0.25, 1.0, 4.0)
+    """scale: what the recipe's alpha is multiplied by."""
+    rates: Annotated[tuple[Times, ...], Field(min_length=1)] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    """scale: what the recipe's learning rate is multiplied by."""
+    found: FineTune | None = None
+    """What the search ended with, on record in the lineage of the version that it made; nothing reads it before."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_energy(cls, values: Any) -> Any:
+        by_rank = isinstance(values, dict) and values.get("over") == "rank"
+        if by_rank and values.get("energy") is None and values.get("bytes") is None:
+            return {**values, "energy": ENERGY}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.training.base != self.base:
+            raise ValueError("the training recipe is for another base")
+        if self.training.start is not None:
+            raise ValueError("a search trains from nothing: leave start out of the training recipe")
+        if self.over != "rank" and (self.energy is not None or self.full_rank is not None):
+            raise ValueError(f"energy and full_rank are for a search over the rank, not over the {self.over}")
+        if self.over == "scale" and self.bytes is not None:
+            raise ValueError("bytes are for a search over the rank or the targets")
+        if self.energy is not None and self.bytes is not None:
+            raise ValueError("energy and bytes exclude each other")
+        for name, given in (("scales", self.scales), ("rates", self.rates)):
+            if len(set(given)) != len(given):
+                raise ValueError(f"{name}: {', '.join(map(str, given))} names one twice")
+        if len(self.scales) * len(self.rates) > MOST_CANDIDATES:
+            many = len(self.scales) * len(self.rates)
+            raise ValueError(f"scales and rates: {many} pairs; at most {MOST_CANDIDATES} are trained at once")
+        return self
+
+
 class Compare(Frozen):
     """Relative drift ρ = ‖W2 − W1‖/‖W1‖ per tensor, and whether ``base`` is exactly a cast of ``old``."""
 
@@ -267,8 +331,8 @@ class Compare(Frozen):
     base: BaseDigest
 
 
-AnyRecipe = FineTune | FullFineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Compare
-MakesAdapter = FineTune | Rebase | Combine | Compress | Extract
+AnyRecipe = FineTune | FullFineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Search | Compare
+MakesAdapter = FineTune | Rebase | Combine | Compress | Extract | Search
 """Recipes whose result is a version of an adapter."""
 MakesBase = Merge | FullFineTune
 """Recipes whose result is a base model."""
@@ -322,6 +386,8 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
             return {"adapter": recipe.adapter}
         case Extract():
             found["tuned"] = recipe.tuned
+        case Search():
+            found |= _training_inputs(recipe.training) | {"suite": recipe.suite}
         case Compare():
             found["old"] = recipe.old
     return found

@@ -166,6 +166,8 @@ def _planned(
         plan["suite"] = find_data(session, caller, "suite", plan["suite"]).digest
     if kind == "rebase" and plan.get("tier") in TRAINED:
         plan["training"] = _training(session, caller, plan)
+    if kind == "search" and isinstance(plan.get("training"), dict):
+        plan["training"] = _written(session, caller, plan, plan["training"])
     return parse_recipe(plan)
 
 
@@ -185,8 +187,8 @@ def _meant(session: Session, caller: Caller, text: str, base: Base | None) -> Ve
 def training_of(session: Session, version: Version, base: str) -> FineTune | None:
     """The recipe that ``version`` was trained by, else its policy's, for another base; None where there is none."""
     recipe = recorded_recipe(session, version)
-    if recipe.get("kind") == "rebase":
-        recipe = _words(recipe.get("training"))
+    if recipe.get("kind") in ("rebase", "search"):
+        recipe = _words(recipe.get("found") or recipe.get("training"))
     if recipe.get("kind") != "finetune":
         adapter = session.get_one(Adapter, version.adapter_id)
         written = effective(session, adapter.namespace, adapter.name).recipe
@@ -213,9 +215,7 @@ def _words(value: object) -> dict[str, Any]:
 def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:
     given = plan.get("training")
     if isinstance(given, dict):
-        return _planned(session, caller, {"kind": "finetune", "base": plan.get("base"), **given}).model_dump(
-            mode="json"
-        )
+        return _written(session, caller, plan, given)
     version = _meant(session, caller, str(plan["adapter"]), None)
     recorded = training_of(session, version, str(plan.get("base")))
     if recorded is None:
@@ -227,6 +227,12 @@ def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[st
         steps = min(effective(session, adapter.namespace, adapter.name).warm_steps, recorded.steps)
         recorded = recorded.model_copy(update={"steps": steps, "warmup_steps": min(recorded.warmup_steps, steps)})
     return recorded.model_dump(mode="json")
+
+
+def _written(session: Session, caller: Caller, plan: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The training recipe that stands in another one."""
+    words = {"kind": "finetune", "base": plan.get("base"), **given}
+    return _planned(session, caller, words).model_dump(mode="json")
 
 
 def _namespace(session: Session, request: JobRequest, recipe: AnyRecipe) -> str:

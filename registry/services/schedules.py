@@ -205,16 +205,22 @@ def _act(
         campaigns.start(session, caller, campaign.id, now)
         return {"campaign": campaign.id}, {campaign.queue}
     words = JobRequest.model_validate(schedule.action["job"])
-    recipe = dict(words.recipe)
-    if "base" in facts:
-        recipe["base"] = facts["base"]
-    if "dataset" in facts and isinstance(recipe.get("datasets"), list):
-        recipe["datasets"] = [
-            facts["dataset"] if _same_series(text, schedule.subject) else text for text in recipe["datasets"]
-        ]
+    recipe = _of_now(words.recipe, facts, schedule.subject)
+    if isinstance(training := recipe.get("training"), dict):
+        recipe["training"] = _of_now(training, facts, schedule.subject)
     request_ = words.model_copy(update={"recipe": recipe, "namespace": schedule.namespace})
     job, _ = jobs.submit(session, caller, request_, now, salt=f"{schedule.id} {key}")
     return {"job": job.id}, {job.queue}
+
+
+def _of_now(recipe: dict[str, Any], facts: dict[str, Any], subject: str) -> dict[str, Any]:
+    """The recipe with the base, or the version of the dataset, that the firing is about."""
+    found = dict(recipe)
+    if "base" in facts:
+        found["base"] = facts["base"]
+    if "dataset" in facts and isinstance(recipe.get("datasets"), list):
+        found["datasets"] = [facts["dataset"] if _same_series(text, subject) else text for text in recipe["datasets"]]
+    return found
 
 
 def _same_series(text: object, series: str) -> bool:

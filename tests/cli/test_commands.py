@@ -10,9 +10,8 @@ import click
 import pytest
 from sqlmodel import col, select
 
-from cli.jobs import bytes_of
 from cli.main import run
-from cli.parameters import METRICS
+from cli.parameters import METRICS, bytes_of
 from registry.core.metrics import ALLOWED
 from registry.db.models import AliasMove, CampaignItem
 from registry.schemas import UpgradeRequest

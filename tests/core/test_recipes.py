@@ -122,6 +122,34 @@ def test_kinds_are_told_apart() -> None:
     assert kinds[6:] == [Rebase, Compare, Combine, Compress, Extract]
 
 
+SEARCH = {"kind": "search", "over": "rank", "base": B2, "training": TRAIN, "suite": S3}
+
+
+def test_a_search_is_written_and_read_and_names_what_it_needs() -> None:
+    made = parse_recipe(SEARCH)
+    assert parse_recipe(made.model_dump_json().encode()) == made
+    assert inputs_of(made) == {"base": B2, "dataset.0": S1, "suite": S3}
+    assert recipe_digest(made) == recipe_digest(parse_recipe(SEARCH | {"energy": 0.95}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"base": B1}, "for another base"),
+        ({"training": TRAIN | {"start": S2}}, "trains from nothing"),
+        ({"energy": 0.5, "bytes": 100}, "exclude each other"),
+        ({"over": "targets", "energy": 0.5}, "not over the targets"),
+        ({"over": "scale", "bytes": 100}, "rank or the targets"),
+        ({"over": "scale", "scales": [1, 1]}, "names one twice"),
+        ({"over": "scale", "rates": list(range(1, 40))}, "at most 64"),
+        ({"suite": None}, "suite"),
+    ],
+)
+def test_a_search_that_cannot_be_says_why(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(BadRequest, match=word):
+        parse_recipe(SEARCH | changes)
+
+
 def test_work_that_says_no_measure_is_equal_to_work_that_says_the_usual_one() -> None:
     for recipe in ({"kind": "compress", "base": B1, "adapter": S1}, {"kind": "extract", "base": B1, "tuned": B2}):
         assert recipe_digest(parse_recipe(recipe)) == recipe_digest(parse_recipe(recipe | {"energy": 0.95}))

@@ -125,6 +125,20 @@ def eventually(question: Callable[[], Any]) -> Any:
 # ── every kind ───────────────────────────────────────────────────────────────
 
 
+def test_a_search_makes_a_version_with_the_recipe_that_it_found(home: House, tmp_path: Path) -> None:
+    items = "".join(json.dumps({"prompt": f"{i}+2=", "completion": f" {i + 2}"}) + "\n" for i in range(160))
+    (tmp_path / "sums.jsonl").write_text(items)
+    push_dataset(home.client, "suite", tmp_path / "sums.jsonl", "team/sums")
+    words = {"kind": "search", "over": "scale", "base": "demo@r1", "training": TRAINING, "suite": "team/sums"}
+    job = home.submit(words | {"scales": [1.0], "rates": [0.5, 2.0]}, adapter="team/found")
+    with home.working():
+        done = home.await_state(job, "succeeded", "failed")
+    assert done.state == "succeeded", done.error
+    result = done.result or {}
+    assert result["found"]["learning_rate"] == result["candidates"][result["chosen"]]["learning_rate"]
+    assert result["made"][0]["ref"] == "team/found@v1"
+
+
 def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
     trained = home.train(checkpoint_every=0)
     with home.working():

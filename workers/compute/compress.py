@@ -8,6 +8,7 @@ most σ² per byte. A module whose update is zero, or that the budget leaves wit
 Factors keep their type; magnitudes (DoRA), biases and replaced parameters stay as they are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,8 @@ from .lora import Adapter, Patch
 from .lowrank import LowRank, rank_for
 from .plain import Kept, plain, targets_of
 
-_Svd = tuple[Tensor, Tensor, Tensor]
+Svds = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""U, s and Vᵀ by module."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,44 @@ def compress(adapter: Adapter, recipe: Compress, report: Report = silent) -> Com
 
     `NotRunnable` when its update is zero; `BadRequest` when the budget is below the smallest module's rank 1.
     """
-    updates = {name: patch.update for name, patch in adapter.patches.items()}
-    svds: dict[str, _Svd] = {}
-    for step, (name, update) in enumerate(updates.items(), start=1):
-        svds[name] = update.svd()
-        report({"step": step, "steps": len(updates)})
+    svds = decomposed(adapter, report)
+    return cut(adapter, svds, ranks_for(adapter, svds, energy=recipe.energy, rank=recipe.rank, budget=recipe.bytes))
+
+
+def decomposed(adapter: Adapter, report: Report = silent) -> Svds:
+    """The SVD of every module's ΔW; `NotRunnable` when all are zero."""
+    svds: Svds = {}
+    for step, (name, patch) in enumerate(adapter.patches.items(), start=1):
+        svds[name] = patch.update.svd()
+        report({"step": step, "steps": len(adapter.patches)})
     if not any(float(s.max()) > 0 for _, s, _ in svds.values() if len(s)):
         raise NotRunnable(what="Compressing", reason="the adapter's update is zero in all its modules")
-    ranks = _ranks(adapter, {name: s for name, (_, s, _) in svds.items()}, recipe)
+    return svds
+
+
+def ranks_for(
+    adapter: Adapter, svds: Svds, *, energy: float | None = None, rank: int | None = None, budget: int | None = None
+) -> dict[str, int]:
+    """The rank of every module by one of the three; at least 1 where a magnitude or a bias needs the module."""
+    spectra = {name: s for name, (_, s, _) in svds.items()}
+    if budget is not None:
+        found = _by_bytes(adapter, spectra, budget)
+    else:
+        found = {}
+        for name, s in spectra.items():
+            wanted = rank if rank is not None else rank_for(s, energy or 1.0)
+            found[name] = min(wanted, int((s > 0).sum()))
+    least = {name: int(_needed(patch)) for name, patch in adapter.patches.items()}
+    return {name: max(rank, least[name]) for name, rank in found.items()}
+
+
+def cut(adapter: Adapter, svds: Svds, ranks: Mapping[str, int]) -> Compressed:
+    """``adapter`` with its modules' updates cut to ``ranks``."""
     patches, kept = {}, {}
     lost = whole = 0.0
     for name, patch in adapter.patches.items():
         made = LowRank.cut(svds[name], ranks[name], patch.b_OR.dtype)
-        missing = (updates[name] + LowRank(made.a_RI.float(), made.b_OR.float()) * -1.0).norm() ** 2
+        missing = (patch.update + LowRank(made.a_RI.float(), made.b_OR.float()) * -1.0).norm() ** 2
         energy = float((svds[name][1] ** 2).sum())
         kept[name] = Kept(patch.a_RI.shape[0], made.rank, max(0.0, 1 - missing / energy) if energy else 1.0)
         lost, whole = lost + missing, whole + energy
@@ -61,20 +88,7 @@ def compress(adapter: Adapter, recipe: Compress, report: Report = silent) -> Com
             a_RI, b_OR = made.a_RI.contiguous(), made.b_OR.contiguous()
             patches[name] = replace(patch, a_RI=a_RI, b_OR=b_OR, scale=1.0, bias_O=bias_O)
     smaller = plain(patches, adapter.config, targets_of([adapter], list(patches)), adapter.replaced)
-    return Compressed(smaller, kept, max(0.0, 1 - lost / whole), _bytes(adapter), _bytes(smaller))
-
-
-def _ranks(adapter: Adapter, spectra: dict[str, Tensor], recipe: Compress) -> dict[str, int]:
-    """The rank of every module; at least 1 where a magnitude or a bias needs the module."""
-    if recipe.bytes is not None:
-        found = _by_bytes(adapter, spectra, recipe.bytes)
-    else:
-        found = {}
-        for name, s in spectra.items():
-            wanted = recipe.rank if recipe.rank is not None else rank_for(s, recipe.energy or 1.0)
-            found[name] = min(wanted, int((s > 0).sum()))
-    least = {name: int(_needed(patch)) for name, patch in adapter.patches.items()}
-    return {name: max(rank, least[name]) for name, rank in found.items()}
+    return Compressed(smaller, kept, max(0.0, 1 - lost / whole), bytes_of(adapter), bytes_of(smaller))
 
 
 def _by_bytes(adapter: Adapter, spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
@@ -104,7 +118,7 @@ def _needed(patch: Patch) -> bool:
     return patch.magnitude_O is not None or patch.bias_O is not None
 
 
-def _bytes(adapter: Adapter) -> int:
+def bytes_of(adapter: Adapter) -> int:
     """Bytes of all tensors."""
     tensors: list[Tensor | None] = list(adapter.replaced.values())
     for patch in adapter.patches.values():
