@@ -224,9 +224,10 @@ def train(
 @click.option("--suite", "suite_ref", required=True, metavar="S", help="The suite to score on.")
 @click.option("--for", "base_text", metavar="BASE", help="On which base; default: that of the first REF.")
 @click.option("--no-bare", is_flag=True, help="Do not score the bare base too.")
+@click.option("--quantised", type=click.Choice(["int8", "nf4"]), help="Hold the base's linear weights in 8 or 4 bits.")
 @job_options
 def evaluate(
-    out: Output, refs: tuple[str, ...], suite_ref: str, base_text: str | None, no_bare: bool,
+    out: Output, refs: tuple[str, ...], suite_ref: str, base_text: str | None, no_bare: bool, quantised: str | None,
     queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Score adapters, and the bare base, on a suite; per-item records are kept for the gates."""
@@ -235,7 +236,7 @@ def evaluate(
     if not refs and not base_text:
         raise click.UsageError("Name adapters, or a base: --for BASE.")
     Reference.parse(suite_ref, "suite")
-    recipe: dict[str, Any] = {"kind": "evaluate", "suite": suite_ref, "bare": not no_bare}
+    recipe: dict[str, Any] = {"kind": "evaluate", "suite": suite_ref, "bare": not no_bare, "quantised": quantised}
     recipe["adapters"] = [str(Reference.parse(ref)) for ref in refs]
     if base_text:
         recipe["base"] = _base(out, base_text)

@@ -63,7 +63,7 @@ def test_the_recipe_in_the_guide_has_every_key_with_its_default() -> None:
     )
     output = written.pop("output")
     assert FineTune.model_fields.keys() - {"kind"} == written.keys()
-    unsaid = {"start": None, "learning_rate": None}
+    unsaid = {"start": None, "learning_rate": None, "quantised": None}
     digests = {"base": "b3:" + "1" * 64, "datasets": ("sha256:" + "2" * 64,)}
     usual = FineTune.model_validate(digests).model_dump(exclude={"kind", "base", "datasets", *unsaid})
     assert FineTune.model_validate(written | digests | unsaid).model_dump(include=set(usual)) == usual

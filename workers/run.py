@@ -69,6 +69,7 @@ from .compute.lora import Adapter
 from .compute.merge import merge
 from .compute.model import dtype_for, load
 from .compute.plain import Kept
+from .compute.quantised import loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
@@ -110,6 +111,8 @@ def run(
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
     if ranks.mesh is not None and not isinstance(recipe, FineTune | FullFineTune):
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' runs in one process: leave torchrun out")
+    if ranks.mesh is not None and isinstance(recipe, FineTune) and recipe.quantised:
+        raise BadRequest(problems="a base in 8 or 4 bits is trained on in one process: leave torchrun or quantised out")
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     match recipe:
@@ -158,12 +161,15 @@ def _finetune(
     if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
         raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
     base, precision = inputs["base"], recipe.precision
-    model, tokenizer = load(base, precision) if ranks.mesh is None else load_sharded(base, precision, ranks.mesh)
+    if ranks.mesh is None:
+        model, tokenizer = load(base, precision, recipe.quantised)
+    else:
+        model, tokenizer = load_sharded(base, precision, ranks.mesh)
     options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint, "ranks": ranks}
     trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, **options)
     if ranks.first:
         _write(trained.adapter, out, recipe.base, recipe)
-    return _training_facts(trained, recipe.precision)
+    return _training_facts(trained, recipe.precision) | {"base": loaded(model)}
 
 
 def _full_finetune(
@@ -181,14 +187,15 @@ def _full_finetune(
 def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     suite = Suite.read(inputs["suite"])
     adapters = {str(i): read_adapter(inputs[f"adapter.{i}"]) for i in range(len(recipe.adapters))}
-    model, tokenizer = load(inputs["base"], recipe.precision)
+    model, tokenizer = load(inputs["base"], recipe.precision, recipe.quantised)
     records = evaluate(model, tokenizer, suite, adapters, bare=recipe.bare, report=report)
     for name, found in records.items():
         write_file(out / f"records-{name}.jsonl", to_jsonl(found))
     precision = _precision(recipe.precision)
     return {
         "precision": precision,
-        "harness": str(suite.harness(precision)),
+        "base": loaded(model),
+        "harness": str(suite.harness(precision, recipe.quantised)),
         "metrics": {name: summary(found) for name, found in records.items()},
     }
 
@@ -215,8 +222,8 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
     rows = _rows(inputs)
     before = None
     if suite is not None and recipe.tier == "retrain":
-        before = gain(*load(inputs["old"], training.precision), suite, adapter)
-    model, tokenizer = load(inputs["base"], training.precision)
+        before = gain(*load(inputs["old"], training.precision, training.quantised), suite, adapter)
+    model, tokenizer = load(inputs["base"], training.precision, training.quantised)
     if recipe.tier == "warm-start":
         chosen = warm_start(model, tokenizer, training, rows, carried, suite, report, checkpoint)
     else:
@@ -224,6 +231,7 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
         chosen = retrain(model, tokenizer, training, rows, carried, recovered(before, after), report, checkpoint)
     _write(chosen.trained.adapter, out, recipe.base, recipe)
     facts = {"tier": recipe.tier, "start": chosen.start, "candidates": chosen.candidates, "steps": chosen.steps}
+    facts["base"] = loaded(model)
     return _training_facts(chosen.trained, training.precision) | facts
 
 

@@ -14,6 +14,7 @@ from .errors import BadRequest
 from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 
 Precision = Literal["auto", "fp32", "bf16"]
+Quantisation = Literal["int8", "nf4"]
 Tier = Literal["carry", "align", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
@@ -87,6 +88,9 @@ class FineTune(Training):
     """Last parts of module names, or the one word ``all-linear``."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    quantised: Quantisation | None = None
+    """Hold the base's linear weights in 8 or 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), embeddings and
+    output head aside; None: as they are stored."""
     rank_stabilised: bool = False
     """Scale by α/√r in place of α/r (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -119,6 +123,8 @@ class Evaluate(Frozen):
     bare: bool = True
     """Score the base without any adapter too: the gate asks whether an adapter adds value."""
     precision: Precision = "auto"
+    quantised: Quantisation | None = None
+    """Hold the base's linear weights in 8 or 4 bits: another model, whose records pair with its own only."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -115,6 +115,26 @@ def test_evaluate_leaves_records_and_their_summary(folders: dict[str, Path], tmp
     assert found["harness"].startswith("sha256:")
 
 
+def test_a_result_says_in_which_form_the_base_was_held_and_its_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    def found(kind: str, **changes: Any) -> dict[str, Any]:
+        recipe: Any = (
+            factories.recipe(steps=2, **changes) if kind == "finetune"
+            else Evaluate(base=factories.BASE, suite=factories.SUITE, precision="fp32", **changes)
+        )  # fmt: skip
+        run(recipe, folders, tmp_path / kind, silent)
+        return result(tmp_path / kind)
+
+    full = sum(4 * parameter.numel() for parameter in factories.llama().parameters())
+    for kind in ("finetune", "evaluate"):
+        plain, held = found(kind), found(kind, quantised="nf4")
+        assert plain["base"]["quantised"] is None
+        assert plain["base"]["bytes"] == pytest.approx(full, rel=0.01)
+        assert held["base"]["quantised"] == "nf4"
+        assert held["base"]["bytes"] < 0.7 * full
+        assert plain["recipe"] != held["recipe"]
+    assert plain["harness"] != held["harness"]
+
+
 def test_merge_leaves_a_model_that_answers_as_adapted(folders: dict[str, Path], tmp_path: Path) -> None:
     run(Merge(base=factories.BASE, adapter=factories.ADAPTER), folders, tmp_path / "out", silent)
     merged, _ = load(tmp_path / "out" / "base", "fp32")

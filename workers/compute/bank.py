@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from registry.core.errors import NotRunnable
 
-from .lora import Adapter, Patch, fitted, is_transposed
+from .lora import Adapter, Patch, dense, fitted, is_transposed
 from .model import Model
 
 Rows = Sequence[tuple[int | None, int]]
@@ -200,10 +199,10 @@ def _replaced(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, h: Te
     own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     if parameters.keys() == {"bias"}:
         return h + (parameters["bias"] - own["bias"])
-    weight, bias = parameters.get("weight", own["weight"]), parameters.get("bias", own.get("bias"))
+    weight, bias = parameters["weight"], parameters.get("bias", own.get("bias"))
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight)
-    return F.linear(x, weight.T if isinstance(module, Conv1D) else weight, bias)
+    return F.linear(x, weight.T if is_transposed(module) else weight, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +318,7 @@ class Bank:
             for name, _, patch in patched:
                 patches.setdefault(name, {})[which] = patch
             for name, module, parameters in others:
-                like = module.get_parameter("weight")
+                like = next(module.parameters(), model.get_input_embeddings().weight)
                 replaced.setdefault(name, {})[which] = {key: value.to(like) for key, value in parameters.items()}
 
         sizes = [_Size.of(of.values()) for of in patches.values()]
@@ -355,7 +354,11 @@ class Bank:
         trained = None if self.grad_KP is None else (*place.views(self.theta_KP), *place.views(self.grad_KP))
         scales = [patches[which].scale if which in patches else 0.0 for which in range(len(self.adapters))]
         scale_K11 = torch.tensor(scales, device=a_KRI.device)[:, None, None]  # float32: rounded, it would bias all
-        stretch = {which: _stretch(module, patch) for which, patch in patches.items() if patch.magnitude_O is not None}
+        stretch = {
+            which: _stretch(module, patch).to(a_KRI.dtype)
+            for which, patch in patches.items()
+            if patch.magnitude_O is not None
+        }
         return Layer(module, a_KRI, b_KOR, scale_K11, trained, patches, replaced, stretch)
 
     def refresh(self) -> None:
@@ -459,10 +462,9 @@ class _Place:
 def _stretch(module: nn.Module, patch: Patch) -> Tensor:
     """DoRA's magnitude ⁄ ‖W₀ + ΔW‖, by rows of W."""
     assert patch.magnitude_O is not None
-    weight = module.get_parameter("weight")
-    update = patch.update.dense().to(weight.device)
-    length_O = (weight.float().T if is_transposed(module) else weight.float()).add(update).norm(dim=1)
-    stretch_O: Tensor = (patch.magnitude_O.to(length_O) / length_O).to(weight.dtype)
+    own_OI = dense(module)
+    length_O = (own_OI + patch.update.dense().to(own_OI.device)).norm(dim=1)
+    stretch_O: Tensor = patch.magnitude_O.to(length_O) / length_O
     return stretch_O
 
 

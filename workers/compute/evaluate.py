@@ -84,9 +84,11 @@ class Suite:
         """The metric that chooses among candidates: the first one asked for, else the first row's first."""
         return self.metrics[0] if self.metrics else "accuracy" if "choices" in self.rows[0].value else "likelihood"
 
-    def harness(self, precision: str) -> Digest:
+    def harness(self, precision: str, quantised: str | None = None) -> Digest:
         """Digest of all that decides a score beside the model and the rows."""
         spec: dict[str, Any] = {"harness": HARNESS, "metrics": self.metrics, "max_new_tokens": self.max_new_tokens}
+        if quantised:
+            spec["quantised"] = quantised
         made = sorted(name for name in self.metrics or () if is_generated(name))
         if made:
             versions = sorted({version for name in made if (version := metric.version_of(name))})

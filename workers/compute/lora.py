@@ -20,8 +20,9 @@ from registry.core.recipes import FineTune
 
 from .lowrank import LowRank
 from .model import Model, module_name
+from .quantised import Held
 
-LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D, Held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,24 @@ class Adapter:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module keeps its weight as inputs × outputs, as Conv1D and embeddings do."""
-    return isinstance(module, Conv1D | nn.Embedding)
+    """Whether the module's weight is kept as inputs × outputs in files, as Conv1D's and an embedding's is."""
+    return isinstance(module, Conv1D | nn.Embedding) or (isinstance(module, Held) and module.was_transposed)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear module or an embedding, in whatever form its weight is held."""
+    if isinstance(module, Held):
+        return module.out_features, module.in_features
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def dense(module: nn.Module) -> Tensor:
+    """The module's weight in float32, outputs × inputs."""
+    if isinstance(module, Held):
+        return module.dense(torch.float32)
+    weight = module.get_parameter("weight").float()
+    return weight.T if is_transposed(module) else weight
 
 
 # ── on a model ───────────────────────────────────────────────────────────────
@@ -72,9 +89,11 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
         by_module.setdefault(owner, {})[parameter] = value
     replaced = [(*_find(model, name), parameters) for name, parameters in by_module.items()]
     for name, module, parameters in replaced:
-        own = {key: value.shape for key, value in module.named_parameters(recurse=False)}
+        own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        if isinstance(module, Held):
+            own["weight"] = sizes(module)[::-1] if module.was_transposed else sizes(module)
         for key, value in parameters.items():
-            if own.get(key) != value.shape:
+            if own.get(key) != tuple(value.shape):
                 raise _misfit(f"'{name}.{key}' is {_shape(value.shape)}, the base's {_shape(own.get(key))}")
         if parameters.keys() != {"bias"} and not (type(module) is nn.Embedding or isinstance(module, LINEAR)):
             raise _misfit(f"it replaces '{name}', a {type(module).__name__}")
@@ -82,8 +101,7 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
     for name, module, patch in patched:
         if not (type(module) is nn.Embedding if patch.embedding else isinstance(module, LINEAR)):
             raise _misfit(f"'{name}' is a {type(module).__name__}")
-        weight = module.get_parameter("weight")
-        shape = tuple(reversed(weight.shape)) if is_transposed(module) else tuple(weight.shape)
+        shape = sizes(module)
         if patch.update.shape != shape:
             raise _misfit(f"B·A for '{name}' is {_shape(patch.update.shape)}, its weight {_shape(shape)}")
         if patch.embedding and patch.magnitude_O is not None:
@@ -153,10 +171,9 @@ def fresh(model: Model, recipe: FineTune) -> Adapter:
     patches = {}
     for name in names:
         module = model.get_submodule(name)
-        rows, columns = module.weight.shape
-        outputs, inputs = (columns, rows) if is_transposed(module) else (rows, columns)
+        outputs, inputs = sizes(module)
         if rank > min(outputs, inputs):
-            most = min(min(model.get_submodule(name).weight.shape) for name in names)
+            most = min(min(sizes(model.get_submodule(name))) for name in names)
             raise RankTooHigh(rank=rank, module=name, outputs=outputs, inputs=inputs, most=most)
         a_RI = (torch.rand(rank, inputs, generator=chance) * 2 - 1) / math.sqrt(inputs)
         patches[name] = Patch(a_RI, torch.zeros(outputs, rank), scale)
@@ -190,7 +207,7 @@ def _config(model: Model, recipe: FineTune, names: Sequence[str]) -> dict[str, A
         "lora_dropout": recipe.dropout,
         "use_rslora": recipe.rank_stabilised,
         "target_modules": sorted(targets),
-        "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in names),
+        "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names),
         "bias": "none",
         "inference_mode": True,
     }

@@ -1,5 +1,6 @@
 """Base models from local folders: loaded once, frozen, in the precision that this machine is good at."""
 
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable
-from registry.core.recipes import Precision
+from registry.core.recipes import Precision, Quantisation
+
+from .quantised import form_of, hold, loading
 
 Model = Any
 """A transformers causal language model; it ships no types."""
@@ -35,19 +38,44 @@ def dtype_for(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load(folder: Path, precision: Precision = "auto") -> tuple[Model, Tokenizer]:
-    """The frozen model of ``folder`` in evaluation mode, and its tokenizer; no code of the folder is run."""
-    if not (folder / "config.json").is_file():
-        raise NotABase(path=str(folder), reason="there is no config.json")
+def load(
+    folder: Path, precision: Precision = "auto", quantised: Quantisation | None = None
+) -> tuple[Model, Tokenizer]:
+    """The frozen model of ``folder`` in evaluation mode, and its tokenizer; no code of the folder is run.
+
+    Its linear weights are held in the 8 or 4 bits that are asked for, or that they are stored in.
+    """
+    config = config_of(folder)
+    dtype = dtype_for(precision)
+    options = loading(config, quantised, dtype)
+    in_bits = bool(quantised or form_of(config))
+    if in_bits:  # where the weights are quantised is where they are to stay
+        options["device_map"] = {"": device_here()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype_for(precision), local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
         )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise NotRunnable(what=f"The base model in '{folder.name}'", reason=str(error).splitlines()[0]) from error
-    model.requires_grad_(False)
-    return model.eval().to(device_here()), tokenizer
+    if in_bits:
+        hold(model, dtype)
+    else:
+        model.to(device_here())
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a base; `NotABase` where there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise NotABase(path=str(folder), reason="there is no config.json") from error
+    except ValueError as error:
+        raise NotABase(path=str(folder), reason=f"config.json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise NotABase(path=str(folder), reason="config.json is not a JSON object")
+    return config
 
 
 def check_tokens(model: Model, ids: Iterable[int]) -> None:

@@ -180,3 +180,6 @@ def test_work_that_is_not_a_training_is_refused_in_several_processes(inputs: dic
     recipe = Evaluate(base=factories.BASE, suite=factories.SUITE)
     with pytest.raises(BadRequest, match="kind 'evaluate' runs in one process: leave torchrun out"):
         run(recipe, inputs | {"suite": tmp_path}, tmp_path / "out", lambda _: None, None, Ranks(0, 2, mesh))
+    quantised = factories.recipe(quantised="nf4")
+    with pytest.raises(BadRequest, match="8 or 4 bits is trained on in one process: leave torchrun or quantised out"):
+        run(quantised, inputs, tmp_path / "out", lambda _: None, None, Ranks(0, 2, mesh))
