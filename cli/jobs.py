@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from registry.schemas import DatasetInfo, JobInfo, JobRequest
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
 
 
 @click.group("dataset", short_help="Training data: push, list.")
@@ -35,7 +36,7 @@ def dataset() -> None:
 
 @click.group("suite", short_help="Evaluation suites: push, list.")
 def suite() -> None:
-    """Evaluation suites: JSONL files with what is measured on them."""
+    """Evaluation suites: JSONL with what is measured on it."""
 
 
 @click.group("jobs", short_help="Jobs: list, show, watch, logs, cancel, retry.")
@@ -63,9 +64,10 @@ def dataset_push(out: Output, file: Path, name: str, message: str) -> None:
     "loractl suite push reviews-test.jsonl team/reviews-test",
     "loractl suite push test.jsonl team/test --metric chrf --metric likelihood --max-new-tokens 40",
     "loractl suite push orders.jsonl team/orders --metric exact-match --form json",
+    "loractl suite push ./capitals team/capitals",
     name="push",
 )
-@click.argument("file", type=FILE)
+@click.argument("path", type=FILE_OR_FOLDER)
 @click.argument("name", metavar="NAME")
 @click.option("--metric", "metrics", multiple=True, type=METRIC, metavar="METRIC",
               help=f"What is measured: {METRICS}; default: by the form of its rows.")  # fmt: skip
@@ -74,22 +76,29 @@ def dataset_push(out: Output, file: Path, name: str, message: str) -> None:
 @click.option("-m", "--message", default="", metavar="TEXT", help="What is new in it.")
 def suite_push(
     out: Output,
-    file: Path,
+    path: Path,
     name: str,
     metrics: tuple[str, ...],
     max_new_tokens: int | None,
     form: str | None,
     message: str,
 ) -> None:
-    """Push FILE as the next version of a suite.
+    """Push PATH, a JSONL file or a folder of them, as the next version of a suite.
 
     Lines are as in a dataset, with "references": […] beside the completion where several texts are right; or
     {"prompt": …, "choices": […], "answer": i}.
+
+    A folder may hold a suite.json, {"metrics": […], "max_new_tokens": n, "form": …}, which options overrule. With
+    {"lm_eval": {"tasks": ["capitals.yaml", …]}} its lines are of any form: tasks of lm-eval, YAML files beside it
+    whose data_files are the folder's, make questions of them.
     """
     if form is not None and form != "json" and not form.startswith("regex:"):
         raise click.UsageError(f"--form {form}: expected json, or regex: with an expression behind it.")
-    spec = {"metrics": list(dict.fromkeys(metrics)), "max_new_tokens": max_new_tokens, "form": form}
-    _push_data(out, "suite", file, name, {key: value for key, value in spec.items() if value}, message)
+    from registry.files import read_spec
+
+    asked = {"metrics": list(dict.fromkeys(metrics)), "max_new_tokens": max_new_tokens, "form": form}
+    spec = read_spec(path) | {key: value for key, value in asked.items() if value}
+    _push_data(out, "suite", path, name, spec, message)
 
 
 def _push_data(out: Output, kind: Any, file: Path, name: str, spec: dict[str, Any], message: str) -> None:

@@ -52,6 +52,7 @@ CHUNK = 4 << 20
 MAX_CONFIG_BYTES = 32 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 INDEX_FILE = "model.safetensors.index.json"
+SUITE_FILE = "suite.json"
 
 
 # ── headers and configs ──────────────────────────────────────────────────────
@@ -305,6 +306,41 @@ _ADAPTER_WEIGHTS = re.compile(r"adapter_model(-\d+-of-\d+)?\.safetensors(\.index
 _BASE_EXTRAS = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX_FILE)
 
 
+def read_spec(folder: Path) -> dict[str, Any]:
+    """What the suite.json of a folder asks for, empty without one; `BadConfig` for what is no JSON object.
+
+    A task of lm-eval may be there as the name of a YAML file beside it, as lm-eval itself has it; its words take the
+    place of the name. Words only: YAML that names code is refused.
+    """
+    path = folder / SUITE_FILE
+    if not path.is_file():
+        return {}
+    spec = read_json(path)
+    match spec.get("lm_eval"):
+        case {"tasks": list(tasks), **rest}:
+            return spec | {"lm_eval": {**rest, "tasks": [_task(folder, named) for named in tasks]}}
+    return spec
+
+
+def _task(folder: Path, named: Any) -> Any:
+    if not isinstance(named, str):
+        return named
+    import yaml
+
+    there = _top(folder)
+    if named not in there or not named.endswith((".yaml", ".yml")):
+        beside = ", ".join(name for name in there if name.endswith((".yaml", ".yml"))) or "none"
+        raise BadConfig(path=SUITE_FILE, reason=f"'{named[:100]}' is no YAML file beside it; there are: {beside}")
+    try:
+        with there[named].open("rb") as file:
+            return yaml.safe_load(file.read(MAX_CONFIG_BYTES))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        if "!function" in reason:
+            reason = "!function names code, and a suite is data"
+        raise BadConfig(path=named, reason=reason) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Scan:
     """A manifest, and where on this machine each of its files lies."""
@@ -323,20 +359,19 @@ def scan_folder(
     progress: Progress | None = None,
     cache: HashCache | None = None,
 ) -> Scan:
-    """The manifest of what is in ``folder`` (for a dataset or suite: of that one JSONL file), and its files.
+    """The manifest of what is in ``folder`` (for a dataset or suite: or of that one JSONL file), and its files.
 
     What belongs to a version is stated, not guessed. An adapter: its config, its safetensors, the tokenizer's files,
     README, LICENSE and templates at the top of the folder. A base: its configs, the safetensors that
-    `base_shards` names, and the same beside them. Everything else stays behind: checkpoints and other subfolders,
-    hidden files, what a trainer leaves (optimizer, scheduler, random states, logs). Pickled weights are refused.
+    `base_shards` names, and the same beside them. A suite: the JSONL at the top of the folder. Everything else stays
+    behind: checkpoints and other subfolders, hidden files, what a trainer leaves (optimizer, scheduler, random states,
+    logs). Pickled weights are refused.
 
     ``base`` is the base an adapter is bound to, or a base's own digest. ``config`` is a dataset's or suite's spec; an
     adapter's is its adapter_config.json.
     """
     if kind in ("dataset", "suite"):
-        if not folder.is_file():
-            raise PathUnusable(path=str(folder), reason=f"a {kind} is one JSONL file")
-        files = {"data.jsonl": folder}
+        files = _data_files(kind, folder)
     else:
         files = _adapter_files(folder) if kind == "adapter" else _base_files(folder)
     if kind == "adapter":
@@ -398,6 +433,17 @@ def _check_shards(folder: Path, headers: Mapping[Path, Header]) -> None:
         listed: dict[str, str] = read_json(index)["weight_map"]
         if wrong := sorted(name for name, file in listed.items() if seen.get(name) != file):
             raise NotABase(path=str(folder), reason=f"'{wrong[0][:100]}' is not in the file that {INDEX_FILE} says")
+
+
+def _data_files(kind: Kind, folder: Path) -> dict[str, Path]:
+    if folder.is_file():
+        return {"data.jsonl": folder}
+    if kind == "dataset" or not folder.is_dir():
+        raise PathUnusable(path=str(folder), reason=f"a {kind} is one JSONL file" + " or a folder" * (kind == "suite"))
+    found = {name: path for name, path in _top(folder).items() if name.endswith(".jsonl")}
+    if not found:
+        raise PathUnusable(path=str(folder), reason="there is no .jsonl file in it")
+    return found
 
 
 def _adapter_files(folder: Path) -> dict[str, Path]:

@@ -47,6 +47,7 @@ from .core.errors import (
     StorageDown,
 )
 from .core.manifest import Kind, Lineage, check_path
+from .core.tasks import parse_tasks
 from .files import HashCache, Scan
 from .schemas import BlobState, Download, PartsRequest, PartWanted, PushInfo, PushRequest, SignedRequest, Wishes
 
@@ -118,7 +119,11 @@ def push_dataset(
     progress: Progress = silent,
     cache: HashCache | None = None,
 ) -> PushInfo:
-    """Push a JSONL file as the next version of a dataset or suite; ``spec`` is what belongs to its identity."""
+    """Push a JSONL file as the next version of a dataset or suite; ``spec`` is what belongs to its identity.
+
+    A suite may be a folder of such files. The tasks of its spec are checked before anything is sent.
+    """
+    parse_tasks(spec or {})
     scan = scanned(kind, file, config=spec, progress=progress, cache=cache)
     return push(client, kind, name, scan, Wishes(message=message), progress=progress)
 

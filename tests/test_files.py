@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from registry.files import (
     header_from,
     read_adapter,
     read_header,
+    read_spec,
     read_tokenizer,
     refuse_os_error,
     scan_folder,
@@ -347,7 +349,41 @@ def test_a_dataset_is_one_file_whatever_its_name(tmp_path: Path) -> None:
         scans.append(scan_folder("dataset", tmp_path / name, config={"x": 1}))
     assert scans[0].manifest.digest == scans[1].manifest.digest
     with pytest.raises(PathUnusable, match="one JSONL file"):
-        scan_folder("suite", tmp_path)
+        scan_folder("dataset", tmp_path)
+
+
+def test_a_suite_may_be_a_folder_and_its_jsonl_is_what_belongs_to_it(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "suite.json", "task.yaml", ".hidden.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert list(scan_folder("suite", tmp_path).files) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PathUnusable, match=r"no \.jsonl file in it"):
+        scan_folder("suite", tmp_path / "empty")
+
+
+def test_a_spec_has_the_words_of_the_tasks_it_names(tmp_path: Path) -> None:
+    assert read_spec(tmp_path) == {}
+    (tmp_path / "a.yaml").write_text("task: a\nnum_fewshot: 2\n")
+    (tmp_path / "suite.json").write_text('{"form": "json", "lm_eval": {"tasks": ["a.yaml", {"task": "b"}]}}')
+    said = [{"task": "a", "num_fewshot": 2}, {"task": "b"}]
+    assert read_spec(tmp_path) == {"form": "json", "lm_eval": {"tasks": said}}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "reason"),
+    [
+        ("process_docs: !function utils.run\n", "!function names code, and a suite is data"),
+        ("a: [", "expected the node content"),
+        (None, "'a.yaml' is no YAML file beside it; there are: other.yaml"),
+    ],
+)
+def test_a_task_that_is_no_plain_yaml_is_refused(yaml: str | None, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("")
+    (tmp_path / "suite.json").write_text('{"lm_eval": {"tasks": ["a.yaml"]}}')
+    if yaml is not None:
+        (tmp_path / "a.yaml").write_text(yaml)
+    with pytest.raises(BadConfig, match=re.escape(reason)):
+        read_spec(tmp_path)
 
 
 def test_a_tokenizer_that_is_not_there_is_empty(tmp_path: Path) -> None:

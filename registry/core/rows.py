@@ -18,16 +18,29 @@ MAX_LINE_BYTES = 16 << 20
 
 def parse_row(line: bytes, path: str, number: int) -> dict[str, Any]:
     """The row in one line; `BadDataset` says what is wrong with it."""
-    if len(line) > MAX_LINE_BYTES:
-        raise BadDataset(path=path, line=number, reason=f"{len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
-    try:
-        value = json.loads(line, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadDataset(path=path, line=number, reason=f"not JSON: {error}") from error
+    value = parse_value(line, path, number)
     if problem := row_problem(value):
         raise BadDataset(path=path, line=number, reason=problem)
     row: dict[str, Any] = value
     return row
+
+
+def parse_object(line: bytes, path: str, number: int) -> dict[str, Any]:
+    """The JSON object in one line, of whatever form: what a task of lm-eval makes its questions of."""
+    value = parse_value(line, path, number)
+    if not isinstance(value, dict):
+        raise BadDataset(path=path, line=number, reason="not a JSON object")
+    return value
+
+
+def parse_value(line: bytes, path: str, number: int) -> Any:
+    """What one line says as JSON; `BadDataset` when it is none, or too long."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadDataset(path=path, line=number, reason=f"{len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
+    try:
+        return json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadDataset(path=path, line=number, reason=f"not JSON: {error}") from error
 
 
 def row_problem(value: Any) -> str | None:

@@ -6,7 +6,7 @@ from sqlmodel import Session, col, select
 
 from registry.core.errors import BadDataset
 from registry.core.records import item_id, split_of
-from registry.core.rows import MAX_LINE_BYTES, parse_row
+from registry.core.rows import MAX_LINE_BYTES, parse_object, parse_row
 from registry.db import queries
 from registry.db.models import Dataset, DatasetVersion
 from registry.schemas import DatasetInfo
@@ -16,19 +16,28 @@ from .tokens import Caller
 
 
 def count_rows(
-    chunks: Iterable[bytes], path: str, *, suite: bool, seen: dict[str, str] | None = None
+    chunks: Iterable[bytes],
+    path: str,
+    *,
+    suite: bool,
+    tasks: bool = False,
+    scored: bool = True,
+    seen: dict[str, str] | None = None,
 ) -> tuple[int, int]:
     """Rows, and rows in the gate split, of one JSONL file that arrives in chunks.
 
-    ``seen`` collects a suite's items over its files: an item that occurs twice would be scored twice.
-    `BadDataset` names the line.
+    ``tasks``: the suite is one of tasks of lm-eval, whose rows are any objects; and where they are not ``scored``, but
+    examples in front of others, they do not count. ``seen`` collects a suite's items over its files: an item that
+    occurs twice would be scored twice. `BadDataset` names the line.
     """
     rows = gate = 0
     items = seen if seen is not None else {}
     for number, line in enumerate(_lines(chunks, path), start=1):
         if not line.strip():
             continue
-        row = parse_row(line, path, number)
+        row = parse_object(line, path, number) if tasks else parse_row(line, path, number)
+        if not scored:
+            continue
         if not suite and "choices" in row:
             raise BadDataset(path=path, line=number, reason="rows with 'choices' belong in a suite")
         rows += 1

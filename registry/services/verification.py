@@ -53,6 +53,7 @@ from registry.core.lifecycle import PushState
 from registry.core.manifest import FileEntry, Manifest
 from registry.core.names import SeriesName
 from registry.core.safetensors import MAX_TENSORS, Header, header_bytes
+from registry.core.tasks import parse_tasks, require_files
 from registry.db.engine import Database
 from registry.db.models import Base, Blob, Push, PushBlob
 from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_adapter_tensors, header_from, parse_json
@@ -657,13 +658,17 @@ def _damaged(database: Database, store: BlobStore, manifest: Manifest, claim: Cl
 def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
     rows = gate = 0
     seen: dict[str, str] = {}
+    tasks = parse_tasks(reading.manifest.config) if suite else []
+    scored = require_files(tasks, (entry.path for entry in reading.manifest.files))
     for entry in reading.manifest.files:
         if not entry.path.endswith(".jsonl"):
             raise BadDataset(path=entry.path, line=0, reason="a dataset holds .jsonl files only")
         with reading.open(entry) as reader:
             sniff(reader.read(0, min(64, entry.size)), entry)
             stream = Stream(reader, entry, reading.tick)
-            more, gated = datasets.count_rows(stream.chunks(), entry.path, suite=suite, seen=seen)
+            more, gated = datasets.count_rows(
+                stream.chunks(), entry.path, suite=suite, tasks=bool(tasks), scored=entry.path in scored, seen=seen
+            )
             stream.finish()
         rows, gate = rows + more, gate + gated
     if not rows:

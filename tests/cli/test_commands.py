@@ -186,6 +186,19 @@ def test_a_gate_that_has_not_passed_exits_with_4(call: Call, bases: tuple[Path, 
     assert call("policy", "show", "gated/bot")["inherited"] is False
 
 
+def test_a_folder_of_tasks_is_pushed_as_a_suite_and_gates(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in range(700)))
+    (tmp_path / "suite.json").write_text('{"lm_eval": {"tasks": ["sums.yaml"]}}')
+    (tmp_path / "sums.yaml").write_text(
+        "task: sums\noutput_type: loglikelihood\ndoc_to_text: '{{n}}+1='\ndoc_to_target: '{{n + 1}}'\n"
+        "dataset_path: json\ndataset_kwargs: {data_files: {test: sums.jsonl}}\ntest_split: test\n"
+    )
+    pushed = call("suite", "push", tmp_path, "tasks/sums", "--metric", "lm-eval:acc")
+    assert (pushed["outcome"]["ref"], pushed["outcome"]["rows"]) == ("tasks/sums@v1", 700)
+    noted = call("policy", "set", "tasks", "--suite", "tasks/sums", "--metric", "lm-eval:acc", "--margin", "0.05")
+    assert "without a flip" in noted["notes"][0]
+
+
 def test_a_gate_may_be_on_a_metric_whose_code_is_only_on_workers(call: Call, tmp_path: Path) -> None:
     suite = tmp_path / "suite.jsonl"
     rows = ({"prompt": f"{i}", "completion": "x", "references": ["y"]} for i in range(700))

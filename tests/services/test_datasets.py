@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import select
 
-from registry.core.errors import BadDataset, DatasetNotFound, PickleRefused
+from registry.core.errors import BadConfig, BadDataset, DatasetNotFound, PickleRefused
 from registry.core.records import item_id, split_of
 from registry.db.models import DatasetVersion
 from registry.services import datasets
@@ -99,3 +99,40 @@ def test_a_line_without_an_end_is_bounded() -> None:
     endless = (b"x" * (1 << 20) for _ in range(64))
     with pytest.raises(BadDataset, match="bytes in one line"):
         datasets.count_rows(endless, "data.jsonl", suite=False)
+
+
+TASK = {
+    "task": "sums", "output_type": "loglikelihood", "test_split": "test", "doc_to_text": "{{n}}+1=",
+    "doc_to_target": "{{n + 1}}", "dataset_kwargs": {"data_files": {"test": "sums.jsonl", "shots": "shots.jsonl"}},
+}  # fmt: skip
+
+
+def test_of_tasks_the_rows_that_are_scored_count(world: World) -> None:
+    rows = [{"n": n} for n in range(50)]
+    files = {"sums.jsonl": lines(*rows), "shots.jsonl": lines({"n": 99}, {"n": 99})}
+    request, contents = files_push("suite", files, config={"lm_eval": {"tasks": [TASK]}})
+    info = world.open("suite", "team/tasks", request)
+    world.send(info, contents)
+    world.commit(info.id)
+    [version] = world.all(select(DatasetVersion))
+    assert (version.rows, version.gate_rows) == (50, sum(split_of(item_id(row)) == "gate" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"process_results": "run"}, "lm_eval.tasks.0.process_results: this key is not taken"),
+        ({"dataset_kwargs": {"data_files": {"test": "sums.jsonl"}}}, "no task names 'shots.jsonl'"),
+        ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, "'others.jsonl', which is not there"),
+    ],
+)
+def test_tasks_are_checked_before_a_suite_is_committed(
+    embedded: World, change: dict[str, object], reason: str
+) -> None:
+    files = {"sums.jsonl": lines({"n": 1}), "shots.jsonl": lines({"n": 2})}
+    request, contents = files_push("suite", files, config={"lm_eval": {"tasks": [TASK | change]}})
+    info = embedded.open("suite", "team/tasks", request)
+    embedded.send(info, contents)
+    with pytest.raises(BadConfig, match=reason):
+        embedded.commit(info.id)
+    assert embedded.all(select(DatasetVersion)) == []

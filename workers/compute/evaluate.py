@@ -7,12 +7,14 @@ A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for oth
 
 By default rows with choices are scored by accuracy and likelihood, others by likelihood. ``form`` is what every output
 must be, whatever it says: ``json``, or ``regex:`` and an expression that matches all of it; a record's `parsed` is
-the answer. How many adapters answer together is the matter of `panel`.
+the answer. With ``lm_eval`` (`registry.core.tasks`) the rows are those of tasks of lm-eval, and `lm_eval` scores them.
+How many adapters answer together is the matter of `panel`.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import regex
 from registry.core.digest import Digest
 from registry.core.errors import BadConfig
 from registry.core.manifest import canonical_json
-from registry.core.metrics import ALLOWED, Metric, check_metric, is_generated
+from registry.core.metrics import ALLOWED, LM_EVAL, Metric, check_metric, is_generated
 from registry.core.records import Record, item_id, split_of
+from registry.core.tasks import parse_tasks
+from registry.files import SUITE_FILE, read_spec
 
+from . import lm_eval
 from . import metrics as metric
 from .data import Example, Row, read_rows, tokenize
 from .finetune import Report, silent
@@ -41,33 +46,39 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Suite:
-    """Rows, the metrics asked for (None: by the form of the row), how far a generation may go, and its form."""
+    """Rows, the metrics asked for (None: by the form of the row), how far a generation may go, and its form.
+
+    ``questions``: the tasks of lm-eval that make questions of the rows.
+    """
 
     rows: Sequence[Row]
     metrics: tuple[Metric, ...] | None = None
     max_new_tokens: int = 64
     form: str | None = None
+    questions: tuple[lm_eval.Questions, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Suite":
         """The suite of a folder; `BadConfig` says what its suite.json may hold."""
-        path = folder / "suite.json"
-        try:
-            spec = json.loads(path.read_bytes()) if path.is_file() else {}
-        except ValueError:
-            spec = None
-        if not isinstance(spec, dict):
-            raise BadConfig(path=path.name, reason="not a JSON object")
+        path, spec = folder / SUITE_FILE, read_spec(folder)
+        tasks = parse_tasks(spec)
         names, length, form = spec.get("metrics"), spec.get("max_new_tokens", 64), spec.get("form")
         if names is not None and not _are_metrics(names):
             raise BadConfig(path=path.name, reason=f"metrics are {names}; allowed are {ALLOWED}")
         for name in names or ():
+            if name.startswith(LM_EVAL) != bool(tasks):
+                belong = f"with lm_eval, all are {LM_EVAL}…" if tasks else f"{LM_EVAL}… is what its tasks measure"
+                raise BadConfig(path=path.name, reason=f"metrics are {names}; {belong}")
             metric.version_of(name)  # a custom one that nobody brings is refused before a model is loaded
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise BadConfig(path=path.name, reason=f"max_new_tokens is {length}; it must be a whole number above 0")
         if form is not None and (problem := _form_problem(form)):
             raise BadConfig(path=path.name, reason=f"form is {json.dumps(form)}; {problem}")
-        return cls(read_rows(folder), None if names is None else tuple(names), length, form)
+        if tasks:
+            rows, questions = lm_eval.read(folder, tasks)
+        else:
+            rows, questions = read_rows(folder), ()
+        return cls(rows, None if names is None else tuple(names), length, form, questions)
 
     def only(self, split: str) -> "Suite":
         """The suite's rows of one split."""
@@ -82,6 +93,8 @@ class Suite:
 
     def main_metric(self) -> Metric:
         """The metric that chooses among candidates: the first one asked for, else the first row's first."""
+        if self.questions:
+            return (self.metrics or self.questions[0].task.metrics())[0]
         return self.metrics[0] if self.metrics else "accuracy" if "choices" in self.rows[0].value else "likelihood"
 
     def harness(self, precision: str, quantised: str | None = None) -> Digest:
@@ -90,7 +103,9 @@ class Suite:
         if quantised:
             spec["quantised"] = quantised
         made = sorted(name for name in self.metrics or () if is_generated(name))
-        if made:
+        if self.questions:
+            spec |= {"generation": GENERATION, "form": self.form, "versions": [lm_eval.version()]}
+        elif made:
             versions = sorted({version for name in made if (version := metric.version_of(name))})
             spec |= {"generation": GENERATION, "form": self.form, "versions": versions}
         return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": MAX_LENGTH}))
@@ -142,6 +157,9 @@ def evaluate(
 ) -> dict[str, list[Record]]:
     """Records by adapter name (`BARE` for the base alone), in the order of the suite's rows."""
     panel = Panel(model, tokenizer, adapters, bare=bare, report=report)
+    if suite.questions:
+        answered = lm_eval.answers(panel, suite.rows, suite.questions)
+        return {name: list(map(partial(_of_task, suite), suite.rows, own)) for name, own in answered.items()}
     examples = [tokenize(tokenizer, row, panel.limit) for row in suite.rows]
     check_tokens(model, (token for e in examples for ids in (e.prompt, *e.completions) for token in ids))
     wanted = [suite.metrics_of(example) for example in examples]
@@ -193,3 +211,16 @@ def _record(suite: Suite, example: Example, scores: Sequence[float], output: Tex
         return Record(item=item, split=split, metrics=values)
     parsed = output.ended if suite.form is None else has_form(output.text, suite.form)
     return Record(item=item, split=split, metrics=values, parsed=parsed, output=output.text)
+
+
+def _of_task(suite: Suite, row: Row, answered: lm_eval.Answered) -> Record:
+    item = item_id(row.value)
+    kept = {name: value for name, value in answered.scores.items() if name in (suite.metrics or answered.scores)}
+    if not kept:
+        asked, there = ", ".join(suite.metrics or ()), ", ".join(answered.scores)
+        raise row.refuse(f"none of the suite's metrics {asked} applies to it; its task has {there}")
+    output = answered.output
+    if output is None:
+        return Record(item=item, split=split_of(item), metrics=kept)
+    parsed = output.ended if suite.form is None else has_form(output.text, suite.form)
+    return Record(item=item, split=split_of(item), metrics=kept, parsed=parsed, output=output.text)

@@ -136,7 +136,8 @@ def test_a_suite_is_read_with_its_spec(tmp_path: Path) -> None:
         ('{"metrics": []}', "allowed are"),
         ('{"max_new_tokens": 0}', "a whole number above 0"),
         ("[]", "not a JSON object"),
-        ("{", "not a JSON object"),
+        ("{", "not JSON"),
+        ('{"metrics": ["lm-eval:acc"]}', "lm-eval:… is what its tasks measure"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(spec: str, reason: str, tmp_path: Path) -> None:
