@@ -315,6 +315,12 @@ class NotRunnable(Conflict):
     help = "It is stored, versioned and bound like any other; only training, evaluation and merging need more."
 
 
+class UnknownModel(Conflict):
+    code = "unknown-model"
+    says = "The base in '{path}' is of model type '{kind}', which the installed transformers {version} does not know."
+    help = "What works with these weights: push, pull, fit, combine, compress and compare. Training, evaluating, merging, extracting and rebasing need the model's definition: install a transformers that has it."
+
+
 class NotCombinable(Conflict):
     code = "not-combinable"
     says = "These adapters cannot be combined by '{method}': {reason}"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 
-from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable
+from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable, UnknownModel
 from registry.core.recipes import Precision, Quantisation
 
 from .quantised import form_of, hold, loading
@@ -45,7 +45,7 @@ def load(
 
     Its linear weights are held in the 8 or 4 bits that are asked for, or that they are stored in.
     """
-    config = config_of(folder)
+    config = known(folder)
     dtype = dtype_for(precision)
     options = loading(config, quantised, dtype)
     in_bits = bool(quantised or form_of(config))
@@ -78,6 +78,14 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
+def known(folder: Path) -> dict[str, Any]:
+    """The config.json of a base that transformers has a model for; `UnknownModel` says what works with one without."""
+    config = config_of(folder)
+    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
+        raise UnknownModel(path=folder.name, kind=kind, version=__version__)
+    return config
+
+
 def check_tokens(model: Model, ids: Iterable[int]) -> None:
     """`ForeignTokenizer` when a token has no row in the base's embedding: else the lookup would fail without a word."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -94,6 +102,7 @@ def context_of(model: Model) -> int | None:
 
 def skeleton(folder: Path) -> Model:
     """The model of ``folder`` without its weights: which module is of which kind, and what is tied."""
+    known(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable
+from registry.core.errors import ForeignTokenizer, NotABase, UnknownModel
 from tests.workers import factories
 from workers.compute.evaluate import Suite, evaluate
 from workers.compute.finetune import finetune
@@ -38,10 +38,10 @@ def test_what_is_no_base_or_an_unknown_one_is_refused(tmp_path: Path) -> None:
     factories.saved(factories.llama(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with pytest.raises(NotRunnable, match="The base model in"):
-        load(tmp_path)
-    with pytest.raises(NotABase):
-        skeleton(tmp_path)
+    for opened in (load, skeleton):
+        with pytest.raises(UnknownModel, match="model type 'unheard_of', which the installed transformers") as refused:
+            opened(tmp_path)
+        assert "What works with these weights: push, pull, fit, combine, compress and compare." in refused.value.hint
 
 
 def test_packed_sequences_are_kept_apart_by_attention_and_not_by_a_recurrent_model() -> None:
