@@ -137,6 +137,10 @@ def test_a_search_makes_a_version_with_the_recipe_that_it_found(home: House, tmp
     result = done.result or {}
     assert result["found"]["learning_rate"] == result["candidates"][result["chosen"]]["learning_rate"]
     assert result["made"][0]["ref"] == "team/found@v1"
+    again = {"kind": "rebase", "tier": "retrain", "adapter": "team/found@v1", "old": "demo@r1", "base": "demo@r1"}
+    retrained = home.submit(again, adapter="team/found")
+    told = ("learning_rate", "alpha", "rank", "targets", "steps")
+    assert {key: retrained.recipe["training"][key] for key in told} == {key: result["found"][key] for key in told}
 
 
 def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
