@@ -57,6 +57,7 @@ from registry.core.recipes import (
 )
 from registry.core.records import summary, to_jsonl
 
+from .compute.bank import parts_of
 from .compute.combine import combine
 from .compute.compress import compress
 from .compute.data import Row, read_rows
@@ -169,7 +170,8 @@ def _finetune(
     trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, **options)
     if ranks.first:
         _write(trained.adapter, out, recipe.base, recipe)
-    return _training_facts(trained, recipe.precision) | {"base": loaded(model)}
+    count = sum(part.numel() for part in parts_of(trained.adapter).values())
+    return _training_facts(trained, recipe.precision) | {"base": loaded(model), "trained": count}
 
 
 def _full_finetune(

@@ -550,7 +550,7 @@ class Unchanged(Conflict):
 class UnknownTargets(Invalid):
     code = "unknown-targets"
     says = "Targets {targets} match no module of the base.{nearest}"
-    help = "Name linear modules by their last part, such as q_proj or down_proj."
+    help = "Name linear modules or embeddings by their last part, such as q_proj, down_proj or lm_head."
 
 
 class SuiteTooSmall(Invalid):

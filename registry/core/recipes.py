@@ -18,6 +18,7 @@ Quantisation = Literal["int8", "nf4"]
 Tier = Literal["carry", "align", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
+Variant = Literal["plain", "dora", "three-factor"]
 LongRows = Literal["cut", "refuse", "drop"]
 TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
 """Those that an upgrade tries where nobody names others."""
@@ -86,6 +87,11 @@ class FineTune(Training):
     kind: Literal["finetune"] = "finetune"
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
     """Last parts of module names, or the one word ``all-linear``."""
+    variant: Variant = "plain"
+    """B·A; DoRA, with trained lengths of W's rows (Liu et al. 2024, arXiv:2402.09353); or three factors, of which only
+    the middle one, r×r, is trained (LoRA-XS, Bałazy et al. 2024, arXiv:2405.17604)."""
+    whole: tuple[Target, ...] = ()
+    """Last parts of names of modules that are trained whole, as PEFT's ``modules_to_save``: they have no factors."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     quantised: Quantisation | None = None
@@ -100,6 +106,12 @@ class FineTune(Training):
     """Version whose factors training starts from (same targets and ranks), else A random and B = 0."""
     pull: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the pull ½·pull·(1 − t/T)·‖θ − θ_start‖² towards the start, decaying to zero (with ``start``)."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if both := sorted(set(self.targets) & set(self.whole)):
+            raise ValueError(f"'{both[0]}' cannot have factors (targets) and be trained whole")
+        return self
 
 
 class FullFineTune(Training):

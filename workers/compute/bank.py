@@ -9,9 +9,12 @@ adapter is switched to by naming it, and the recorded weights are there bit by b
 All factors of an adapter are one row of a matrix θ (K×P), first every A, then every B, padded with zeros to the
 largest rank of each module: an optimiser sees one tensor per adapter, and a module takes its factors of all adapters
 as views. Zeros in both factors get zero gradients, so that padding, and modules that an adapter leaves alone, stay.
+In training, whatever else adapters hold (`variants`) follows in the row: the cores of three factors, then lengths and
+biases, then parameters of modules that are trained whole.
 Legend: K adapters, R rank, I inputs, O outputs, P parameters of an adapter, B rows, T positions, L tokens.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,25 +26,42 @@ from torch.nn import functional as F
 
 from registry.core.errors import NotRunnable
 
-from .lora import Adapter, Patch, dense, fitted, is_transposed
+from .lora import Adapter, Patch, core_of, dense, fitted, is_transposed, lengths
 from .model import Model
 
 Rows = Sequence[tuple[int | None, int]]
 """Whose the rows of a batch are, in order: (adapter, how many rows); None is the bare base."""
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""A (R×I) and B (O×R) by module."""
+Parts = Mapping[str, Tensor]
+"""What of an adapter is trained, by module and kind: ``….A`` (R×I), ``….B`` (O×R) or in place of both ``….R`` (R×R),
+``….magnitude`` (O), ``….shift`` (O, a bias of B); replaced parameters by their names."""
 
 
-def factors_of(adapter: Adapter) -> Factors:
+def parts_of(adapter: Adapter) -> Parts:
     """The adapter's own."""
-    return {name: (patch.a_RI, patch.b_OR) for name, patch in adapter.patches.items()}
+    found: dict[str, Tensor] = {}
+    for name, patch in adapter.patches.items():
+        if patch.basis_OR is None:
+            found |= {f"{name}.A": patch.a_RI, f"{name}.B": patch.b_OR}
+        else:
+            found[f"{name}.R"] = core_of(patch)
+        others = {"magnitude": patch.magnitude_O, "shift": patch.bias_O}
+        found |= {f"{name}.{kind}": value for kind, value in others.items() if value is not None}
+    return found | adapter.replaced
 
 
-def with_factors(adapter: Adapter, factors: Factors) -> Adapter:
+def with_parts(adapter: Adapter, parts: Parts) -> Adapter:
     """The adapter with others in their place."""
-    patches = {name: replace(patch, a_RI=factors[name][0], b_OR=factors[name][1])
-               for name, patch in adapter.patches.items()}  # fmt: skip
-    return replace(adapter, patches=patches)
+    patches = {}
+    for name, patch in adapter.patches.items():
+        core_RR = parts.get(f"{name}.R")
+        if core_RR is not None and patch.basis_OR is not None:
+            a_RI, b_OR = patch.a_RI, patch.basis_OR @ core_RR
+        else:
+            a_RI, b_OR = parts[f"{name}.A"], parts[f"{name}.B"]
+        patches[name] = replace(
+            patch, a_RI=a_RI, b_OR=b_OR, magnitude_O=parts.get(f"{name}.magnitude"), bias_O=parts.get(f"{name}.shift")
+        )
+    return replace(adapter, patches=patches, replaced={name: parts[name] for name in adapter.replaced})
 
 
 # ── whose rows ───────────────────────────────────────────────────────────────
@@ -101,19 +121,23 @@ class Layer:
     """Views of θ itself and of its gradient: A, B, and theirs; None when nothing is trained."""
     patches: dict[int, Patch]
     replaced: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    stretch_O: dict[int, Tensor] = field(default_factory=dict)
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): magnitude ⁄ ‖W₀ + ΔW‖ by rows."""
+    more: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """In training, views of θ and its gradient by kind: magnitude, shift, and the module's own parameters."""
+    lengths_O: dict[int, Tensor] = field(default_factory=dict)
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): ‖W₀ + ΔW‖ by rows, a constant on the way back (§4.3)."""
     untouched: set[int] = field(default_factory=set, init=False)
     """Adapters whose views of the gradient hold nothing of this step, so that their next product overwrites them."""
     plain: bool = field(init=False)
     """Whether products of all rows say everything."""
 
     def __post_init__(self) -> None:
-        special = any(patch.bias_O is not None for patch in self.patches.values())
-        self.plain = not (self.replaced or self.stretch_O or special or isinstance(self.module, nn.Embedding))
+        patches = self.patches.values()
+        special = any(patch.magnitude_O is not None or patch.bias_O is not None for patch in patches)
+        self.plain = not (self.replaced or special or isinstance(self.module, nn.Embedding))
         # A module whose input needs no gradient would have no backward, but its factors need theirs.
         self._anchor = torch.zeros((), requires_grad=self.trained is not None)
-        self._leaves: tuple[Tensor, Tensor] | None = None
+        self._leaves: dict[tuple[str, int], Tensor] = {}
+        self._own_O: Tensor | None = None
         self._parts: dict[tuple[int, int], _Part] = {}
 
     def apply(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
@@ -154,8 +178,30 @@ class Layer:
         """Forget the gradient of these."""
         if self.trained is not None:
             for which in adapters:
-                self.trained[2][which].zero_()
-                self.trained[3][which].zero_()
+                for grad_K in (*self.trained[2:], *(grad_K for _, grad_K in self.more.values())):
+                    grad_K[which].zero_()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Find the lengths of rows for the factors as they are: of W₀ once, then by products of its own size × R.
+
+        ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·wᵀ) + s²·b·(A·Aᵀ)·bᵀ      for a row w of W₀ and its row b of B
+        """
+        wanted = [which for which, patch in self.patches.items() if patch.magnitude_O is not None]
+        if not wanted:
+            return
+        if self.trained is None:
+            for which in wanted:
+                self.lengths_O[which] = lengths(self.module, self.patches[which].update.dense())
+            return
+        if self._own_O is None:
+            self._own_O = lengths(self.module)
+        weight_OI = dense(self.module)
+        for which in wanted:
+            a_RI, sb_OR = self.trained[0][which], self.trained[1][which] * self.scale_K11[which]
+            grown_OR = 2 * weight_OI @ a_RI.T + sb_OR @ (a_RI @ a_RI.T)
+            squares_O = self._own_O.square() + (sb_OR * grown_OR).sum(1)
+            self.lengths_O[which] = squares_O.clamp_min(torch.finfo(squares_O.dtype).tiny).sqrt()
 
     def _one_by_one(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         parts, end = [], 0
@@ -169,29 +215,38 @@ class Layer:
 
     def _alone(self, which: int, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         if which in self.replaced:
-            h = _replaced(self.module, self.replaced[which], x, h)
+            own = {name: self._leaf(name, which, value).to(h.dtype) for name, value in self.replaced[which].items()}
+            h = _replaced(self.module, own, x, h)
         patch = self.patches.get(which)
         if patch is None:
             return h
-        a_RI, b_OR = (factor[which].to(h.dtype) for factor in self._factors())
+        a_RI, b_OR = (
+            self._leaf(kind, which, factors[which]).to(h.dtype)
+            for kind, factors in (("A", self.a_KRI), ("B", self.b_KOR))
+        )
         low = F.embedding(x, a_RI.T) if patch.embedding else F.linear(dropped, a_RI)
-        shift = None if patch.bias_O is None else patch.bias_O.to(h) * patch.scale
+        shift = None if patch.bias_O is None else self._leaf("shift", which, patch.bias_O).to(h) * patch.scale
         update = F.linear(low * patch.scale, b_OR, shift)
-        if which not in self.stretch_O:
+        if patch.magnitude_O is None:
             return h + update
+        magnitude_O = self._leaf("magnitude", which, patch.magnitude_O).to(self.lengths_O[which])
+        stretch_O = magnitude_O / self.lengths_O[which]
         bias: Tensor | None = getattr(self.module, "bias", None)
         bare = h if bias is None else h - bias
-        return self.stretch_O[which] * (bare + update) + (h - bare)
+        # What is added is rounded, not the stretch: in bfloat16 the change of a length of under 0.4 % would be lost.
+        return h + (stretch_O - 1).to(h.dtype) * bare + stretch_O.to(h.dtype) * update
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; in training as autograd's leaves, whose gradients are the views that the products add to."""
+    def _leaf(self, kind: str, which: int, fixed: Tensor) -> Tensor:
+        """One adapter's; in training as autograd's leaf, whose gradient is the view that the products add to."""
         if self.trained is None:
-            return self.a_KRI, self.b_KOR
-        if self._leaves is None:
+            return fixed
+        if (kind, which) not in self._leaves:
             a_KRI, b_KOR, grad_a_KRI, grad_b_KOR = self.trained
-            self._leaves = (a_KRI.detach().requires_grad_(), b_KOR.detach().requires_grad_())
-            self._leaves[0].grad, self._leaves[1].grad = grad_a_KRI, grad_b_KOR
-        return self._leaves
+            views = {"A": (a_KRI, grad_a_KRI), "B": (b_KOR, grad_b_KOR), **self.more}
+            value_K, grad_K = views[kind]
+            leaf = self._leaves[kind, which] = value_K[which].detach().requires_grad_()
+            leaf.grad = grad_K[which]
+        return self._leaves[kind, which]
 
 
 def _replaced(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, h: Tensor) -> Tensor:
@@ -301,7 +356,7 @@ class Drop:
 
 
 class Bank:
-    """The factors of K adapters for one model.
+    """What K adapters hold, for one model.
 
     With ``train`` there is a gradient beside θ and both are float32; without it θ has the model's type.
     """
@@ -309,37 +364,46 @@ class Bank:
     def __init__(self, model: Model, adapters: Sequence[Adapter], *, train: bool = False) -> None:
         """`NotRunnable` names what of an adapter does not fit the model."""
         self.adapters = tuple(adapters)
-        self._called: list[dict[str, str]] = []
+        self._held: list[dict[str, _Held]] = [{} for _ in self.adapters]
         patches: dict[str, dict[int, Patch]] = {}
         replaced: dict[str, dict[int, dict[str, Tensor]]] = {}
         for which, adapter in enumerate(self.adapters):
             patched, others = fitted(model, adapter)
-            self._called.append({name: called for called, (name, _, _) in zip(adapter.patches, patched, strict=True)})
-            for name, _, patch in patched:
+            for called, (name, _, patch) in zip(adapter.patches, patched, strict=True):
                 patches.setdefault(name, {})[which] = patch
-            for name, module, parameters in others:
+                self._held[which] |= _held(name, called, patch)
+            called_as = {name.rpartition(".")[0]: None for name in adapter.replaced}
+            for called, (name, module, parameters) in zip(called_as, others, strict=True):
                 like = next(module.parameters(), model.get_input_embeddings().weight)
-                replaced.setdefault(name, {})[which] = {key: value.to(like) for key, value in parameters.items()}
+                own = {key: value.to(like.device, like.dtype) for key, value in parameters.items()}
+                replaced.setdefault(name, {})[which] = own
+                self._held[which] |= {f"{called}.{key}": _Held(name, key) for key in parameters}
 
-        sizes = [_Size.of(of.values()) for of in patches.values()]
-        self.size_a = sum(size.rank * size.inputs for size in sizes)
-        """How many of θ's columns are A's."""
-        shape = (len(self.adapters), self.size_a + sum(size.rank * size.outputs for size in sizes))
+        spaces = {name: _space(patches.get(name, {}), replaced.get(name, {}), train) for name in patches | replaced}
+        places, self.spans, size = _laid_out(spaces)
         dtype, device = model.get_input_embeddings().weight.dtype, model.device
+        shape = (len(self.adapters), size)
         self.theta_KP = torch.zeros(shape, dtype=torch.float32 if train else dtype, device=device)
         self.grad_KP = torch.zeros(shape, device=device) if train else None
         self._computed_KP = self.theta_KP if self.theta_KP.dtype == dtype else self.theta_KP.to(dtype)
+        self._places = places
         self.layers: dict[str, Layer] = {}
-        self._places: dict[str, _Place] = {}
-        at_a, at_b = 0, self.size_a
-        for (name, of), size in zip(patches.items(), sizes, strict=True):
-            place = self._places[name] = _Place(size, at_a, at_b)
-            self.layers[name] = self._layer(model.get_submodule(name), place, of, replaced.pop(name, {}))
-            at_a, at_b = at_a + size.rank * size.inputs, at_b + size.rank * size.outputs
-        for name, others_of in replaced.items():
-            self.layers[name] = self._layer(model.get_submodule(name), _Place(_Size(0, 0, 0), 0, 0), {}, others_of)
-        for which, adapter in enumerate(self.adapters):
-            self.put(which, factors_of(adapter), self.theta_KP)
+        for name, place in places.items():
+            of, others_of = patches.get(name, {}), replaced.get(name, {})
+            for which, patch in of.items():
+                for kind, value in (("A", patch.a_RI), ("B", patch.b_OR)):
+                    view = place.view(self.theta_KP, kind)[which]
+                    view[: value.shape[0], : value.shape[1]] = value.to(device)
+            self.layers[name] = self._layer(model.get_submodule(name), place, of, others_of)
+        if train:
+            for which, adapter in enumerate(self.adapters):
+                self.put(which, parts_of(adapter), self.theta_KP)
+        self._bases = [
+            (which, name, patch.basis_OR.to(device))
+            for name, of in patches.items()
+            for which, patch in of.items()
+            if train and patch.basis_OR is not None
+        ]
         self.refresh()
         self._groups: list[Group] | None = None
         self._rows = 0
@@ -350,21 +414,39 @@ class Bank:
     def _layer(
         self, module: nn.Module, place: "_Place", patches: dict[int, Patch], replaced: dict[int, dict[str, Tensor]]
     ) -> Layer:
-        a_KRI, b_KOR = place.views(self._computed_KP)
-        trained = None if self.grad_KP is None else (*place.views(self.theta_KP), *place.views(self.grad_KP))
+        a_KRI, b_KOR = (place.view(self._computed_KP, kind) for kind in "AB")
+        trained, more = None, {}
+        if self.grad_KP is not None:
+            theta_KP, grad_KP = self.theta_KP, self.grad_KP
+            both = (theta_KP, grad_KP)
+            values, gradients = ((place.view(matrix, "A"), place.view(matrix, "B")) for matrix in both)
+            trained = (*values, *gradients)
+            more = {kind: (place.view(theta_KP, kind), place.view(grad_KP, kind)) for kind in place.kinds}
         scales = [patches[which].scale if which in patches else 0.0 for which in range(len(self.adapters))]
         scale_K11 = torch.tensor(scales, device=a_KRI.device)[:, None, None]  # float32: rounded, it would bias all
-        stretch = {
-            which: _stretch(module, patch).to(a_KRI.dtype)
-            for which, patch in patches.items()
-            if patch.magnitude_O is not None
-        }
-        return Layer(module, a_KRI, b_KOR, scale_K11, trained, patches, replaced, stretch)
+        return Layer(module, a_KRI, b_KOR, scale_K11, trained, patches, replaced, more)
 
     def refresh(self) -> None:
         """Let the model compute with θ as it is now."""
+        for which, name, basis_OR in self._bases:
+            rank = basis_OR.shape[1]
+            core_RR = self._places[name].view(self.theta_KP, "R")[which, :rank, :rank]
+            self._places[name].view(self.theta_KP, "B")[which, :, :rank] = basis_OR @ core_RR
         if self._computed_KP is not self.theta_KP:
             self._computed_KP.copy_(self.theta_KP)
+        for layer in self.layers.values():
+            layer.measure()
+
+    def to_cores(self) -> None:
+        """Where three factors are trained, make the gradient of B that of R, by the chain rule, and A's nothing."""
+        if self.grad_KP is None:
+            return
+        for which, name, basis_OR in self._bases:
+            grad_A, grad_B, grad_R = (self._places[name].view(self.grad_KP, kind)[which] for kind in "ABR")
+            rank = basis_OR.shape[1]
+            grad_R[:rank, :rank] = basis_OR.T @ grad_B[:, :rank]
+            grad_A.zero_()
+            grad_B.zero_()
 
     @contextmanager
     def gradients(self) -> Iterator[Tensor]:
@@ -383,25 +465,30 @@ class Bank:
         """Say whose the rows of the coming batches are. One adapter alone has every row unless told otherwise."""
         self._groups, self._rows = groups_of(rows), sum(count for _, count in rows)
 
-    def factors(self, which: int, matrix_KP: Tensor | None = None) -> Factors:
-        """A and B of adapter ``which`` in its own names and ranks, on the processor: of θ, or of a matrix like it."""
-        found = {}
-        for name, called in self._called[which].items():
-            rank = self.adapters[which].patches[called].a_RI.shape[0]
-            a_KRI, b_KOR = self._places[name].views(self.theta_KP if matrix_KP is None else matrix_KP)
-            found[called] = (
-                a_KRI[which, :rank].to("cpu", copy=True).contiguous(),
-                b_KOR[which, :, :rank].to("cpu", copy=True).contiguous(),
-            )
-        return found
+    def parts(self, which: int, matrix_KP: Tensor | None = None) -> Parts:
+        """What is trained of adapter ``which``, in its own names and ranks, on the processor: of θ or one like it."""
+        matrix_KP = self.theta_KP if matrix_KP is None else matrix_KP
+        return {
+            name: self._view(which, held, matrix_KP).to("cpu", copy=True).contiguous()
+            for name, held in self._held[which].items()
+        }
 
-    def put(self, which: int, factors: Factors, matrix_KP: Tensor) -> None:
-        """Write factors to their places in a matrix like θ: what `factors` reads there."""
-        for name, called in self._called[which].items():
-            a_RI, b_OR = factors[called]
-            a_KRI, b_KOR = self._places[name].views(matrix_KP)
-            a_KRI[which, : len(a_RI)] = a_RI.to(matrix_KP.device)
-            b_KOR[which, :, : b_OR.shape[1]] = b_OR.to(matrix_KP.device)
+    def put(self, which: int, parts: Parts, matrix_KP: Tensor) -> None:
+        """Write parts to their places in a matrix like θ: what `parts` reads there."""
+        for name, held in self._held[which].items():
+            self._view(which, held, matrix_KP).copy_(parts[name])
+
+    def _view(self, which: int, held: "_Held", matrix_KP: Tensor) -> Tensor:
+        whole = self._places[held.module].view(matrix_KP, held.kind)[which]
+        return whole[: held.rank] if held.kind == "A" else whole[:, : held.rank] if held.kind == "B" else (
+            whole[: held.rank, : held.rank] if held.kind == "R" else whole
+        )  # fmt: skip
+
+    def trained(self, which: int) -> list[str]:
+        """In which spans of θ there is something of adapter ``which`` to be trained."""
+        held = self._held[which].values()
+        found = {_like(each.kind, self._places[each.module].space[each.kind]) for each in held}
+        return [like for like in ORDER if like in found]
 
     def touches(self, module: nn.Module | None) -> bool:
         """Whether an adapter changes what this module answers."""
@@ -432,40 +519,85 @@ class Bank:
         return adapt
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
-    rank: int
-    inputs: int
-    outputs: int
+# ── what lies where in a row of θ ────────────────────────────────────────────
 
-    @classmethod
-    def of(cls, patches: Iterable[Patch]) -> "_Size":
-        found = list(patches)
-        rank = max(patch.a_RI.shape[0] for patch in found)
-        return cls(rank, found[0].a_RI.shape[1], found[0].b_OR.shape[0])
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A part of an adapter: of which module, what it is, and at which rank."""
+
+    module: str
+    kind: str
+    rank: int = 0
+
+
+def _held(name: str, called: str, patch: Patch) -> dict[str, _Held]:
+    """The parts of one patch as `parts_of` calls them."""
+    kinds = ["A", "B"] if patch.basis_OR is None else ["R"]
+    kinds += ["magnitude"] if patch.magnitude_O is not None else []
+    kinds += ["shift"] if patch.bias_O is not None else []
+    return {f"{called}.{kind}": _Held(name, kind, patch.a_RI.shape[0]) for kind in kinds}
+
+
+Space = Mapping[str, tuple[int, ...]]
+"""The shape of each kind of part that a module has in a row of θ."""
+ORDER = ("A", "B", "R", "vectors", "whole")
+"""What lies beside its like in a row of θ, for an optimiser to tell apart."""
+
+
+def _space(patches: Mapping[int, Patch], replaced: Mapping[int, Mapping[str, Tensor]], train: bool) -> Space:
+    found: dict[str, tuple[int, ...]] = {"A": (0, 0), "B": (0, 0)}
+    if patches:
+        some = next(iter(patches.values()))
+        (outputs, inputs), rank = some.update.shape, max(patch.a_RI.shape[0] for patch in patches.values())
+        found = {"A": (rank, inputs), "B": (outputs, rank)}
+        if train and any(patch.basis_OR is not None for patch in patches.values()):
+            found["R"] = (rank, rank)
+        if train and any(patch.magnitude_O is not None for patch in patches.values()):
+            found["magnitude"] = (outputs,)
+        if train and any(patch.bias_O is not None for patch in patches.values()):
+            found["shift"] = (outputs,)
+    if train:
+        found |= {key: tuple(value.shape) for parameters in replaced.values() for key, value in parameters.items()}
+    return found
+
+
+def _like(kind: str, shape: tuple[int, ...]) -> str:
+    return kind if kind in ORDER else "vectors" if len(shape) == 1 else "whole"
+
+
+def _laid_out(spaces: Mapping[str, Space]) -> tuple[dict[str, "_Place"], dict[str, slice], int]:
+    """Where each module's parts lie, where what is alike lies, and how long a row is."""
+    starts: dict[str, dict[str, int]] = {name: {} for name in spaces}
+    spans: dict[str, slice] = {}
+    end = 0
+    for like in ORDER:
+        begin = end
+        for name, space in spaces.items():
+            for kind, shape in space.items():
+                if like == _like(kind, shape):
+                    starts[name][kind] = end
+                    end += math.prod(shape)
+        spans[like] = slice(begin, end)
+    return {name: _Place(space, starts[name]) for name, space in spaces.items()}, spans, end
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a module's factors lie in a row of θ."""
+    """Where a module's parts lie in a row of θ."""
 
-    size: _Size
-    at_a: int
-    at_b: int
+    space: Space
+    starts: Mapping[str, int]
 
-    def views(self, matrix_KP: Tensor) -> tuple[Tensor, Tensor]:
-        many, (rank, inputs, outputs) = len(matrix_KP), (self.size.rank, self.size.inputs, self.size.outputs)
-        a_KRI = matrix_KP[:, self.at_a : self.at_a + rank * inputs].view(many, rank, inputs)
-        return a_KRI, matrix_KP[:, self.at_b : self.at_b + rank * outputs].view(many, outputs, rank)
+    @property
+    def kinds(self) -> list[str]:
+        """What there is beside the factors."""
+        return [kind for kind in self.space if kind not in ("A", "B")]
 
-
-def _stretch(module: nn.Module, patch: Patch) -> Tensor:
-    """DoRA's magnitude ⁄ ‖W₀ + ΔW‖, by rows of W."""
-    assert patch.magnitude_O is not None
-    own_OI = dense(module)
-    length_O = (own_OI + patch.update.dense().to(own_OI.device)).norm(dim=1)
-    stretch_O: Tensor = patch.magnitude_O.to(length_O) / length_O
-    return stretch_O
+    def view(self, matrix_KP: Tensor, kind: str) -> Tensor:
+        """Of one kind, K of this shape."""
+        shape, start = self.space[kind], self.starts[kind]
+        return matrix_KP[:, start : start + math.prod(shape)].view(len(matrix_KP), *shape)
 
 
 @contextmanager

@@ -178,11 +178,6 @@ def _rows(stored: Stored, mesh: DeviceMesh) -> Tensor:
     return torch.cat(blocks) if blocks else torch.empty(0, *stored.shape[1:])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from all ranks, which all have to ask for it; one that is not sharded as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def part_of(tensor: Tensor, whole: Tensor) -> Tensor:
     """This rank's part of a whole tensor, sharded as ``tensor`` is."""
     if not isinstance(tensor, DTensor):

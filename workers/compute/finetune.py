@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from registry.core.errors import LoractlError, NotRunnable, TrainingFailed
+from registry.core.errors import LoractlError, TrainingFailed
 from registry.core.recipes import FineTune, recipe_digest
 
 from . import checkpoint
-from .bank import Bank, Drop, Factors, factors_of, with_factors
+from .bank import Bank, Drop, Parts, parts_of, with_parts
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
 from .data import Example, Packed, Row, asked_of, pack
@@ -38,6 +38,7 @@ from .loss import Loss
 from .model import Model, Tokenizer, keeps_apart
 from .rate import rate_of, with_rate
 from .recompute import recomputing
+from .variants import varied
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -196,25 +197,23 @@ class _Run(Course):
     recipe: FineTune
     place: int
     start: Adapter
-    factors: Factors
+    parts: Parts
     """As they were when the run was left."""
     identity: str
     pulled: bool
     until: int
     """The step at which it ends for now."""
-    moments: tuple[Factors, Factors] | None = None
+    moments: tuple[Parts, Parts] | None = None
     """The optimiser's first and second, after a step."""
-    best: Factors | None = None
-    """With patience: the factors of the best look so far."""
+    best: Parts | None = None
+    """With patience: what was trained, as of the best look so far."""
     failure: LoractlError | None = None
 
     @classmethod
     def of(
         cls, place: int, model: Model, tokenizer: Tokenizer, task: Task, others: Counter[str], until: int | None
     ) -> "_Run":
-        adapter = task.start or fresh(model, task.recipe)
-        if any(patch.magnitude_O is not None for patch in adapter.patches.values()):
-            raise NotRunnable(what="Training from this adapter", reason="it has DoRA magnitudes")
+        adapter = varied(model, task.recipe, task.start or fresh(model, task.recipe))
         ahead, held, counted = laid_out(model, tokenizer, task.recipe, task.rows)
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
@@ -223,7 +222,7 @@ class _Run(Course):
             identity += " again"
         return cls(
             recipe=with_rate(model, task.recipe, adapter), counted=counted, ahead=ahead, held=held, place=place,
-            start=adapter, factors=factors_of(adapter), identity=identity,
+            start=adapter, parts=parts_of(adapter), identity=identity,
             pulled=bool(task.recipe.pull) and task.start is not None,
             until=task.recipe.steps if until is None else min(until, task.recipe.steps),
         )  # fmt: skip
@@ -238,34 +237,29 @@ class _Run(Course):
         """Whether rows held out are due after the step just made."""
         return self.failure is None and super().wants_a_look
 
-    def looked(self, loss: float, factors: Callable[[], Factors]) -> None:
-        """Note the loss on rows held out, and with patience the factors where it is the best so far."""
+    def looked(self, loss: float, parts: Callable[[], Parts]) -> None:
+        """Note the loss on rows held out, and with patience what is trained where it is the best so far."""
         self.looks.append((self.step, loss))
         if self.is_best:
-            self.best = factors()
+            self.best = parts()
 
     def outcome(self) -> Outcome:
         """The adapter, or what it failed by."""
         if self.failure is not None:
             return self.failure
-        factors, kept = (self.factors, self.step) if self.best is None else (self.best, self.best_look[0])
-        adapter = with_factors(self.start, factors)
+        parts, kept = (self.parts, self.step) if self.best is None else (self.best, self.best_look[0])
+        adapter = with_parts(self.start, parts)
         rate = rate_of(self.recipe)
         return Trained(adapter, tuple(self.losses), self.tokens, tuple(self.looks), kept, self.counted, rate)
 
     # ── checkpoints: the batches and the chance of a step follow from its number ──
 
     def state(self) -> State:
-        """Factors, moments, and how far the run is."""
-        kinds = {"theta": self.factors} | dict(zip("mv", self.moments or (), strict=False))
+        """What is trained, its moments, and how far the run is."""
+        kinds = {"theta": self.parts} | dict(zip("mv", self.moments or (), strict=False))
         if self.best is not None:
             kinds["best"] = self.best
-        tensors = {
-            f"{kind}.{name}.{part}": factor
-            for kind, factors in kinds.items()
-            for name, pair in factors.items()
-            for part, factor in zip("AB", pair, strict=True)
-        }
+        tensors = {f"{kind}.{name}": part for kind, parts in kinds.items() for name, part in parts.items()}
         return State(self.step, tensors, self.noted())
 
     def go_on_from(self, state: State | None) -> None:
@@ -273,15 +267,14 @@ class _Run(Course):
         if state is None or not state.step:
             return
 
-        def factors(kind: str) -> Factors:
-            return {name: (state.tensors[f"{kind}.{name}.A"], state.tensors[f"{kind}.{name}.B"])
-                    for name in self.factors}  # fmt: skip
+        def parts(kind: str) -> Parts:
+            return {name: state.tensors[f"{kind}.{name}"] for name in self.parts}
 
         self.go_to(dict(state.told))
-        self.moments = (factors("m"), factors("v"))
+        self.moments = (parts("m"), parts("v"))
         if self.recipe.patience and self.looks:
-            self.best = factors("best")
-        self.factors = factors("theta")
+            self.best = parts("best")
+        self.parts = parts("theta")
 
 
 def _together(
@@ -308,6 +301,7 @@ def _together(
                 if run.pulled and began_KP is not None:
                     weight = run.recipe.pull * (1 - run.step / run.recipe.steps)
                     bank.grad_KP[place].add_(bank.theta_KP[place] - began_KP[place], alpha=weight)
+            bank.to_cores()
             norms_K = torch.linalg.vector_norm(bank.grad_KP, dim=1)
             _check("gradient", norms_K.tolist(), live, drawn)
             if all(run.failure for run in live):
@@ -323,7 +317,7 @@ def _together(
                     run.tokens += tokens
             places = [place for place, run in enumerate(live) if run.wants_a_look]
             for place, loss in zip(places, gradients.held_out(places), strict=True):
-                live[place].looked(loss, lambda place=place: bank.factors(place))  # type: ignore[misc]
+                live[place].looked(loss, lambda place=place: bank.parts(place))  # type: ignore[misc]
             asked_to_stop = _tell([run for run in live if run.failure is None], report, gradients.parts, ranks)
             if asked_to_stop is not None or any(run.wants_a_checkpoint for run in live):
                 optimizer.leave(live)
@@ -449,38 +443,39 @@ class _Optimizer:
         assert bank.grad_KP is not None
         self._bank = bank
         self._moments = (torch.zeros_like(bank.theta_KP), torch.zeros_like(bank.theta_KP))
-        groups = []
+        groups: list[dict[str, Any]] = []
+        states: list[dict[str, Any]] = []
         for place, run in enumerate(live):
-            bank.put(place, run.factors, bank.theta_KP)
-            for matrix, factors in zip(self._moments, run.moments or (), strict=False):
-                bank.put(place, factors, matrix)
-            ratio = run.recipe.learning_rate_b_ratio
-            for part, times in ((slice(0, bank.size_a), 1.0), (slice(bank.size_a, None), ratio)):
-                parameter = bank.theta_KP[place, part].detach()
-                parameter.grad = bank.grad_KP[place, part]
-                groups.append({"params": [parameter], "times": times, "weight_decay": run.recipe.weight_decay})
+            bank.put(place, run.parts, bank.theta_KP)
+            for matrix, parts in zip(self._moments, run.moments or (), strict=False):
+                bank.put(place, parts, matrix)
+            for like in bank.trained(place):
+                span = bank.spans[like]
+                parameter = bank.theta_KP[place, span].detach()
+                parameter.grad = bank.grad_KP[place, span]
+                group: dict[str, Any] = {
+                    "params": [parameter], "place": place,
+                    "times": run.recipe.learning_rate_b_ratio if like == "B" else 1.0,
+                    "weight_decay": 0.0 if like == "vectors" else run.recipe.weight_decay,
+                }  # fmt: skip
+                groups.append(group)
+                state = {"step": torch.tensor(float(run.step), device=bank.theta_KP.device)}
+                names = ("exp_avg", "exp_avg_sq")
+                states.append(state | {n: m[place, span] for n, m in zip(names, self._moments, strict=True)})
         self._adamw = torch.optim.AdamW(groups, fused=True)
-        for group, (place, part) in zip(self._adamw.param_groups, self._parts(len(live)), strict=True):
-            self._adamw.state[group["params"][0]] = {
-                "step": torch.tensor(float(live[place].step), device=bank.theta_KP.device),
-                "exp_avg": self._moments[0][place, part],
-                "exp_avg_sq": self._moments[1][place, part],
-            }
+        for group, state in zip(self._adamw.param_groups, states, strict=True):
+            self._adamw.state[group["params"][0]] = state
         bank.refresh()
-
-    def _parts(self, many: int) -> list[tuple[int, slice]]:
-        ends = (slice(0, self._bank.size_a), slice(self._bank.size_a, None))
-        return [(place, part) for place in range(many) for part in ends]
 
     def step(self, rates: Sequence[float]) -> None:
         """One step of all adapters, each at its rate."""
-        for group, (place, _) in zip(self._adamw.param_groups, self._parts(len(rates)), strict=True):
-            group["lr"] = rates[place] * group["times"]
+        for group in self._adamw.param_groups:
+            group["lr"] = rates[group["place"]] * group["times"]
         self._adamw.step()
 
     def leave(self, live: Sequence[_Run]) -> None:
-        """Let every run know its factors and moments."""
+        """Let every run know its parts and their moments."""
         for place, run in enumerate(live):
-            run.factors = self._bank.factors(place)
-            first, second = (self._bank.factors(place, matrix) for matrix in self._moments)
+            run.parts = self._bank.parts(place)
+            first, second = (self._bank.parts(place, matrix) for matrix in self._moments)
             run.moments = (first, second)

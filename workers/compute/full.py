@@ -24,12 +24,12 @@ from . import checkpoint
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
 from .data import Example, Packed, Row, asked_of, pack
-from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of, whole
+from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of
 from .finetune import Report, silent
 from .lora import listed, nearest
 from .loss import Loss
 from .merge import OUT_TYPES, Merged, rewrite
-from .model import Model, dtype_for, keeps_apart, load
+from .model import Model, dtype_for, keeps_apart, load, whole
 from .recompute import recomputing
 from .shards import FLOATS, Stored, stored_names, stored_tensors
 from .stream import Change

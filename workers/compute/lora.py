@@ -19,7 +19,7 @@ from registry.core.errors import NotRunnable, RankTooHigh, UnknownTargets
 from registry.core.recipes import FineTune
 
 from .lowrank import LowRank
-from .model import Model, module_name
+from .model import Model, module_name, whole
 from .quantised import Held
 
 LINEAR = (nn.Linear, Conv1D, Held)
@@ -37,6 +37,8 @@ class Patch:
     bias_O: Tensor | None = None
     """A bias of B: adds scale·bias."""
     embedding: bool = False
+    basis_OR: Tensor | None = None
+    """Three factors (`variants`): B = basis·R, and only R is trained. Not stored."""
 
     @property
     def update(self) -> LowRank:
@@ -54,6 +56,13 @@ class Adapter:
     """By parameter name: ``modules_to_save`` and trained biases."""
 
 
+def core_of(patch: Patch) -> Tensor:
+    """R (R×R) of three factors: the one with basis·R nearest to B."""
+    assert patch.basis_OR is not None
+    core_RR: Tensor = torch.linalg.lstsq(patch.basis_OR.double(), patch.b_OR.double(), driver="gelsd")[0]
+    return core_RR.float()
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module's weight is kept as inputs × outputs in files, as Conv1D's and an embedding's is."""
     return isinstance(module, Conv1D | nn.Embedding) or (isinstance(module, Held) and module.was_transposed)
@@ -68,11 +77,19 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def dense(module: nn.Module) -> Tensor:
-    """The module's weight in float32, outputs × inputs."""
+    """The module's weight in float32, outputs × inputs; a sharded one is put together."""
     if isinstance(module, Held):
         return module.dense(torch.float32)
-    weight = module.get_parameter("weight").float()
+    weight = whole(module.get_parameter("weight").detach()).float()
     return weight.T if is_transposed(module) else weight
+
+
+def lengths(module: nn.Module, update_OI: Tensor | None = None) -> Tensor:
+    """‖W₀ + ΔW‖ by rows (O), in float32."""
+    weight_OI = dense(module).contiguous()
+    whole_OI = weight_OI if update_OI is None else weight_OI.add(update_OI.to(weight_OI))
+    found_O: Tensor = torch.linalg.vector_norm(whole_OI, dim=1)
+    return found_O
 
 
 # ── on a model ───────────────────────────────────────────────────────────────
@@ -87,7 +104,7 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
     for name, value in adapter.replaced.items():
         owner, _, parameter = name.rpartition(".")
         by_module.setdefault(owner, {})[parameter] = value
-    replaced = [(*_find(model, name), parameters) for name, parameters in by_module.items()]
+    replaced = [(*found_in(model, name), parameters) for name, parameters in by_module.items()]
     for name, module, parameters in replaced:
         own = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
         if isinstance(module, Held):
@@ -97,7 +114,7 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
                 raise _misfit(f"'{name}.{key}' is {_shape(value.shape)}, the base's {_shape(own.get(key))}")
         if parameters.keys() != {"bias"} and not (type(module) is nn.Embedding or isinstance(module, LINEAR)):
             raise _misfit(f"it replaces '{name}', a {type(module).__name__}")
-    patched = [(*_find(model, name), patch) for name, patch in adapter.patches.items()]
+    patched = [(*found_in(model, name), patch) for name, patch in adapter.patches.items()]
     for name, module, patch in patched:
         if not (type(module) is nn.Embedding if patch.embedding else isinstance(module, LINEAR)):
             raise _misfit(f"'{name}' is a {type(module).__name__}")
@@ -111,7 +128,8 @@ def fitted(model: Model, adapter: Adapter) -> tuple[Patched, Replaced]:
     return patched, replaced
 
 
-def _find(model: Model, name: str) -> tuple[str, nn.Module]:
+def found_in(model: Model, name: str) -> tuple[str, nn.Module]:
+    """The module that an adapter calls so, with its own name; `NotRunnable` when there is none."""
     found = module_name(model, name)
     if found is None:
         raise _misfit(f"this base has no module '{name}'")
@@ -129,21 +147,36 @@ def _shape(shape: Sequence[int] | None) -> str:
 # ── a new adapter ────────────────────────────────────────────────────────────
 
 
-def target_modules(model: Model, targets: Sequence[str]) -> list[str]:
-    """Names of the linear modules that ``targets`` mean, in the model's order.
+def target_modules(model: Model, targets: Sequence[str], but: Sequence[str] = ()) -> list[str]:
+    """Names of the linear modules and embeddings that ``targets`` mean, in the model's order, without those of ``but``.
 
-    A target is the end of a module's name (``q_proj``, ``layers.0.mlp.up_proj``), or the one word
-    ``all-linear``: every linear module but the output head. `UnknownTargets` names what matches nothing.
+    A target is the end of a module's name (``q_proj``, ``layers.0.mlp.up_proj``, ``lm_head``, ``embed_tokens``), or
+    the one word ``all-linear``: every linear module but the output head. `UnknownTargets` names what matches nothing.
     """
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     if tuple(targets) == ("all-linear",):
-        return [name for name in linear if model.get_submodule(name) is not head]
-    unknown = [target for target in targets if not any(_means(target, name) for name in linear)]
+        head = model.get_output_embeddings()
+        named = model.named_modules()
+        found = [name for name, module in named if isinstance(module, LINEAR) and module is not head]
+    else:
+        found = modules_called(model, targets)
+    apart = modules_called(model, but)
+    return [name for name in found if name not in apart]
+
+
+def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
+    """The linear modules and embeddings whose names end so, in the model's order."""
+    named = [name for name, module in model.named_modules() if _takes_factors(module)]
+    unknown = [target for target in targets if not any(_means(target, name) for name in named)]
     if unknown:
-        ends = {name.rpartition(".")[2] for name in linear}
-        raise UnknownTargets(targets=listed(unknown), nearest=nearest(unknown, ends))
-    return [name for name in linear if any(_means(target, name) for target in targets)]
+        ends = sorted({name.rpartition(".")[2] for name in named})
+        near = [close for target in unknown for close in difflib.get_close_matches(target, ends, n=3, cutoff=0.5)]
+        nearest = f" Did you mean {_list(near)}?" if near else f" There are {_list(ends)}."
+        raise UnknownTargets(targets=_list(unknown), nearest=nearest)
+    return [name for name in named if any(_means(target, name) for target in targets)]
+
+
+def _takes_factors(module: nn.Module) -> bool:
+    return isinstance(module, LINEAR) or type(module) is nn.Embedding
 
 
 def _means(target: str, name: str) -> bool:
@@ -162,12 +195,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
 
 
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+
+
 def fresh(model: Model, recipe: FineTune) -> Adapter:
-    """A new adapter as the recipe asks: A uniform in ±1⁄√I (Kaiming with a = √5), B = 0, by the recipe's seed."""
+    """A new adapter as the recipe asks, that changes nothing yet, by the recipe's seed; `variants` makes more of it.
+
+    A uniform in ±1⁄√I (Kaiming with a = √5) and B = 0; for an embedding A = 0 and B normal, so that only tokens that
+    were seen have an A.
+    """
     chance = torch.Generator().manual_seed(recipe.seed)
     rank = recipe.rank
     scale = recipe.alpha / (math.sqrt(rank) if recipe.rank_stabilised else rank)
-    names = target_modules(model, recipe.targets)
+    names = target_modules(model, recipe.targets, recipe.whole)
     patches = {}
     for name in names:
         module = model.get_submodule(name)
@@ -175,29 +216,32 @@ def fresh(model: Model, recipe: FineTune) -> Adapter:
         if rank > min(outputs, inputs):
             most = min(min(sizes(model.get_submodule(name))) for name in names)
             raise RankTooHigh(rank=rank, module=name, outputs=outputs, inputs=inputs, most=most)
-        a_RI = (torch.rand(rank, inputs, generator=chance) * 2 - 1) / math.sqrt(inputs)
-        patches[name] = Patch(a_RI, torch.zeros(outputs, rank), scale)
+        patches[name] = _drawn((rank, inputs), (outputs, rank), scale, isinstance(module, nn.Embedding), chance)
     return Adapter(patches, _config(model, recipe, names))
 
 
+def _drawn(a: Sequence[int], b: Sequence[int], scale: float, embedding: bool, chance: torch.Generator) -> Patch:
+    if embedding:
+        return Patch(torch.zeros(a), torch.randn(b, generator=chance), scale, embedding=True)
+    return Patch((torch.rand(a, generator=chance) * 2 - 1) / math.sqrt(a[1]), torch.zeros(b), scale)
+
+
 def restarted(adapter: Adapter, seed: int) -> Adapter:
-    """The adapter's modules, ranks and scales with A drawn anew and B = 0."""
+    """The adapter's modules, ranks and scales as plain LoRA that is drawn anew and changes nothing."""
     chance = torch.Generator().manual_seed(seed)
     patches = {
-        name: Patch(
-            (torch.rand(patch.a_RI.shape, generator=chance) * 2 - 1) / math.sqrt(patch.a_RI.shape[1]),
-            torch.zeros(patch.b_OR.shape),
-            patch.scale,
-            embedding=patch.embedding,
-        )
+        name: _drawn(patch.a_RI.shape, patch.b_OR.shape, patch.scale, patch.embedding, chance)
         for name, patch in adapter.patches.items()
     }
-    return Adapter(patches, adapter.config)
+    more = {"use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False}
+    return Adapter(patches, adapter.config | {key: value for key, value in more.items() if key in adapter.config})
 
 
 def _config(model: Model, recipe: FineTune, names: Sequence[str]) -> dict[str, Any]:
     """adapter_config.json as PEFT writes it."""
     targets = {name.rpartition(".")[2] for name in names} if recipe.targets == ("all-linear",) else set(recipe.targets)
+    if modules_called(model, list(targets)) != names:  # some of them are trained whole
+        targets = set(names)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 
 from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable, UnknownModel
@@ -92,6 +93,11 @@ def check_tokens(model: Model, ids: Iterable[int]) -> None:
     highest = max(ids, default=0)
     if highest >= rows:
         raise ForeignTokenizer(token=highest, rows=rows)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all ranks, which all have to ask for it; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def context_of(model: Model) -> int | None:

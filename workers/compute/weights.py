@@ -3,7 +3,8 @@
 Read: rank and alpha patterns, rank-stabilised scale, DoRA magnitudes, embeddings, biases and
 ``modules_to_save``. Refused by name: other kinds, and variants that change the base or need more than
 its weights. Written: the same bytes for the same adapter, with the base digest and the recipe's digest
-in the safetensors metadata (``loractl.base``, ``loractl.recipe``), where PEFT does not look.
+in the safetensors metadata (``loractl.base``, ``loractl.recipe``, for three factors ``loractl.variant``), where
+PEFT does not look.
 """
 
 import json
@@ -91,7 +92,10 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: str, recipe: str) -> 
         if patch.bias_O is not None:
             tensors[f"{name}.lora_B.bias"] = patch.bias_O
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "loractl.base": base, "loractl.recipe": recipe})
+    marks = {"format": "pt", "loractl.base": base, "loractl.recipe": recipe}
+    if any(patch.basis_OR is not None for patch in adapter.patches.values()):
+        marks["loractl.variant"] = "three-factor"  # stored as B·A like any other
+    write_tensors(folder / WEIGHTS, tensors, marks)
     config = adapter.config | {"base_model_name_or_path": None, "revision": None}
     write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 

@@ -29,6 +29,13 @@ RECIPES: dict[str, FineTune | FullFineTune] = {  # 24 tokens are two rows or one
     "lora": FineTune(
         **COMMON, targets=("q_proj", "down_proj", "lm_head"), rank=4, alpha=8.0, learning_rate=1e-2, batch_tokens=24
     ),
+    "dora": FineTune(
+        **COMMON, targets=("q_proj",), variant="dora", whole=("lm_head", "down_proj"), learning_rate=1e-2,
+        batch_tokens=24,
+    ),
+    "three-factor": FineTune(
+        **COMMON, targets=("q_proj", "embed_tokens"), variant="three-factor", learning_rate=1e-2, batch_tokens=96
+    ),
     "full": FullFineTune(**COMMON, learning_rate=3e-3, batch_tokens=24, patience=9),
     "sparing": FineTune(
         **COMMON, targets=("q_proj", "down_proj"), learning_rate=1e-2, batch_tokens=96, activation_checkpointing=True

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from registry.core.errors import BadDataset, LoractlError, NotRunnable, TrainingFailed
+from registry.core.errors import BadDataset, LoractlError, TrainingFailed
 from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute import data
@@ -14,7 +14,7 @@ from workers.compute.bank import attached
 from workers.compute.course import Counted, learning_rate
 from workers.compute.data import Packed, Row, hold_out
 from workers.compute.finetune import Task, Trained, as_trained, finetune, finetune_many
-from workers.compute.lora import Adapter, fresh
+from workers.compute.lora import Adapter
 from workers.compute.loss import Loss
 from workers.compute.weights import write_adapter
 
@@ -154,15 +154,6 @@ def test_a_loss_that_is_not_a_number_stops_the_training_and_names_the_rows() -> 
 def test_rows_with_choices_are_refused_for_training() -> None:
     with pytest.raises(BadDataset, match=r"'parity.jsonl', line 1: rows with 'choices' are for suites"):
         train(factories.recipe(), rows=factories.choices())
-
-
-def test_training_from_magnitudes_is_refused() -> None:
-    from dataclasses import replace
-
-    adapter = fresh(factories.llama(), factories.recipe())
-    patches = {name: replace(patch, magnitude_O=torch.ones(len(patch.b_OR))) for name, patch in adapter.patches.items()}
-    with pytest.raises(NotRunnable, match="DoRA"):
-        train(factories.recipe(), start=replace(adapter, patches=patches))
 
 
 def test_the_trained_adapter_answers_as_it_did_in_training() -> None:
