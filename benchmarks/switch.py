@@ -15,7 +15,7 @@ import peft
 import torch
 from peft.utils.hotswap import hotswap_adapter
 
-from workers.compute.bank import Bank, factors_of
+from workers.compute.bank import Bank, parts_of
 from workers.compute.lora import Adapter, fresh
 from workers.compute.model import Model
 from workers.compute.weights import read_adapter, write_adapter
@@ -49,7 +49,7 @@ def _measured(layers: int) -> tuple[tuple[float, float], tuple[float, float], in
 
         def read(times: int) -> None:
             adapter = read_adapter(folders[times % 2])
-            bank.put(0, factors_of(adapter), bank.theta_KP)
+            bank.put(0, parts_of(adapter), bank.theta_KP)
             bank.refresh()
 
         def theirs_read(times: int) -> None:
