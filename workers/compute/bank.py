@@ -129,20 +129,39 @@ class Layer:
     """Adapters whose views of the gradient hold nothing of this step, so that their next product overwrites them."""
     plain: bool = field(init=False)
     """Whether products of all rows say everything."""
+    idle: bool = field(init=False)
+    """Whether there is only room here, and nobody's part."""
 
     def __post_init__(self) -> None:
-        patches = self.patches.values()
-        special = any(patch.magnitude_O is not None or patch.bias_O is not None for patch in patches)
-        self.plain = not (self.replaced or special or isinstance(self.module, nn.Embedding))
+        self.settle()
         # A module whose input needs no gradient would have no backward, but its factors need theirs.
         self._anchor = torch.zeros((), requires_grad=self.trained is not None)
         self._leaves: dict[tuple[str, int], Tensor] = {}
         self._own_O: Tensor | None = None
         self._parts: dict[tuple[int, int], _Part] = {}
 
+    def settle(self) -> None:
+        """See whether products of all rows say everything that is here now."""
+        patches = self.patches.values()
+        special = any(patch.magnitude_O is not None or patch.bias_O is not None for patch in patches)
+        self.plain = not (self.replaced or special or isinstance(self.module, nn.Embedding))
+        self.idle = not (self.patches or self.replaced)
+
+    def seat(self, which: int, patch: Patch | None, replaced: dict[str, Tensor] | None) -> None:
+        """Let adapter ``which`` be another one, whose factors are in their place already."""
+        for held in (self.patches, self.replaced, self.lengths_O):
+            held.pop(which, None)
+        if patch is not None:
+            self.patches[which] = patch
+        if replaced is not None:
+            self.replaced[which] = replaced
+        self.scale_K11[which] = 0.0 if patch is None else patch.scale
+        self.settle()
+        self.measure()
+
     def apply(self, x: Tensor, h: Tensor, groups: Sequence[Group], drop: "Drop | None") -> Tensor:
         """h of the rows that belong to adapters, as adapted."""
-        if not groups:
+        if not groups or self.idle:
             return h
         if not self.plain:
             return self._one_by_one(x, h, groups, drop)
@@ -361,25 +380,34 @@ class Bank:
     With ``train`` there is a gradient beside θ and both are float32; without it θ has the model's type.
     """
 
-    def __init__(self, model: Model, adapters: Sequence[Adapter], *, train: bool = False) -> None:
-        """`NotRunnable` names what of an adapter does not fit the model."""
-        self.adapters = tuple(adapters)
+    def __init__(
+        self, model: Model, adapters: Sequence[Adapter], *, train: bool = False, room_for: Iterable[Adapter] = ()
+    ) -> None:
+        """`NotRunnable` names what of an adapter does not fit the model.
+
+        ``room_for``: those that may take the place of one of ``adapters`` later (`seat`).
+        """
+        self._model = model
+        self.adapters = list(adapters)
         self._held: list[dict[str, _Held]] = [{} for _ in self.adapters]
         patches: dict[str, dict[int, Patch]] = {}
         replaced: dict[str, dict[int, dict[str, Tensor]]] = {}
         for which, adapter in enumerate(self.adapters):
-            patched, others = fitted(model, adapter)
-            for called, (name, _, patch) in zip(adapter.patches, patched, strict=True):
+            own, others, self._held[which] = self._found(adapter)
+            for name, patch in own.items():
                 patches.setdefault(name, {})[which] = patch
-                self._held[which] |= _held(name, called, patch)
-            called_as = {name.rpartition(".")[0]: None for name in adapter.replaced}
-            for called, (name, module, parameters) in zip(called_as, others, strict=True):
-                like = next(module.parameters(), model.get_input_embeddings().weight)
-                own = {key: value.to(like.device, like.dtype) for key, value in parameters.items()}
-                replaced.setdefault(name, {})[which] = own
-                self._held[which] |= {f"{called}.{key}": _Held(name, key) for key in parameters}
+            for name, parameters in others.items():
+                replaced.setdefault(name, {})[which] = parameters
+        rooms: dict[str, list[Patch]] = {name: list(of.values()) for name, of in patches.items()}
+        rooms |= {name: rooms.get(name, []) for name in replaced}
+        for adapter in room_for:
+            patched, wholes = fitted(model, adapter)
+            for name, _, patch in patched:
+                rooms.setdefault(name, []).append(patch)
+            for name, _, _ in wholes:
+                rooms.setdefault(name, [])
 
-        spaces = {name: _space(patches.get(name, {}), replaced.get(name, {}), train) for name in patches | replaced}
+        spaces = {name: _space(rooms[name], replaced.get(name, {}), train) for name in rooms}
         places, self.spans, size = _laid_out(spaces)
         dtype, device = model.get_input_embeddings().weight.dtype, model.device
         shape = (len(self.adapters), size)
@@ -391,9 +419,7 @@ class Bank:
         for name, place in places.items():
             of, others_of = patches.get(name, {}), replaced.get(name, {})
             for which, patch in of.items():
-                for kind, value in (("A", patch.a_RI), ("B", patch.b_OR)):
-                    view = place.view(self.theta_KP, kind)[which]
-                    view[: value.shape[0], : value.shape[1]] = value.to(device)
+                self._write(which, place, patch)
             self.layers[name] = self._layer(model.get_submodule(name), place, of, others_of)
         if train:
             for which, adapter in enumerate(self.adapters):
@@ -410,6 +436,45 @@ class Bank:
         self.drop: Drop | None = None
         if len(self.adapters) != 1:
             self.assign([])
+
+    def _found(
+        self, adapter: Adapter
+    ) -> tuple[dict[str, Patch], dict[str, dict[str, Tensor]], dict[str, "_Held"]]:
+        """An adapter's patches and its replaced parameters (on the model's device) by module, and what it holds."""
+        patched, others = fitted(self._model, adapter)
+        patches = {name: patch for name, _, patch in patched}
+        held: dict[str, _Held] = {}
+        for called, (name, _, patch) in zip(adapter.patches, patched, strict=True):
+            held |= _held(name, called, patch)
+        replaced: dict[str, dict[str, Tensor]] = {}
+        called_as = {name.rpartition(".")[0]: None for name in adapter.replaced}
+        for called, (name, module, parameters) in zip(called_as, others, strict=True):
+            like = next(module.parameters(), self._model.get_input_embeddings().weight)
+            replaced[name] = {key: value.to(like.device, like.dtype) for key, value in parameters.items()}
+            held |= {f"{called}.{key}": _Held(name, key) for key in parameters}
+        return patches, replaced, held
+
+    def _write(self, which: int, place: "_Place", patch: Patch) -> None:
+        for kind, value in (("A", patch.a_RI), ("B", patch.b_OR)):
+            view = place.view(self.theta_KP, kind)[which]
+            view[: value.shape[0], : value.shape[1]] = value.to(view.device)
+
+    def seat(self, which: int, adapter: Adapter) -> None:
+        """Let ``adapter`` take the place of another one, of which nothing stays; not in training.
+
+        `NotRunnable` where there is no room for it: see ``room_for``.
+        """
+        patches, replaced, held = self._found(adapter)
+        for name in (*patches, *replaced):
+            rank = patches[name].a_RI.shape[0] if name in patches else 0
+            if name not in self._places or rank > self._places[name].space["A"][0]:
+                raise NotRunnable(what="Switching to the adapter", reason=f"there is no room for it at '{name}'")
+        self.adapters[which], self._held[which] = adapter, held
+        self.theta_KP[which].zero_()
+        for name, layer in self.layers.items():
+            if name in patches:
+                self._write(which, self._places[name], patches[name])
+            layer.seat(which, patches.get(name), replaced.get(name))
 
     def _layer(
         self, module: nn.Module, place: "_Place", patches: dict[int, Patch], replaced: dict[int, dict[str, Tensor]]
@@ -545,17 +610,16 @@ ORDER = ("A", "B", "R", "vectors", "whole")
 """What lies beside its like in a row of θ, for an optimiser to tell apart."""
 
 
-def _space(patches: Mapping[int, Patch], replaced: Mapping[int, Mapping[str, Tensor]], train: bool) -> Space:
+def _space(patches: Sequence[Patch], replaced: Mapping[int, Mapping[str, Tensor]], train: bool) -> Space:
     found: dict[str, tuple[int, ...]] = {"A": (0, 0), "B": (0, 0)}
     if patches:
-        some = next(iter(patches.values()))
-        (outputs, inputs), rank = some.update.shape, max(patch.a_RI.shape[0] for patch in patches.values())
+        (outputs, inputs), rank = patches[0].update.shape, max(patch.a_RI.shape[0] for patch in patches)
         found = {"A": (rank, inputs), "B": (outputs, rank)}
-        if train and any(patch.basis_OR is not None for patch in patches.values()):
+        if train and any(patch.basis_OR is not None for patch in patches):
             found["R"] = (rank, rank)
-        if train and any(patch.magnitude_O is not None for patch in patches.values()):
+        if train and any(patch.magnitude_O is not None for patch in patches):
             found["magnitude"] = (outputs,)
-        if train and any(patch.bias_O is not None for patch in patches.values()):
+        if train and any(patch.bias_O is not None for patch in patches):
             found["shift"] = (outputs,)
     if train:
         found |= {key: tuple(value.shape) for parameters in replaced.values() for key, value in parameters.items()}

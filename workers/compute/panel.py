@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from .bank import Bank
 from .data import padded
 from .finetune import Report, silent
 from .lora import Adapter
 from .model import Model, Tokenizer, takes_padding
+from .shelf import Shelf
 
 BARE = "bare"
 MAX_LENGTH = 2048
@@ -80,15 +80,14 @@ class Panel:
         self.steps = steps
         self._step = 0
         self._report = report
-        self._bank = Bank(model, list(adapters.values()))
-        self._order = {name: which for which, name in enumerate(adapters)}
+        self._shelf = Shelf(model, adapters, _TOGETHER)
         # Rows of an adapted head must stand in their order, so that there nothing is left out before it.
-        self._whole = self._bank.touches(model.get_output_embeddings())
+        self._whole = self._shelf.touches(model.get_output_embeddings())
 
     @contextmanager
     def seated(self) -> Iterator[None]:
         """The adapters are attached to the model, and nothing of it is trained."""
-        with torch.inference_mode(), self._bank.attached():
+        with torch.inference_mode(), self._shelf.attached():
             yield
 
     def log_probabilities(self, queries: Sequence[Query], *, greedy: bool = False) -> dict[str, list[Answer]]:
@@ -110,7 +109,7 @@ class Panel:
     ) -> dict[str, list[Text]]:
         """What each member writes, greedily, up to ``length`` tokens, its own end, or one of the texts ``until``."""
         found: dict[str, dict[int, Text]] = {name: {} for name in self.names}
-        self._bank.assign([(None, 1)])
+        self._shelf.use([(None, 1)])
         mixed = len(set(map(len, prompts))) > 1 and takes_padding(self.model)
         for company in _parts(self.names, _TOGETHER):
             for batch in _prompts(prompts, len(company), mixed):
@@ -125,7 +124,7 @@ class Panel:
         return {name: [own[i] for i in range(len(prompts))] for name, own in found.items()}
 
     def _seat(self, names: Sequence[str], rows: int) -> None:
-        self._bank.assign([(self._order.get(name), rows) for name in names])
+        self._shelf.use([(None if name == BARE else name, rows) for name in names])
 
     def _tell(self, answers: int, adapters: int) -> None:
         self._step += answers
