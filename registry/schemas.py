@@ -503,6 +503,8 @@ class ClaimRequest(Request):
     """device, memory, version of loractl"""
     cached: Annotated[list[Sha256], Field(max_length=1000)] = Field(default_factory=list)
     """Manifests that the worker has on its disk: jobs on bases among them are preferred."""
+    group: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many jobs at most: beside the first come fine-tunings that can share its base once it is loaded."""
 
 
 class ClaimInfo(Answer):
@@ -514,6 +516,8 @@ class ClaimInfo(Answer):
     """role -> manifest digest of what must be fetched, as `recipes.inputs_of` names the roles"""
     specs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """role -> the spec of a suite, which belongs beside its rows"""
+    others: list["ClaimInfo"] = Field(default_factory=list)
+    """Jobs that share the first one's base, each with an attempt and a lease of its own."""
 
 
 class HeartbeatRequest(Request):

@@ -11,6 +11,8 @@ from typing import Literal, Self
 
 from .core.errors import Usage
 
+MOST_TOGETHER = 64
+"""Adapters that a worker may ask to train at once."""
 _LOG_LEVELS = ("info", "debug", "warning", "error")
 
 
@@ -112,6 +114,8 @@ class WorkerSettings:
     cache_bytes: int
     name: str
     log_level: str = "info"
+    together: int = 8
+    """How many adapters are trained at most at once on one loaded base."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Self:
@@ -125,6 +129,7 @@ class WorkerSettings:
             cache_bytes=read.number("CACHE_BYTES", 200 << 30),
             name=read("WORKER_NAME", env.get("HOSTNAME", "worker")),
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
+            together=read.number("TOGETHER", 8, MOST_TOGETHER),
         )
 
 
@@ -146,7 +151,7 @@ class _Reader:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text[:40]}'; {allowed} are allowed")
         return text
 
-    def number(self, name: str, default: int) -> int:
+    def number(self, name: str, default: int, most: int | None = None) -> int:
         text = self(name, str(default))
         try:
             value = int(text)
@@ -154,4 +159,6 @@ class _Reader:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text}'; expected a whole number") from error
         if value <= 0:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; expected more than 0")
+        if most is not None and value > most:
+            raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; {most} is the most")
         return value

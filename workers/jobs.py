@@ -9,6 +9,7 @@ registry does not answer at all, the work goes on: nobody can have taken it.
 import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -74,6 +76,8 @@ from .processes import die_with
 _BEAT_S = 5.0
 """The longest time between two words with the registry: so soon is a cancellation heard."""
 _STOP_GRACE_S = 20.0
+_COMPANY = "company"
+"""The file in a job's folder that names the folder of checkpoints which it shared with others."""
 _PAUSE_S = 0.5
 """The shortest pause before finished work is reported again to a registry that did not answer."""
 _EVENT_EVERY_S = 1.0
@@ -109,7 +113,9 @@ class Worker:
         """
         ran = 0
         while True:
-            wanted = ClaimRequest(queue=queue, worker=self.settings.name, cached=self.cache.holds())
+            wanted = ClaimRequest(
+                queue=queue, worker=self.settings.name, cached=self.cache.holds(), group=self.settings.together
+            )
             try:
                 claimed = self.client.claim(wanted)
             except (Unavailable, Unauthenticated, Forbidden) as error:
@@ -117,32 +123,140 @@ class Worker:
                 return ran
             if claimed.job is None:
                 return ran
-            ran += 1
+            ran += 1 + len(claimed.others)
             if not self.run(claimed):
                 return ran
 
     def run(self, claimed: ClaimInfo) -> bool:
-        """Run one claimed job to its end, whatever that is; whether this machine can take the next one at once."""
-        assert claimed.job is not None
+        """Run claimed work to its end, whatever that is; whether this machine can take the next at once."""
+        if claimed.others:
+            return self._run_together([claimed, *claimed.others])
         with _Lease(self.client, claimed) as lease:
-            try:
-                self._attempt(claimed, lease)
-                return True
-            except (LeaseLost, NotYourJob, JobNotFound):
-                log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
-                return True
-            except _Cancelled:
-                self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
-                return True
-            except LoractlError as error:
-                passing = isinstance(error, Unavailable | LocalFailure)
-                self._fail(lease, error, retryable=passing)
-                return not passing
-            except Exception as error:  # whatever it was, the registry must hear of it
-                log.error("attempt-failed", job=lease.id, exc_info=error)
-                reason = f"{type(error).__name__}: {error}"
-                self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
-                return False
+            return self._guarded(lease, lambda: self._attempt(claimed, lease))
+
+    def _guarded(self, lease: "_Lease", work: Callable[[], None]) -> bool:
+        """Do ``work`` for a job and report how it failed if it did; whether this machine can take the next at once."""
+        try:
+            work()
+            return True
+        except (LeaseLost, NotYourJob, JobNotFound):
+            log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
+            return True
+        except _Cancelled:
+            self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
+            return True
+        except LoractlError as error:
+            passing = isinstance(error, Unavailable | LocalFailure)
+            self._fail(lease, error, retryable=passing)
+            return not passing
+        except Exception as error:  # whatever it was, the registry must hear of it
+            log.error("attempt-failed", job=lease.id, exc_info=error)
+            reason = f"{type(error).__name__}: {error}"
+            self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
+            return False
+
+    def _run_together(self, claims: Sequence[ClaimInfo]) -> bool:
+        """Train the adapters of several jobs in one child; each is pushed and reported by itself, as it ends."""
+        with ExitStack() as stack:
+            leases = [stack.enter_context(_Lease(self.client, claimed)) for claimed in claims]
+            seats: list[_Seat] = []
+            sound = True
+            for claimed, lease in zip(claims, leases, strict=True):
+                sound &= self._guarded(
+                    lease, lambda claimed=claimed, lease=lease: seats.append(self._seat(claimed, lease, stack))  # type: ignore[misc]
+                )
+            if seats:
+                sound &= self._train(seats)
+        return sound
+
+    def _seat(self, claimed: ClaimInfo, lease: "_Lease", stack: ExitStack) -> "_Seat":
+        """A job with its inputs fetched and its recipe written, ready for a child."""
+        assert claimed.job is not None
+        recipe = parse_recipe(claimed.job.recipe)
+        home = self._home(claimed.job.id)
+        out = home / f"attempt-{lease.attempt}"
+        out.mkdir()
+        stack.callback(shutil.rmtree, out, ignore_errors=True)
+        folders = {
+            role: stack.enter_context(
+                self.cache.use(manifest, lambda manifest=manifest: self._downloads(lease, manifest), lease.transfer)  # type: ignore[misc]
+            )
+            for role, manifest in claimed.inputs.items()
+        }
+        for role, spec in claimed.specs.items():
+            folders[role] = _with_spec(folders[role], spec, out / role)
+        (out / "recipe.json").write_bytes(canonical_json(_with_checkpoints(recipe).model_dump(mode="json")))
+        return _Seat(recipe, lease, home, out, folders)
+
+    def _train(self, seats: Sequence["_Seat"]) -> bool:
+        """One child for all ``seats``; whether none of them failed by what may be this machine's."""
+        ids = " ".join(sorted(seat.lease.id for seat in seats))
+        company = self.jobs / f"together-{Digest.sha256(ids.encode()).hex[:16]}"
+        company.mkdir(exist_ok=True)
+        os.utime(company)
+        earlier = [folder for seat in seats for folder in seat.earlier()]
+        for seat in seats:
+            (seat.home / _COMPANY).write_text(company.name)
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        going = set(range(len(seats)))
+        sound: list[bool] = []
+
+        def told(line: str) -> None:
+            with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+                now = json.loads(line)
+                place = now.pop("task")
+                if now.get("ended"):
+                    ended.put(place)
+                else:
+                    seats[place].lease.progressed(json.dumps(now))
+
+        def said(line: str) -> None:
+            for seat in seats:
+                seat.lease.said(line)
+
+        def conclude(place: int, status: int) -> None:
+            if place in going:
+                going.remove(place)
+                seat = seats[place]
+                sound.append(self._guarded(seat.lease, lambda: self._conclude(seat, status)))
+
+        def is_over() -> bool:
+            """Push what has ended, take out who is to stop; whether nobody is left that the child works for."""
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    conclude(ended.get_nowait(), 0)
+            for place in sorted(going):
+                if seats[place].lease.cancelled or seats[place].lease.lost:
+                    (seats[place].out / "unwanted").touch()
+                    conclude(place, 0)
+            return not going
+
+        line = [str(seat.out / "recipe.json") for seat in seats]
+        line += [part for seat in seats for part in ("--out", str(seat.out))]
+        line += [
+            part for place, seat in enumerate(seats) for role, folder in seat.folders.items()
+            for part in ("--in", f"{place}:{role}={folder}")
+        ]  # fmt: skip
+        line += [part for folder in earlier for part in ("--from", str(folder))]
+        status = _followed([*line, "--checkpoint", str(company)], told, said, is_over)
+        for place in sorted(going):
+            conclude(place, status)
+        if not any(seat.home.exists() for seat in seats):
+            shutil.rmtree(company, ignore_errors=True)
+        return all(sound)
+
+    def _conclude(self, seat: "_Seat", status: int) -> None:
+        """What a child left for one job becomes its end."""
+        lease, out = seat.lease, seat.out
+        lease.check()
+        if (out / "error.json").exists():
+            raise LoractlError.from_problem(json.loads((out / "error.json").read_text()))
+        if not (out / "result.json").exists():
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            reason = f"the process {how}: {' | '.join(lease.tail()) or 'it said nothing'}"
+            raise WorkFailed(id=lease.id, reason=reason)
+        self._finish(seat.recipe, out, lease)
+        shutil.rmtree(seat.home, ignore_errors=True)
 
     def _home(self, job: str) -> Path:
         """The job's folder: its checkpoints, and nothing of earlier attempts; what lies here for long goes."""
@@ -158,71 +272,17 @@ class Worker:
         return home
 
     def _attempt(self, claimed: ClaimInfo, lease: "_Lease") -> None:
-        assert claimed.job is not None
-        recipe = parse_recipe(claimed.job.recipe)
-        home = self._home(claimed.job.id)
-        out = home / f"attempt-{lease.attempt}"
-        out.mkdir()
         with ExitStack() as stack:
-            stack.callback(shutil.rmtree, out, ignore_errors=True)
-            folders = {
-                role: stack.enter_context(
-                    self.cache.use(manifest, lambda manifest=manifest: self._downloads(lease, manifest), lease.transfer)  # type: ignore[misc]
-                )
-                for role, manifest in claimed.inputs.items()
-            }
-            for role, spec in claimed.specs.items():
-                folders[role] = _with_spec(folders[role], spec, out / role)
-            (out / "recipe.json").write_bytes(canonical_json(_with_checkpoints(recipe).model_dump(mode="json")))
-            status = self._child(out, folders, home / "checkpoint", lease)
-            lease.check()
-            if (out / "error.json").exists():
-                raise LoractlError.from_problem(json.loads((out / "error.json").read_text()))
-            if status != 0:
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                reason = f"the process {how}: {' | '.join(lease.tail()) or 'it said nothing'}"
-                raise WorkFailed(id=lease.id, reason=reason)
-            self._finish(recipe, out, lease)
-        shutil.rmtree(home, ignore_errors=True)
+            seat = self._seat(claimed, lease, stack)
+            line = [str(seat.out / "recipe.json"), "--out", str(seat.out)]
+            line += [part for role, folder in seat.folders.items() for part in ("--in", f"{role}={folder}")]
+            line += [part for folder in seat.earlier()[1:] for part in ("--from", str(folder))]
+            line += ["--checkpoint", str(seat.home / "checkpoint")]
+            status = _followed(line, lease.progressed, lease.said, lambda: lease.cancelled or lease.lost)
+            self._conclude(seat, status)
 
     def _downloads(self, lease: "_Lease", manifest: str) -> list[Download]:
         return self.client.job_inputs(lease.id, lease.attempt).files[manifest]
-
-    def _child(self, out: Path, folders: dict[str, Path], checkpoint: Path, lease: "_Lease") -> int:
-        """Run ``python -m workers.run`` and follow it; its exit status, negative for a signal."""
-        reading, writing = os.pipe()
-        command = [sys.executable, "-m", "workers.run", str(out / "recipe.json"), "--out", str(out)]
-        command += [part for role, folder in folders.items() for part in ("--in", f"{role}={folder}")]
-        command += ["--checkpoint", str(checkpoint), "--progress-fd", str(writing)]
-        child = subprocess.Popen(
-            command,
-            pass_fds=(writing,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=_without_secrets(os.environ),
-            preexec_fn=die_with(os.getpid()),  # noqa: PLW1509  # two system calls, no locks are taken
-        )
-        os.close(writing)
-        assert child.stdout is not None
-        readers = [
-            threading.Thread(target=_follow, args=(os.fdopen(reading), lease.progressed), daemon=True),
-            threading.Thread(target=_follow, args=(child.stdout, lease.said), daemon=True),
-        ]
-        for reader in readers:
-            reader.start()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=0.2)
-                break
-            if lease.cancelled or lease.lost:
-                _stop(child)
-                break
-        for reader in readers:
-            reader.join(timeout=5)
-        return child.returncode
 
     def _finish(self, recipe: Recipe, out: Path, lease: "_Lease") -> None:
         result = json.loads((out / "result.json").read_text())
@@ -303,6 +363,22 @@ class Worker:
             self.client.fail(lease.id, request)
         except (LeaseLost, NotYourJob, JobNotFound, Unavailable) as error:
             log.warning("failure-not-reported", job=lease.id, code=error.code)
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A job in a child: what it is to do, from which folders, and where its result goes."""
+
+    recipe: Recipe
+    lease: "_Lease"
+    home: Path
+    out: Path
+    folders: dict[str, Path]
+
+    def earlier(self) -> list[Path]:
+        """Where earlier attempts left checkpoints: alone, and in the company of others."""
+        noted = self.home / _COMPANY
+        return [self.home / "checkpoint", *([self.home.parent / noted.read_text()] if noted.is_file() else [])]
 
 
 class _Cancelled(Exception):  # noqa: N818  # a word, not a failure
@@ -450,6 +526,42 @@ def _with_spec(folder: Path, spec: dict[str, Any], out: Path) -> Path:
         (out / path.name).symlink_to(path.resolve())
     (out / "suite.json").write_bytes(canonical_json(spec))
     return out
+
+
+def _followed(
+    line: Sequence[str], told: Callable[[str], None], said: Callable[[str], None], is_over: Callable[[], bool]
+) -> int:
+    """Run ``python -m workers.run`` and follow it until it ends or ``is_over``; its status, negative for a signal."""
+    reading, writing = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "workers.run", *line, "--progress-fd", str(writing)],
+        pass_fds=(writing,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_without_secrets(os.environ),
+        preexec_fn=die_with(os.getpid()),  # noqa: PLW1509  # two system calls, no locks are taken
+    )
+    os.close(writing)
+    assert child.stdout is not None
+    readers = [
+        threading.Thread(target=_follow, args=(os.fdopen(reading), told), daemon=True),
+        threading.Thread(target=_follow, args=(child.stdout, said), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=0.2)
+            break
+        if is_over():
+            _stop(child)
+            break
+    for reader in readers:
+        reader.join(timeout=5)
+    return child.returncode
 
 
 def _follow(stream: IO[str], tell: Callable[[str], None]) -> None:

@@ -2,6 +2,8 @@
 
     python -m workers.run recipe.json --in base=DIR --in dataset.0=DIR --out DIR [--checkpoint DIR]
 
+    python -m workers.run a.json b.json --in 0:base=DIR … --in 1:base=DIR … --out DIR --out DIR    (fine-tunings)
+
 Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``--out``:
 
     result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
@@ -12,12 +14,15 @@ Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``-
 
 Progress goes to ``--progress-fd`` as lines of JSON, else to stderr for people. A termination signal stops
 after the step at hand, leaves a checkpoint, and exits with 130; the same command then goes on from it.
+Of fine-tunings together each has an ``--out`` of its own; lines of progress say by ``task`` whose they are, and by
+``ended`` that its outcome lies there; a file ``unwanted`` in an ``--out`` ends that one alone, after the step at hand.
 
 A recipe with ``sharded`` runs in a process a GPU, which torchrun starts; started under torchrun, on several machines
 say, any training does. The first process writes and reports; what one of them fails by ends all.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -57,6 +62,7 @@ from registry.core.recipes import (
 )
 from registry.core.records import summary, to_jsonl
 
+from .compute import checkpoint as checkpoints
 from .compute.bank import parts_of
 from .compute.combine import combine
 from .compute.compress import compress
@@ -64,11 +70,11 @@ from .compute.data import Row, read_rows
 from .compute.distributed import ALONE, Ranks, is_started_by_torchrun, load_sharded, ranks_of
 from .compute.evaluate import Suite, evaluate
 from .compute.extract import Other, extract
-from .compute.finetune import Trained, finetune
+from .compute.finetune import Task, Trained, as_trained, finetune
 from .compute.full import Tuned, tune, write_tuned
 from .compute.lora import Adapter
 from .compute.merge import merge
-from .compute.model import dtype_for, load
+from .compute.model import Model, dtype_for, load
 from .compute.plain import Kept
 from .compute.quantised import loaded
 from .compute.rebase.align import align
@@ -86,6 +92,7 @@ Report = Callable[[dict[str, Any]], None]
 Inputs = Mapping[str, Path]
 CURVE_POINTS = 200
 _REFUSAL = "error.json"
+UNWANTED = "unwanted"
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,7 @@ def run(
 
     A KeyboardInterrupt out of ``report`` stops the work at a step's end, with a checkpoint where there is one.
     """
-    missing = sorted(inputs_of(recipe).keys() - inputs.keys())
-    if missing:
-        raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
+    _check_inputs(recipe, inputs)
     if ranks.mesh is not None and not isinstance(recipe, FineTune | FullFineTune):
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' runs in one process: leave torchrun out")
     if ranks.mesh is not None and isinstance(recipe, FineTune) and recipe.quantised:
@@ -137,19 +142,94 @@ def run(
             facts = _search(recipe, inputs, out, report, checkpoint)
         case Compare():
             facts = asdict(compare(inputs["old"], inputs["base"], report))
-    facts |= {
+    result = _stamped(recipe, facts, began, ranks.many)
+    if ranks.first:
+        _leave(result, out)
+    ranks.wait()
+    return result
+
+
+def run_together(
+    recipes: Sequence[Recipe],
+    inputs: Sequence[Inputs],
+    outs: Sequence[Path],
+    report: Report,
+    checkpoint: Path | None = None,
+) -> int:
+    """Fine-tune several adapters on one loaded base; how many were refused.
+
+    What each made, or was refused by, lies in its ``out`` as soon as it ends. Whoever finds a file ``unwanted`` there
+    ends after the step at hand, without an outcome.
+    """
+    began = time.monotonic()
+    wanted = [one for one in recipes if isinstance(one, FineTune) and not one.sharded]
+    if len(wanted) != len(recipes) or len({(one.base, one.precision, one.quantised) for one in wanted}) != 1:
+        raise BadRequest(
+            problems="together go fine-tunings on one base, in one precision, quantised alike, none of them sharded"
+        )
+    tasks: dict[int, Task] = {}
+    refused = 0
+
+    def ended(place: int) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # the next step hears of it
+            report({"task": place, "ended": True})
+
+    for place, (recipe, given, out) in enumerate(zip(wanted, inputs, outs, strict=True)):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _REFUSAL).unlink(missing_ok=True)
+        try:
+            _check_inputs(recipe, given)
+            tasks[place] = _task(recipe, given)
+        except LoractlError as error:
+            refused += 1
+            _refused(error, out)
+            ended(place)
+    if not tasks:
+        return refused
+    places = list(tasks)
+    first = tasks[places[0]].recipe
+    unwanted: set[int] = set()
+
+    def told(now: dict[str, Any]) -> None:
+        unwanted.update(at for at, place in enumerate(places) if (outs[place] / UNWANTED).exists())
+        report(now | {"task": places[now["task"]]})
+
+    model, tokenizer = load(inputs[places[0]]["base"], first.precision, first.quantised)
+    options: dict[str, Any] = {"report": told, "checkpoint_dir": checkpoint, "unwanted": unwanted}
+    for at, outcome in as_trained(model, tokenizer, list(tasks.values()), **options):
+        place = places[at]
+        recipe, out = tasks[place].recipe, outs[place]
+        if isinstance(outcome, LoractlError):
+            refused += 1
+            _refused(outcome, out)
+        else:
+            _write(outcome.adapter, out, recipe.base, recipe)
+            _leave(_stamped(recipe, _finetuned_facts(model, recipe, outcome), began, 1), out)
+        ended(place)
+    return refused
+
+
+def _check_inputs(recipe: Recipe, inputs: Inputs) -> None:
+    missing = sorted(inputs_of(recipe).keys() - inputs.keys())
+    if missing:
+        raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
+
+
+def _stamped(recipe: Recipe, facts: dict[str, Any], began: float, processes: int) -> Result:
+    """The result of a recipe, with what else there is to know of how it came about."""
+    how = {
         "seconds": round(time.monotonic() - began, 3),
         "recipe": str(recipe_digest(recipe)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processes": ranks.many,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    result = Result(recipe.kind, facts)
-    if ranks.first:
-        write_file(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
-    ranks.wait()
-    return result
+    return Result(recipe.kind, facts | how)
+
+
+def _leave(result: Result, out: Path) -> None:
+    write_file(out / "result.json", json.dumps(result.dump(), indent=2, sort_keys=True).encode() + b"\n")
 
 
 # ── one function per kind ────────────────────────────────────────────────────
@@ -158,20 +238,29 @@ def run(
 def _finetune(
     recipe: FineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None, ranks: Ranks
 ) -> dict[str, Any]:
-    start = read_adapter(inputs["start"]) if recipe.start else None
-    if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
-        raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
+    task = _task(recipe, inputs)
     base, precision = inputs["base"], recipe.precision
     if ranks.mesh is None:
         model, tokenizer = load(base, precision, recipe.quantised)
     else:
         model, tokenizer = load_sharded(base, precision, ranks.mesh)
     options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint, "ranks": ranks}
-    trained = finetune(model, tokenizer, recipe, _rows(inputs), start=start, **options)
+    trained = finetune(model, tokenizer, recipe, task.rows, start=task.start, **options)
     if ranks.first:
         _write(trained.adapter, out, recipe.base, recipe)
+    return _finetuned_facts(model, recipe, trained)
+
+
+def _finetuned_facts(model: Model, recipe: FineTune, trained: Trained) -> dict[str, Any]:
     count = sum(part.numel() for part in parts_of(trained.adapter).values())
     return _training_facts(trained, recipe.precision) | {"base": loaded(model), "trained": count}
+
+
+def _task(recipe: FineTune, inputs: Inputs) -> Task:
+    start = read_adapter(inputs["start"]) if recipe.start else None
+    if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
+        raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
+    return Task(recipe, _rows(inputs), start)
 
 
 def _full_finetune(
@@ -306,15 +395,21 @@ def _precision(asked: Precision) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run once, and say how it ended: 0, 1 refused, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(prog="python -m workers.run", description="Run one recipe on local folders.")
-    parser.add_argument("recipe", type=Path, help="a recipe as JSON")
+    parser.add_argument("recipes", nargs="+", type=Path, metavar="recipe", help="a recipe as JSON")
     parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="ROLE=DIR", type=_input)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", dest="outs", action="append", type=Path, required=True, metavar="DIR")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to leave checkpoints and go on from")
+    parser.add_argument("--from", dest="earlier", action="append", default=[], type=Path, metavar="DIR",
+                        help="checkpoints to begin with where --checkpoint has none")  # fmt: skip
     parser.add_argument("--progress-fd", type=int, metavar="N", help="write progress as JSON lines to this descriptor")
     parser.add_argument("--processes", type=int, metavar="N", help="of a recipe with 'sharded'; one a GPU by default")
     args = parser.parse_args(argv)
+    together = len(args.recipes) > 1
+    if len(args.outs) != len(args.recipes):
+        parser.error(f"{len(args.recipes)} recipes need as many --out, in their order; {len(args.outs)} were given")
     started_by_torchrun = is_started_by_torchrun(os.environ)
-    if not started_by_torchrun and (many := _processes(args.recipe, args.processes)) > 1:
+    many = 1 if together else _processes(args.recipes[0], args.processes)
+    if not started_by_torchrun and many > 1:
         _start(many, sys.argv[1:] if argv is None else argv)
     if started_by_torchrun:
         die_with(os.getppid())()
@@ -342,18 +437,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks_of(os.environ) as ranks:
             if ranks.first:
-                (args.out / _REFUSAL).unlink(missing_ok=True)
+                (args.outs[0] / _REFUSAL).unlink(missing_ok=True)
+                if args.checkpoint is not None and args.earlier:
+                    checkpoints.gather(args.earlier, args.checkpoint)
             ranks.wait()
-            recipe = parse_recipe(args.recipe.read_bytes())
-            run(recipe, dict(args.inputs), args.out, report, args.checkpoint, ranks)
+            recipes = [parse_recipe(path.read_bytes()) for path in args.recipes]
+            if together:
+                given = [_of(place, args.inputs) for place in range(len(recipes))]
+                return min(1, run_together(recipes, given, args.outs, report, args.checkpoint))
+            run(recipes[0], dict(args.inputs), args.outs[0], report, args.checkpoint, ranks)
     except KeyboardInterrupt:
         return 130
     except LoractlError as error:
-        return _refused(error, args.out)
+        return max(_refused(error, out) for out in args.outs if not (out / "result.json").exists())
     except RuntimeError as error:
         if ranks.many == 1:
             raise
-        return _refused(ProcessFailed(rank=ranks.rank, many=ranks.many, reason=str(error)), args.out)
+        return _refused(ProcessFailed(rank=ranks.rank, many=ranks.many, reason=str(error)), args.outs[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -367,6 +467,11 @@ def _refused(error: LoractlError, out: Path) -> int:
         write_file(out / _REFUSAL, json.dumps(error.problem(), indent=2, default=str).encode() + b"\n")
         sys.stderr.write(f"{error.message}\n{error.hint}".strip() + "\n")
     return 1
+
+
+def _of(place: int, inputs: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """The inputs of one of several recipes: roles behind its number."""
+    return {role.partition(":")[2]: folder for role, folder in inputs if role.startswith(f"{place}:")}
 
 
 def _processes(path: Path, asked: int | None) -> int:

@@ -67,17 +67,22 @@ def list_jobs(
 
 @router.post("/claim")
 def claim_job(request: ClaimRequest, parts: Parts, caller: Worker) -> ClaimInfo:
-    """The next job of a queue, leased to this worker; none when there is nothing to do."""
+    """The next job of a queue, leased to this worker, and with ``group`` others that share its base; or none."""
     with parts.database.write() as session:
         job = jobs.claim(session, caller, request, parts.settings.lease_s, parts.clock())
         if job is None:
             return ClaimInfo(job=None)
-        return ClaimInfo(
-            job=jobs.info(job),
-            lease_s=parts.settings.lease_s,
-            inputs=jobs.inputs(session, job),
-            specs=jobs.specs(session, job),
-        )
+        beside = jobs.claim_beside(session, caller, request, job, parts.settings.lease_s, parts.clock())
+        first, *others = [
+            ClaimInfo(
+                job=jobs.info(one),
+                lease_s=parts.settings.lease_s,
+                inputs=jobs.inputs(session, one),
+                specs=jobs.specs(session, one),
+            )
+            for one in (job, *beside)
+        ]
+        return first.model_copy(update={"others": others})
 
 
 @router.get("/{identity}")

@@ -68,6 +68,8 @@ MAX_EVENT_BYTES = 4096
 PATIENCE = timedelta(hours=1)
 """How long a job may be overtaken by others whose base is cached."""
 _FIRST_ATTEMPTS = 3
+_LOOKED_AT = 256
+"""How many of a queue's jobs on one base are looked at for those that can be trained together."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -359,8 +361,14 @@ def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: floa
     query = select(Job).where(Job.queue == request.queue, Job.state == JobState.QUEUED)
     query = query.order_by(col(Job.priority).desc(), turn, col(Job.created_at), col(Job.id)).limit(1)
     job = session.exec(query.with_for_update(skip_locked=True)).first()
-    if job is None:
-        return None
+    if job is not None:
+        _lease(session, caller, request, job, lease_s, now)
+    return job
+
+
+def _lease(
+    session: Session, caller: Caller, request: ClaimRequest, job: Job, lease_s: float, now: datetime
+) -> None:
     job.state = JOB.after("claim", job.state, job.id)
     job.attempt += 1
     job.lease_until = now + timedelta(seconds=lease_s)
@@ -368,7 +376,33 @@ def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: floa
     job.started_at, job.progress, job.error = now, None, None
     session.add(job)
     _note(session, job, "claimed", {"worker": request.worker}, now)
-    return job
+
+
+def claim_beside(
+    session: Session, caller: Caller, request: ClaimRequest, first: Job, lease_s: float, now: datetime
+) -> list[Job]:
+    """Those that are trained together with ``first`` on one loaded base, in the order of the queue, each leased.
+
+    A last attempt is made alone: what ends a whole process cannot use up the attempts of others as well.
+    """
+    if request.group == 1 or _shares(first) is None or first.attempt >= first.max_attempts:
+        return []
+    query = select(Job).where(Job.queue == first.queue, Job.state == JobState.QUEUED)
+    query = query.where(Job.kind == first.kind, Job.base == first.base)
+    query = query.order_by(col(Job.priority).desc(), col(Job.created_at), col(Job.id)).limit(_LOOKED_AT)
+    found = session.exec(query.with_for_update(skip_locked=True)).all()
+    fitting = [job for job in found if _shares(job) == _shares(first) and job.attempt + 1 < job.max_attempts]
+    beside = fitting[: request.group - 1]
+    for job in beside:
+        _lease(session, caller, request, job, lease_s, now)
+    return beside
+
+
+def _shares(job: Job) -> tuple[str, str, str] | None:
+    """What two jobs must have alike to be trained on one loaded base; None for work that is done alone."""
+    if job.kind != "finetune" or job.recipe.get("sharded"):
+        return None
+    return job.base, str(job.recipe.get("precision")), str(job.recipe.get("quantised"))
 
 
 def inputs(session: Session, job: Job) -> dict[str, str]:

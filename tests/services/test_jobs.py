@@ -75,6 +75,17 @@ class Shop:
         request = ClaimRequest(queue=who.queues()[0], worker=who.name, cached=list(cached))
         return self.do(lambda s: jobs.claim(s, who, request, LEASE_S, self.world.now))
 
+    def claim_many(self, group: int, who: Caller = ANN) -> list[Job]:
+        request = ClaimRequest(queue=who.queues()[0], worker=who.name, group=group)
+
+        def claim(session: Session) -> list[Job]:
+            first = jobs.claim(session, who, request, LEASE_S, self.world.now)
+            if first is None:
+                return []
+            return [first, *jobs.claim_beside(session, who, request, first, LEASE_S, self.world.now)]
+
+        return self.do(claim)
+
     def beat(self, job: Job, who: Caller = ANN, **more: Any) -> Job:
         said = {"attempt": job.attempt, "progress": None, "reported": []} | more
         return self.do(lambda s: jobs.heartbeat(s, who, job.id, lease_s=LEASE_S, now=self.world.now, **said))
@@ -374,6 +385,34 @@ def test_a_claim_is_a_lease_of_one_attempt(small: Shop) -> None:
     assert job.lease_until is not None
     assert (job.lease_until - small.world.now).total_seconds() == LEASE_S
     assert small.claim(BEN) is None
+
+
+def test_fine_tunings_on_one_base_are_claimed_together_each_with_its_lease(small: Shop) -> None:
+    asked = []
+    for recipe in (*({"seed": seed} for seed in range(4)), {"precision": "fp32"}, {"sharded": True}):
+        asked.append(small.submit(recipe=recipe)[0].id)
+        small.world.later(seconds=1)
+    other = asked[4]
+    found = small.claim_many(3)
+    assert [job.id for job in found] == asked[:3]
+    assert {(job.state, job.attempt, job.token_id) for job in found} == {("running", 1, "ann")}
+    small.fail(found[1], retryable=True)
+    assert [small.now(job).state for job in found] == ["running", "queued", "running"]
+    assert {job.id for job in small.claim_many(9, BEN)} == {asked[1], asked[3]}
+    assert [job.id for job in small.claim_many(9)] == [other]  # its precision is another
+    assert len(small.claim_many(9)) == 1  # it divides the base among all GPUs
+    assert small.claim_many(9) == []
+
+
+def test_a_last_attempt_is_made_alone(small: Shop) -> None:
+    for seed in range(2):
+        small.submit(recipe={"seed": seed})
+    for _ in range(2):
+        found = small.claim_many(8)
+        assert len(found) == 2
+        for job in found:
+            small.fail(job, retryable=True)
+    assert [len(small.claim_many(8)) for _ in range(3)] == [1, 1, 0]
 
 
 def test_a_worker_claims_from_its_queues_only(small: Shop) -> None:

@@ -220,6 +220,53 @@ def test_a_killed_attempt_is_gone_on_with_to_the_same_bytes(home: House) -> None
     assert made["made"][0]["ref"] == "team/bot@v1"  # equal bytes are the same version
 
 
+def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(home: House) -> None:
+    short, wrong = home.train("team/short", steps=3), home.train("team/wrong", targets=["nothing_proj"])
+    stopped, long = home.train("team/stopped", steps=100_000), home.train("team/long", steps=150, checkpoint_every=1)
+    with home.working():
+        home.await_state(short, "succeeded")  # while the others go on
+        home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)
+        assert len(children()) == 1
+        assert home.client.job(long.id).state == "running"
+        home.client.cancel_job(stopped.id)
+        home.await_state(stopped, "cancelled")
+        home.await_state(long, "succeeded")
+    assert (failed := home.client.job(wrong.id)).state == "failed"
+    assert failed.error is not None
+    assert failed.error["code"] == "unknown-targets"
+    made = [home.client.job(job.id) for job in (short, long)]
+    assert [(job.result or {})["made"][0]["ref"] for job in made] == ["team/short@v1", "team/long@v1"]
+    assert [home.logged(job, 1, "progress")[-1]["step"] for job in (short, long)] == [3, 150]
+
+
+@pytest.mark.parametrize("whom", ["child", "worker"])
+def test_a_killed_group_is_gone_on_with_to_the_same_bytes(home: House, whom: str) -> None:
+    asked = [home.train(f"team/bot-{seed}", steps=30, checkpoint_every=1, seed=seed) for seed in range(3)]
+    script = "import os; from registry.settings import WorkerSettings; from workers.jobs import Worker\n"
+    script += "Worker(WorkerSettings.from_environment(os.environ)).work('cpu')"
+    with subprocess.Popen([sys.executable, "-c", script], env=environment(home)) as worker:
+        for job in asked:
+            home.wait(job, lambda now: (now.progress or {}).get("step", 0) >= 2)
+        [child] = children(worker.pid)
+        (child if whom == "child" else worker).kill()
+        psutil.wait_procs([child], timeout=PATIENCE_S)
+    for job in asked:
+        home.await_state(job, "queued")
+    with home.working():
+        pass
+    done = [home.client.job(job.id) for job in asked]
+    assert [(job.state, job.attempt) for job in done] == [("succeeded", 2)] * 3
+    assert all(home.logged(job, 2, "progress")[0]["step"] > 1 for job in asked)
+    again = [
+        home.train(f"team/bot-{seed}", steps=30, checkpoint_every=1, seed=seed, fresh=True) for seed in range(3)
+    ]
+    with home.working():
+        pass
+    refs = [(home.client.job(job.id).result or {})["made"][0]["ref"] for job in again]
+    assert refs == [f"team/bot-{seed}@v1" for seed in range(3)]  # equal bytes are the same version
+    assert list((home.worker.cache / "jobs").iterdir()) == []
+
+
 def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home: House) -> None:
     wrong = home.train("team/wrong", targets=["nothing_proj"])
     with home.working():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from registry.core.errors import BadRequest, LoractlError
-from registry.core.recipes import Compare, Evaluate, FullFineTune, Merge, Rebase, recipe_digest
+from registry.core.recipes import Compare, Evaluate, FineTune, FullFineTune, Merge, Rebase, recipe_digest
 from registry.core.records import parse_records
 from tests.workers import factories
 from workers.compute.bank import attached
@@ -254,3 +254,76 @@ def test_a_terminated_command_leaves_a_checkpoint_and_its_repetition_the_same_by
     run(recipe, folders, tmp_path / "whole", silent)
     resumed, whole = (folder / "adapter" / "adapter_model.safetensors" for folder in (out, tmp_path / "whole"))
     assert resumed.read_bytes() == whole.read_bytes()
+
+
+# ── together ─────────────────────────────────────────────────────────────────
+
+
+def together(
+    folder: Path, recipes: list[FineTune], folders: dict[str, Path], *options: str
+) -> tuple[int, list[Path]]:
+    """Run recipes in one process, each into a folder of its own."""
+    outs = [folder / f"out-{place}" for place in range(len(recipes))]
+    line: list[str] = []
+    for recipe, out in zip(recipes, outs, strict=True):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.json").write_text(recipe.model_dump_json())
+        line += [str(out / "recipe.json")]
+    for place, out in enumerate(outs):
+        line += ["--out", str(out)]
+        line += [part for role in ("base", "dataset.0") for part in ("--in", f"{place}:{role}={folders[role]}")]
+    return main([*line, *options]), outs
+
+
+def test_adapters_trained_together_are_as_trained_alone_and_one_that_is_refused_stops_no_other(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    recipes = [
+        factories.recipe(steps=4), factories.recipe(targets=("nothing",), steps=4), factories.recipe(steps=6, rank=2),
+    ]  # fmt: skip
+    status, outs = together(tmp_path, recipes, folders)
+    assert status == 1
+    assert json.loads((outs[1] / "error.json").read_text())["code"] == "unknown-targets"
+    for place in (0, 2):
+        alone = run(recipes[place], folders, tmp_path / f"alone-{place}", silent).facts
+        found = result(outs[place])
+        assert found["recipe"] == str(recipe_digest(recipes[place]))
+        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(alone["loss"]), rtol=1e-4, atol=1e-5)
+        assert (outs[place] / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_who_is_not_wanted_any_more_ends_without_an_outcome(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "out-0").mkdir()
+    (tmp_path / "out-0" / "unwanted").touch()
+    status, outs = together(tmp_path, [factories.recipe(steps=100_000), factories.recipe(steps=3, seed=1)], folders)
+    assert (status, (outs[0] / "result.json").exists(), result(outs[1])["steps"]) == (0, False, 3)
+
+
+def test_a_training_goes_on_in_other_company_from_where_it_was(tmp_path: Path, folders: dict[str, Path]) -> None:
+    recipes = [factories.recipe(steps=4, checkpoint_every=1), factories.recipe(steps=8, seed=1, checkpoint_every=1)]
+    status, whole = together(tmp_path / "whole", recipes, folders)
+    assert status == 0
+    reading, writing = os.pipe()
+    common = tmp_path / "common"
+    assert together(tmp_path / "a", recipes, folders, "--checkpoint", str(common))[0] == 0
+    (out := tmp_path / "b").mkdir()
+    line = command(out / "alone", recipes[1], {role: folders[role] for role in ("base", "dataset.0")})
+    assert main([*line, "--from", str(common), "--checkpoint", str(out / "own"), "--progress-fd", str(writing)]) == 0
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        assert told.read() == ""  # all of its steps were made in the company
+    torch.testing.assert_close(
+        torch.tensor(result(out / "alone")["loss"]), torch.tensor(result(whole[1])["loss"]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_several_recipes_need_as_many_folders_and_one_base(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["a.json", "b.json", "--out", str(tmp_path)])
+    assert "2 recipes need as many --out" in capsys.readouterr().err
+    recipes = [factories.recipe(precision="fp32"), factories.recipe(precision="bf16")]
+    status, outs = together(tmp_path, recipes, folders)
+    assert status == 1
+    assert "in one precision" in json.loads((outs[0] / "error.json").read_text())["detail"]

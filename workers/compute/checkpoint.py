@@ -4,9 +4,11 @@ The index is written last and at once, so that whoever reads it finds all runs a
 writer ended. A run is found by what it is, not by its place, so that it can go on in other company.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,30 @@ def save(folder: Path, states: Mapping[str, State], keep: Collection[str] = ()) 
     for path in folder.glob("*.safetensors"):
         if path.name not in index.values():
             path.unlink()
+
+
+def gather(earlier: Sequence[Path], folder: Path) -> None:
+    """Begin ``folder`` with what runs left in ``earlier`` ones, where they were in other company; the furthest of each.
+
+    Nothing happens where there is a checkpoint already: the company is the same, and goes on to the same bytes.
+    """
+    if (folder / INDEX).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, str] = {}
+    for place in earlier:
+        for identity, name in files_of(place).items():
+            if identity not in index or _step(index[identity]) < _step(name):
+                with contextlib.suppress(FileNotFoundError):  # whoever goes on there has just gone further
+                    (folder / name).unlink(missing_ok=True)
+                    os.link(place / name, folder / name)
+                    index[identity] = name
+    if index:
+        write_file(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
+
+
+def _step(name: str) -> int:
+    return int(name.removesuffix(".safetensors").rpartition("-")[2])
 
 
 def files_of(folder: Path) -> dict[str, str]:
