@@ -6,33 +6,41 @@ clipping, AdamW, on one adapter; 16 adapters cost it 16 such steps. It holds its
 computes. Rounds of both take turns, each with a few steps that do not count; the median of the rounds is compared.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.utils.hotswap import hotswap_adapter
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute.bank import Bank
+from workers.compute.course import laid_out, learning_rate
 from workers.compute.data import Row
 from workers.compute.finetune import Task, finetune_many
 from workers.compute.lora import Adapter, fresh
 from workers.compute.model import Model
+from workers.compute.weights import write_adapter
 
-from .house import apart
+from .house import Memory, apart
 from .table import Row as Line
-from .table import at_least
+from .table import at_least, at_most
 
 MANY, RANK, LAYERS, ROUNDS, STEPS, WARM = 16, 16, 8, 5, 6, 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WANTED = {("fp32", 32): 2.6, ("fp32", 128): 1.6, ("bf16", 32): 2.4, ("bf16", 128): 1.6}
 ALONE = {"fp32": 1.3, "bf16": 1.1}
+CURVE, AWAY = 40, {"fp32": 1e-4, "bf16": 5e-2}
+"""Steps of a curve that is compared, and what rounding may make of it in nats."""
 ANSWERED = {("bf16", 16): 2.5, ("bf16", 64): 1.7, ("fp32", 16): 1.5, ("fp32", 64): 1.2}
 
 
@@ -51,18 +59,36 @@ def run(scale: float = 1.0) -> list[Line]:
                 )
             )  # fmt: skip
         ours, peer = apart(_train, precision, 128, 1, rounds, layers)
+        trainer = apart(_trainer, precision, 128, layers)
         rows.append(
             at_least(
                 f"train 1 adapter, 128 tokens a step, {precision}", peer / ours, ALONE[precision],
-                peer=f"a PEFT loop, {1000 * peer:.0f} ms", note=f"{1000 * ours:.0f} ms a step",
+                peer=f"a PEFT loop, {1000 * peer:.0f} ms",
+                note=f"{1000 * ours:.0f} ms a step; the Trainer of transformers {1000 * trainer:.0f} ms",
             )
         )  # fmt: skip
+        away = apart(_away, precision, layers)
+        rows.append(
+            at_most(
+                f"losses of {CURVE} steps, {precision}: farthest from those of a PEFT loop on the same rows", away,
+                AWAY[precision], unit="nats",
+            )
+        )  # fmt: skip
+    together, one = (apart(_memory, many, layers) for many in (MANY, 1))
+    rows.append(
+        at_most(
+            f"memory of {MANY} adapters trained at once, base included, fp32", together / (MANY * one), 0.4,
+            unit="× as much", peer=f"{MANY} trainings of one, {MANY * one:.0f} MB", note=f"{together:.0f} MB",
+        )
+    )  # fmt: skip
     for (precision, tokens), wanted in list(ANSWERED.items())[: 1 if look else None]:
-        ours, mixed = apart(_answer, precision, tokens, rounds, layers)
+        ours, mixed, switched, swapped = apart(_answer, precision, tokens, rounds, layers)
         rows.append(
             at_least(
                 f"forward of {MANY} adapters, {tokens} tokens each, {precision}", mixed / ours, wanted,
-                peer=f"PEFT's mixed batch, {1000 * mixed:.0f} ms", note=f"{1000 * ours:.0f} ms",
+                peer=f"PEFT's mixed batch, {1000 * mixed:.0f} ms",
+                note=f"{1000 * ours:.0f} ms; PEFT one after another: {1000 * switched:.0f} ms by set_adapter, "
+                f"{1000 * swapped:.0f} ms by hot swap from files",
             )
         )  # fmt: skip
     return rows
@@ -84,6 +110,66 @@ def recipe(tokens: int, seed: int) -> FineTune:
         steps=WARM + STEPS, rank=RANK, alpha=32.0, targets=tuple(TARGETS), batch_tokens=tokens, max_length=tokens,
         learning_rate=1e-4, seed=seed,
     )  # fmt: skip
+
+
+def _trainer(precision: str, tokens: int, layers: int) -> float:
+    """Seconds of a step of the Trainer of transformers on PEFT's modules: for information."""
+    ends: list[float] = []
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    ids = torch.randint(3, 259, (8, tokens)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder, per_device_train_batch_size=1, max_steps=WARM + 2 * STEPS, learning_rate=1e-4, report_to=[],
+            disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(
+            peft.get_peft_model(model(precision, layers), config, autocast_adapter_dtype=precision == "fp32"),
+            options, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[Ends()],
+        )  # fmt: skip
+        trainer.train()
+    return (ends[-1] - ends[WARM - 1]) / (2 * STEPS)
+
+
+def _away(precision: str, layers: int) -> float:
+    """How far losses are from those of a loop with PEFT's modules on the same rows, weights and rates, at most."""
+    rows = [Row({"prompt": f"{i}+{i % 7}=", "completion": f" {i + i % 7}"}, "sums", i + 1) for i in range(64)]
+    made = recipe(128, 0).model_copy(update={"steps": CURVE, "learning_rate": 2e-3})
+    base, tokenizer = model(precision, layers), factories.tokenizer()
+    [ours] = finetune_many(base, tokenizer, [Task(made, rows)])
+    ahead, _, _ = laid_out(base, tokenizer, made, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(fresh(base, made), Path(folder), base="b3:" + "0" * 64, recipe="sha256:" + "0" * 64)
+        theirs = peft.PeftModel.from_pretrained(model(precision, layers), folder, is_trainable=True)
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, weight_decay=0.0), []
+    for step, batch in zip(range(CURVE), ahead, strict=False):
+        optimizer.param_groups[0]["lr"] = learning_rate(made, step)
+        asked = sum(len(example.ids) - len(example.prompt) for example in batch)
+        total = 0.0
+        optimizer.zero_grad()
+        for example in batch:
+            ids_T, first = torch.tensor(example.ids), len(example.prompt)
+            logits_TV = theirs(input_ids=ids_T[None]).logits[0, first - 1 : -1].float()
+            loss = F.cross_entropy(logits_TV, ids_T[first:], reduction="sum") / asked
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, made.max_grad_norm)
+        optimizer.step()
+        losses.append(total)
+    return max(abs(one - two) for one, two in zip(ours.losses, losses, strict=True))
+
+
+def _memory(many: int, layers: int) -> float:
+    """MB above imports, at most, of training so many adapters at once, 128 tokens a step each."""
+    at_rest = Memory.of(os.getpid())
+    rows = [Row({"prompt": "a", "completion": "b" * 120}, "rows.jsonl", i + 1) for i in range(8)]
+    finetune_many(model("fp32", layers), factories.tokenizer(), [Task(recipe(128, seed), rows) for seed in range(many)])
+    return at_rest.growth()
 
 
 def _train(precision: str, tokens: int, many: int, rounds: int, layers: int) -> tuple[float, float]:
@@ -139,8 +225,10 @@ class _PeftLoop:
         loss.item()
 
 
-def _answer(precision: str, tokens: int, rounds: int, layers: int) -> tuple[float, float]:
-    """Seconds of a forward pass for all adapters: a bank's, and PEFT's mixed batch."""
+def _answer(precision: str, tokens: int, rounds: int, layers: int) -> tuple[float, ...]:
+    """Seconds of a forward pass for all adapters: a bank's, PEFT's mixed batch, and PEFT's one after another: switched
+    to, and hot-swapped from a file.
+    """
     base = model(precision, layers)
     adapters = [_random(base, seed) for seed in range(MANY)]
     ids = torch.randint(3, 259, (MANY, tokens))
@@ -155,14 +243,29 @@ def _answer(precision: str, tokens: int, rounds: int, layers: int) -> tuple[floa
     mixed.eval()
     names = [str(which) for which in range(MANY)]
     found = []
-    with torch.inference_mode():
+
+
+    def switched() -> None:
+        for which, name in enumerate(names):
+            mixed.set_adapter(name)
+            mixed(input_ids=ids[which : which + 1], use_cache=False)
+
+    def swapped(folders: list[Path]) -> None:
+        mixed.set_adapter("0")
+        for which, folder in enumerate(folders):
+            hotswap_adapter(mixed, str(folder), adapter_name="0", torch_device="cpu")
+            mixed(input_ids=ids[which : which + 1], use_cache=False)
+
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / name for name in names]
+        for folder, adapter in zip(folders, adapters, strict=True):
+            write_adapter(adapter, folder, base="b3:" + "0" * 64, recipe="sha256:" + "0" * 64)
         for _ in range(rounds):
             with bank.attached():
                 ours = _seconds(lambda: base(input_ids=ids, use_cache=False))
             theirs = _seconds(lambda: mixed(input_ids=ids, use_cache=False, adapter_names=names))
-            found.append((ours, theirs))
-    ours_s, peer_s = (statistics.median(each) for each in zip(*found, strict=True))
-    return ours_s, peer_s
+            found.append((ours, theirs, _seconds(switched), _seconds(lambda: swapped(folders))))
+    return tuple(statistics.median(each) for each in zip(*found, strict=True))
 
 
 def _random(base: Model, seed: int) -> Adapter:
