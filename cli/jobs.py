@@ -425,6 +425,11 @@ def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:
     line = [sys.executable, "-m", "workers.run", str(recipe), "--out", str(target)]
     for role, folder in inputs.items():
         line += ["--in", f"{role}={folder.resolve()}"]
+    in_child(line, target / "error.json")
+
+
+def in_child(line: list[str], refusal: Path) -> None:
+    """Run a program of ours in a child process; what it refuses, in the file ``refusal``, is refused here."""
     with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
         try:
             _, talk = child.communicate()
@@ -433,7 +438,6 @@ def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:
             raise
     if child.returncode == 0:
         return
-    refusal = target / "error.json"
     if refusal.is_file():
         raise LoractlError.from_problem(json.loads(refusal.read_text()))
     last = talk.decode(errors="replace").strip().split("\n")[-1]

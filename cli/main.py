@@ -36,6 +36,7 @@ COMMANDS = {
     "diff": "adapters", "alias": "adapters", "promote": "adapters", "rollback": "adapters", "policy": "adapters",
     "dataset": "jobs", "suite": "jobs", "train": "jobs", "evaluate": "jobs", "merge": "jobs", "rebase": "jobs",
     "combine": "updates", "compress": "updates", "extract": "updates",
+    "export": "export",
     "jobs": "jobs",
     "upgrade": "upgrades", "schedule": "upgrades",
 }  # fmt: skip

@@ -327,6 +327,12 @@ class NotCombinable(Conflict):
     help = "'concat' takes plain LoRA adapters of any ranks and scales: loractl combine REF… --into NAME"
 
 
+class NotExportable(Conflict):
+    code = "not-exportable"
+    says = "{what} cannot be written as GGUF: {reason}"
+    help = "See what can: docs/concepts.md, GGUF; an adapter can also be merged first: loractl export REF --for BASE --merge"
+
+
 class NotExtractable(Conflict):
     code = "not-extractable"
     says = "No adapter can be extracted: {reason}"

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Tokens
-from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from registry.core.recipes import FineTune
@@ -108,3 +108,61 @@ def logits(model: Model, length: int = 12) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids).logits
     return found
+
+
+CUT: dict[str, Any] = {
+    "gpt2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "whitespace": [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+} | {
+    name: [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers +
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    for name, numbers in [("qwen2", r"\p{N}"), ("llama3", r"\p{N}{1,3}")]
+}  # fmt: skip
+"""Ways to cut text into words, as the tokenizers of these models have them."""
+
+
+def merging_tokenizer(words: str = "gpt2", ignore_merges: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges, `<s>` in front, one token of the user's, and a chat template."""
+    specials = ["<pad>", "<s>", "</s>"]
+    merges = [("h", "e"), ("o", "n"), ("Ġ", "t"), ("Ġt", "he"), ("c", "e")]
+    texts = [*specials, "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    tokens = Tokens(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    tokens.pre_tokenizer = pre_tokenizers.Sequence(CUT[words])
+    tokens.decoder = decoders.ByteLevel()
+    tokens.add_special_tokens(specials)
+    tokens.add_tokens(["<|im_end|>"])
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.chat_template = CHAT
+    return made
+
+
+def piece_tokenizer(left_out: int = 0) -> PreTrainedTokenizerFast:
+    """SentencePiece's BPE as tokenizers has it: bytes to fall back on, ▁ for spaces, every merge (but ``left_out``)."""
+    grown = ["on", "ce", "once", "ti", "me", "time", "▁t", "▁time", "up", "▁on", "▁once", "aa", "aaa", "the", "he"]
+    letters = sorted(set("▁" + "".join(grown) + "wasr"))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *grown, *letters]
+    known = {*grown, *letters}
+    merges = [
+        (piece[:at], piece[at:])
+        for piece in grown
+        for at in range(1, len(piece))
+        if piece[:at] in known and piece[at:] in known
+    ]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    left = merges[: len(merges) - left_out]
+    tokens = Tokens(models.BPE(vocab=vocabulary, merges=left, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokens.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokens.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -30,13 +30,16 @@ class Stored:
     start: int
     size: int
 
-    def blocks(self, file: int, some: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The tensor, or some of its rows (dimension 0), by blocks of rows of at most `BLOCK_BYTES` each, or of one."""
+    def blocks(self, file: int, some: slice | None = None, of: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """The tensor, or some of its rows (dimension 0), by blocks of rows of at most `BLOCK_BYTES` each, or of ``of``.
+
+        All but the last have a multiple of ``of`` rows.
+        """
         if not self.size:
             return
         rows = self.shape[0] if self.shape else 1
         row = self.size // rows
-        many = max(1, BLOCK_BYTES // row)
+        many = max(1, BLOCK_BYTES // row // of) * of
         start, stop, _ = (some or slice(None)).indices(rows)
         for first in range(start, stop, many):
             last = min(first + many, stop)
