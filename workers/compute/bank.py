@@ -79,6 +79,10 @@ class Group:
         """How many adapters."""
         return int(self.adapters.stop - self.adapters.start)
 
+    def stretched(self, length: int) -> "Group":
+        """The same, where every row has become ``length`` rows."""
+        return Group(self.adapters, slice(self.rows.start * length, self.rows.stop * length))
+
 
 def groups_of(rows: Rows) -> list[Group]:
     """The fewest groups in which adapters follow one another with equally many rows each."""
@@ -432,7 +436,7 @@ class Bank:
         ]
         self.refresh()
         self._groups: list[Group] | None = None
-        self._rows = 0
+        self._rows = self._length = 0
         self.drop: Drop | None = None
         if len(self.adapters) != 1:
             self.assign([])
@@ -565,17 +569,25 @@ class Bank:
         handles = [
             layer.module.register_forward_hook(self._hook(name, layer)) for name, layer in self.layers.items()
         ]
+        handles.append(self._model.register_forward_pre_hook(self._see, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        """How long the rows of this batch are: some models hand their layers all positions of all rows in a row."""
+        given = next((named[key] for key in ("input_ids", "inputs_embeds") if named.get(key) is not None), None)
+        self._length = (inputs[0] if given is None else given).shape[1]
+
     def _hook(self, name: str, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def adapt(_: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
             groups = self._groups
             if groups is None:
                 groups = [Group(slice(0, 1), slice(0, len(h)))]
+            elif groups and h.dim() == 2 and len(h) == self._rows * self._length:
+                groups = [group.stretched(self._length) for group in groups]
             elif groups and len(h) != self._rows:
                 reason = f"'{name}' was given {len(h)} rows of a batch of {self._rows}, so whose they are is unknown"
                 raise NotRunnable(what="Several adapters at once", reason=reason)
