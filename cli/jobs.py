@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +25,7 @@ from .searches import searched, show_search
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
-    from registry.schemas import DatasetInfo, JobInfo, JobRequest
+    from registry.schemas import DatasetInfo, EventInfo, JobInfo, JobRequest
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
@@ -175,12 +177,13 @@ def job_options(function: Any) -> Any:
     None,
     "loractl train recipe.toml",
     "loractl train recipe.toml --output team/bot --alias prod --no-wait",
+    "loractl train german.toml french.toml polish.toml",
     "loractl train full.toml --line llama-bot",
     "loractl train recipe.toml --rank auto --energy 0.95 --suite team/reviews-test",
     "loractl train recipe.toml --scale auto --suite team/reviews-test",
     "loractl train recipe.toml --targets auto --suite team/reviews-test",
 )
-@click.argument("recipe", type=FILE, metavar="RECIPE.toml")
+@click.argument("recipes", type=FILE, nargs=-1, required=True, metavar="RECIPE.toml…")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: [output].")
 @click.option("--line", metavar="LINE", help="Full fine-tuning: the line it becomes the newest revision of.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
@@ -193,9 +196,9 @@ def job_options(function: Any) -> Any:
 @click.option("--suite", "suite_ref", metavar="S", help="With auto: the suite whose calibration split chooses.")
 @job_options
 def train(
-    out: Output, recipe: Path, name: str | None, line: str | None, aliases: tuple[str, ...], message: str | None,
-    rank: str | None, energy: float | None, budget: str | None, scale: str | None, targets: str | None,
-    suite_ref: str | None, queue: str, fresh: bool, no_wait: bool,
+    out: Output, recipes: tuple[Path, ...], name: str | None, line: str | None, aliases: tuple[str, ...],
+    message: str | None, rank: str | None, energy: float | None, budget: str | None, scale: str | None,
+    targets: str | None, suite_ref: str | None, queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a LoRA adapter, or the base itself, by a recipe, and draw its loss.
 
@@ -209,19 +212,32 @@ def train(
     aliases = ["prod"]
 
     With kind = "full-finetune" the base's own weights are trained, and the result is a base model: name its line.
+    Several recipes are asked for and followed together; a worker trains those on one base at once.
     """
     from registry.schemas import JobRequest
     from registry.schemas import Output as Goes
 
-    read = load_recipe(recipe)
-    given = {"adapter": name, "line": line, "aliases": list(aliases) or None, "message": message}
-    output = read.output | {key: value for key, value in given.items() if value is not None}
-    wanted = searched(read.recipe, rank, scale, targets, energy, budget, suite_ref)
-    if read.recipe["kind"] == "full-finetune" and "line" not in output:
-        raise BadRequest(problems='name the result: --line llama-bot, or line = "llama-bot" under [output]')
-    if read.recipe["kind"] == "finetune" and "adapter" not in output:
-        raise BadRequest(problems='name the result: --output team/bot, or adapter = "team/bot" under [output]')
-    ask(out, JobRequest(recipe=wanted, output=Goes.model_validate(output), queue=queue, fresh=fresh), no_wait)
+    if len(recipes) > 1 and (name or line):
+        raise click.UsageError("--output and --line name one result; of several recipes each has its own [output].")
+    requests = []
+    for recipe in recipes:
+        read = load_recipe(recipe)
+        given = {"adapter": name, "line": line, "aliases": list(aliases) or None, "message": message}
+        output = read.output | {key: value for key, value in given.items() if value is not None}
+        wanted = searched(read.recipe, rank, scale, targets, energy, budget, suite_ref)
+        if read.recipe["kind"] == "full-finetune" and "line" not in output:
+            raise BadRequest(
+                problems=f'name the result of {recipe.name}: --line llama-bot, or line = "llama-bot" under [output]'
+            )
+        if read.recipe["kind"] == "finetune" and "adapter" not in output:
+            raise BadRequest(
+                problems=f'name the result of {recipe.name}: --output team/bot, or adapter = "team/bot" under [output]'
+            )
+        requests.append(JobRequest(recipe=wanted, output=Goes.model_validate(output), queue=queue, fresh=fresh))
+    if len(requests) == 1:
+        ask(out, requests[0], no_wait)
+    else:
+        ask_all(out, requests, no_wait)
 
 
 @command(
@@ -346,6 +362,82 @@ def follow(out: Output, client: "RegistryClient", job: "JobInfo") -> tuple["JobI
         for event in client.events(job.id):
             _draw(bar, job.kind, event.kind, event.data, curve)
     return succeeded(client.job(job.id)), curve
+
+
+def ask_all(out: Output, requests: Sequence["JobRequest"], no_wait: bool) -> None:
+    """Ask for several jobs, and unless ``no_wait`` follow all of them, each with its bar, to the end of the last.
+
+    `WorkFailed` for the first that did not succeed, when all have ended.
+    """
+    with config.connect() as client:
+        jobs = [client.submit(request) for request in requests]
+        if no_wait:
+            out.emit({"jobs": jobs}, lambda: click.echo("\n".join(job.id for job in jobs)))
+            return
+        curves = _follow_all(out, client, jobs)
+        jobs = [client.job(job.id) for job in jobs]
+    if not out.as_json:  # there a failure is the one document
+        _all_ended(jobs, curves)
+    ended = [succeeded(job) for job in jobs]
+    out.emit({"jobs": ended}, lambda: None)
+
+
+def _goal(job: "JobInfo") -> str:
+    return str(job.output.get("adapter") or job.output.get("line") or job.id)
+
+
+def _follow_all(
+    out: Output, client: "RegistryClient", jobs: Sequence["JobInfo"]
+) -> list[list[tuple[float, float]]]:
+    """Wait for all jobs with live progress; their loss curves."""
+    curves: list[list[tuple[float, float]]] = [[] for _ in jobs]
+    told: SimpleQueue[tuple[int, EventInfo | LoractlError | None]] = SimpleQueue()
+
+    def listen(place: int) -> None:
+        try:
+            for event in client.events(jobs[place].id):
+                told.put((place, event))
+            told.put((place, None))
+        except LoractlError as error:
+            told.put((place, error))
+
+    listeners = [Thread(target=listen, args=(place,), daemon=True) for place in range(len(jobs))]
+    ids = " ".join(job.id for job in jobs)
+    left = set(range(len(jobs)))
+    with out.progress() as bar, out.if_interrupted(
+        f"The jobs go on without you. See them: loractl jobs list; end them, one by one: loractl jobs cancel ID ({ids})"
+    ):
+        for listener in listeners:
+            listener.start()
+        while left:
+            place, event = told.get()
+            if isinstance(event, LoractlError):
+                raise event
+            if event is None:
+                left.discard(place)
+            else:
+                data = {key: value for key, value in event.data.items() if key != "phase"}
+                _draw(bar, _goal(jobs[place]), event.kind, data, curves[place])
+    return curves
+
+
+def _all_ended(jobs: Sequence["JobInfo"], seen: Sequence[Sequence[tuple[float, float]]]) -> None:
+    results = [job.result or {} for job in jobs]
+    curves = [[(float(step), float(loss)) for step, loss in result.get("loss", [])] or list(curve)
+              for result, curve in zip(results, seen, strict=True)]  # fmt: skip
+    drawn = {_goal(job): curve for job, curve in zip(jobs, curves, strict=True) if len(curve) > 1}
+    if drawn:
+        click.echo(plot(drawn, title="loss", x="step"))
+    table(
+        ["result", "job", "state", "steps", "last loss", "held out", "took", "error"],
+        [
+            [", ".join(str(item.get("ref")) for item in result.get("made", [])) or _goal(job), job.id, job.state,
+             str(result.get("steps") or ""), number(curve[-1][1]) if curve else "",
+             number(min((loss for _, loss in result.get("held_out", [])), default=None)), _took(job),
+             (job.error or {}).get("detail")]
+            for job, result, curve in zip(jobs, results, curves, strict=True)
+        ],
+    )  # fmt: skip
 
 
 def succeeded(job: "JobInfo") -> "JobInfo":

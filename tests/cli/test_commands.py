@@ -4,6 +4,7 @@ import json
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import click
@@ -275,6 +276,35 @@ def test_jobs_are_asked_for_listed_cancelled_and_retried(
     assert call("jobs", "retry", job["id"], "--no-wait")["state"] == "queued"
     assert "finetune" in told("jobs", "show", job["id"])
     call("jobs", "cancel", job["id"])
+
+
+def test_several_recipes_are_asked_for_and_followed_together(
+    registry: live.Live, call: Call, bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    call("base", "push", bases[0], "--line", "several")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    call("dataset", "push", data, "several/data")
+    recipes = [tmp_path / f"{name}.toml" for name in ("one", "two")]
+    for recipe in recipes:
+        output = f'[output]\nadapter = "several/{recipe.stem}"\n'
+        recipe.write_text(f'base = "several@r1"\ndatasets = ["several/data"]\nsteps = 3\n{output}')
+    problem = call("train", *recipes, "--output", "several/bot", code=2)["error"]
+    assert "of several recipes each has its own [output]" in problem["detail"]
+    asked = call("train", *recipes, "--no-wait")["jobs"]
+    assert [job["output"]["adapter"] for job in asked] == ["several/one", "several/two"]
+
+    def end() -> None:
+        with registry.client() as client:
+            for job in asked:
+                client.cancel_job(job["id"])
+
+    later = Timer(1.0, end)
+    later.start()
+    failed = call("train", *recipes, code=1)["error"]
+    assert failed["code"] == "work-failed"
+    assert asked[0]["id"] in failed["detail"]
+    later.join()
 
 
 def test_tokens_are_made_listed_and_revoked(registry: live.Live, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
