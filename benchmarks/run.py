@@ -113,10 +113,9 @@ def main() -> int:
         for row in found:
             verdict = "met" if row["passed"] else "MISSED"
             figure = f"{_figure(row['measured'])} {row['unit']} ({row['target']})"
-            print(f"{verdict:6} {figure:20} {row['claim']}  {row['note']}")
-    TABLE.parent.mkdir(exist_ok=True)
-    STORE.write_text(json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    TABLE.write_text(table(stored))
+            print(f"{verdict:6} {figure:20} {row['claim']}  {row['note']}", flush=True)
+        STORE.write_text(json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        TABLE.write_text(table(stored))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
