@@ -391,14 +391,14 @@ def _follow_all(
 ) -> list[list[tuple[float, float]]]:
     """Wait for all jobs with live progress; their loss curves."""
     curves: list[list[tuple[float, float]]] = [[] for _ in jobs]
-    told: SimpleQueue[tuple[int, EventInfo | LoractlError | None]] = SimpleQueue()
+    told: SimpleQueue[tuple[int, EventInfo | Exception | None]] = SimpleQueue()
 
     def listen(place: int) -> None:
         try:
             for event in client.events(jobs[place].id):
                 told.put((place, event))
             told.put((place, None))
-        except LoractlError as error:
+        except Exception as error:  # noqa: BLE001  # raised again by the thread that waits
             told.put((place, error))
 
     listeners = [Thread(target=listen, args=(place,), daemon=True) for place in range(len(jobs))]
@@ -411,7 +411,7 @@ def _follow_all(
             listener.start()
         while left:
             place, event = told.get()
-            if isinstance(event, LoractlError):
+            if isinstance(event, Exception):
                 raise event
             if event is None:
                 left.discard(place)

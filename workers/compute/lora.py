@@ -170,8 +170,8 @@ def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
     if unknown:
         ends = sorted({name.rpartition(".")[2] for name in named})
         near = [close for target in unknown for close in difflib.get_close_matches(target, ends, n=3, cutoff=0.5)]
-        nearest = f" Did you mean {_list(near)}?" if near else f" There are {_list(ends)}."
-        raise UnknownTargets(targets=_list(unknown), nearest=nearest)
+        nearest = f" Did you mean {listed(near)}?" if near else f" There are {listed(ends)}."
+        raise UnknownTargets(targets=listed(unknown), nearest=nearest)
     return [name for name in named if any(_means(target, name) for target in targets)]
 
 
@@ -192,10 +192,6 @@ def nearest(unknown: Sequence[str], names: Collection[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Names in quotes, each once."""
-    return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
-
-
-def _list(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
 
 
