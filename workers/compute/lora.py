@@ -168,10 +168,8 @@ def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
     named = [name for name, module in model.named_modules() if _takes_factors(module)]
     unknown = [target for target in targets if not any(_means(target, name) for name in named)]
     if unknown:
-        ends = sorted({name.rpartition(".")[2] for name in named})
-        near = [close for target in unknown for close in difflib.get_close_matches(target, ends, n=3, cutoff=0.5)]
-        nearest = f" Did you mean {listed(near)}?" if near else f" There are {listed(ends)}."
-        raise UnknownTargets(targets=listed(unknown), nearest=nearest)
+        ends = {name.rpartition(".")[2] for name in named}
+        raise UnknownTargets(targets=listed(unknown), nearest=nearest(unknown, ends))
     return [name for name in named if any(_means(target, name) for target in targets)]
 
 
