@@ -171,6 +171,8 @@ class Rebase(Frozen):
     """warm-start and retrain: the recorded recipe on the new base, with the steps and rates of this tier."""
     suite: Sha256 | None = None
     """warm-start: its calibration split chooses among the starts; without one the training loss does."""
+    inputs: Sha256 | None = None
+    """A dataset of which only the prompts are read: unlabelled text of what the adapter is for."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -380,7 +382,8 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
     """What a worker must have on disk before it runs ``recipe``: role -> digest.
 
     Roles are the names of `workers.run --in`: ``base``, ``old``, ``tuned``, ``adapter``, ``adapter.N``,
-    ``dataset.N``, ``suite``, ``start``. Combining and compressing read no base: factors are all there is to them.
+    ``dataset.N``, ``suite``, ``inputs``, ``start``. Combining and compressing read no base: factors are all there is to
+    them.
     """
     found: dict[str, str] = {"base": recipe.base}
     match recipe:
@@ -398,6 +401,8 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
                 found |= _training_inputs(recipe.training)
             if recipe.suite is not None:
                 found["suite"] = recipe.suite
+            if recipe.inputs is not None:
+                found["inputs"] = recipe.inputs
         case Combine():
             return {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
         case Compress():

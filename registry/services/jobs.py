@@ -164,6 +164,8 @@ def _planned(
         plan["adapters"] = [_meant(session, caller, str(text), on).digest for text in listed]
     if isinstance(plan.get("datasets"), list):
         plan["datasets"] = [find_data(session, caller, "dataset", str(text)).digest for text in plan["datasets"]]
+    if isinstance(plan.get("inputs"), str):
+        plan["inputs"] = find_data(session, caller, "dataset", plan["inputs"]).digest
     if isinstance(plan.get("suite"), str) and plan["suite"] not in suites:
         plan["suite"] = find_data(session, caller, "suite", plan["suite"]).digest
     if kind == "rebase" and plan.get("tier") in TRAINED:

@@ -73,6 +73,7 @@ def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
         (RECIPES[8], {"adapter.0": S1, "adapter.1": S2}),
         (RECIPES[9], {"adapter": S1}),
         (RECIPES[10], {"base": B1, "tuned": B2}),
+        (RECIPES[5] | {"inputs": S2}, {"base": B2, "old": B1, "adapter": S1, "inputs": S2}),
     ],
 )
 def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[str, str]) -> None:
