@@ -19,7 +19,7 @@ import torch
 
 from registry.files import cores
 from workers.compute.lora import Adapter, Patch
-from workers.compute.merge import merge
+from workers.compute.merge import Form, merge
 from workers.compute.model import skeleton
 from workers.compute.shards import Stored, stored_tensors
 from workers.compute.weights import DTYPES, framed, read_adapter, write_adapter, write_tensors
@@ -162,7 +162,7 @@ def run(scale: float = 1.0) -> list[Row]:
 
         def ours(digests: bool, durable: bool) -> Callable[[], None]:
             def work() -> None:
-                merge(base, adapter, out, digests=digests, durable=durable, threads=threads)
+                merge(base, adapter, out, form=Form(digests=digests, durable=durable, threads=threads))
 
             return work
 

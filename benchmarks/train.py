@@ -244,7 +244,6 @@ def _answer(precision: str, tokens: int, rounds: int, layers: int) -> tuple[floa
     names = [str(which) for which in range(MANY)]
     found = []
 
-
     def switched() -> None:
         for which, name in enumerate(names):
             mixed.set_adapter(name)
@@ -264,7 +263,7 @@ def _answer(precision: str, tokens: int, rounds: int, layers: int) -> tuple[floa
             with bank.attached():
                 ours = _seconds(lambda: base(input_ids=ids, use_cache=False))
             theirs = _seconds(lambda: mixed(input_ids=ids, use_cache=False, adapter_names=names))
-            found.append((ours, theirs, _seconds(switched), _seconds(lambda: swapped(folders))))
+            found.append((ours, theirs, _seconds(switched, 1), _seconds(lambda: swapped(folders), 1)))
     return tuple(statistics.median(each) for each in zip(*found, strict=True))
 
 
@@ -272,10 +271,10 @@ def _random(base: Model, seed: int) -> Adapter:
     return fresh(base, recipe(32, seed))
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    for _ in range(WARM):
+def _seconds(work: Callable[[], object], steps: int = STEPS) -> float:
+    for _ in range(min(WARM, steps)):
         work()
     began = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         work()
-    return (time.perf_counter() - began) / STEPS
+    return (time.perf_counter() - began) / steps

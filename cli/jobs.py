@@ -281,17 +281,19 @@ def evaluate(
 @click.option("--out", "target", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="With --local.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Type of the weights; default: the base's.")
 @click.option("--max-shard-size", metavar="SIZE", help="Size of a weight file, such as 5GB; default: the base's files.")
+@click.option("--dequantise", is_flag=True, help="Write a base that is stored in 8 or 4 bits as full numbers.")
 @click.option("--verify", is_flag=True, help="Also compare the logits of the result with those of base and adapter.")
 @job_options
 def merge(
     out: Output, ref: str, base_text: str | None, line: str | None, local: bool, target: Path | None,
-    dtype: str | None, max_shard_size: str | None, verify: bool, queue: str, fresh: bool, no_wait: bool,
+    dtype: str | None, max_shard_size: str | None, dequantise: bool, verify: bool, queue: str, fresh: bool,
+    no_wait: bool,
 ) -> None:  # fmt: skip
     """Merge an adapter into its base: W + scale·B·A, as a new base model."""
     from registry.schemas import JobRequest
     from registry.schemas import Output as Goes
 
-    wanted: dict[str, Any] = {"kind": "merge", "dtype": dtype, "verify": verify}
+    wanted: dict[str, Any] = {"kind": "merge", "dtype": dtype, "dequantise": dequantise, "verify": verify}
     if max_shard_size:
         wanted["max_shard_bytes"] = bytes_of(max_shard_size)
     if local:
@@ -504,6 +506,8 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[st
         merged = digested(target, progress=bar, taken=result["tensors"])
     document = {"out": str(target), "base": str(digest), "adapter": str(version), "digest": str(merged.digest)} | result
     shown = {"merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors"}
+    if bits := result.get("dequantised"):
+        shown["dequantised"] = f"{bits}, into full numbers"
     if deviation := result.get("deviation"):
         shown["logits"] = (
             f"off by {deviation['largest']:.2g} at most ({deviation['relative']:.2g} of their norm); "

@@ -23,7 +23,7 @@ from registry.core.errors import LoractlError
 
 from .compute.export import TYPES, Exported, export_adapter, export_model
 from .compute.finetune import Report
-from .compute.merge import OUT_TYPES, merge
+from .compute.merge import OUT_TYPES, Form, merge
 from .compute.weights import read_adapter, write_file
 
 
@@ -37,7 +37,7 @@ def export(
     if not merged:
         return export_adapter(base, read_adapter(adapter), out, dtype, report, origin)
     between = dtype if dtype in OUT_TYPES else None
-    merge(base, read_adapter(adapter), work / "merged", report, dtype=between, digests=False, durable=False)
+    merge(base, read_adapter(adapter), work / "merged", report, Form(between, digests=False, durable=False))
     return export_model(work / "merged", out, dtype, report, origin)
 
 

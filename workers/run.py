@@ -73,10 +73,10 @@ from .compute.extract import Other, extract
 from .compute.finetune import Task, Trained, as_trained, finetune
 from .compute.full import Tuned, tune, write_tuned
 from .compute.lora import Adapter
-from .compute.merge import merge
-from .compute.model import Model, dtype_for, load
+from .compute.merge import Form, merge
+from .compute.model import Model, config_of, dtype_for, load
 from .compute.plain import Kept
-from .compute.quantised import loaded
+from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
 from .compute.rebase.retrain import gain, recovered, retrain
@@ -293,8 +293,10 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
 
 def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     base, adapter = inputs["base"], read_adapter(inputs["adapter"])
-    merged = merge(base, adapter, out / "base", report, dtype=recipe.dtype, max_shard_bytes=recipe.max_shard_bytes)
+    form = Form(recipe.dtype, recipe.max_shard_bytes, recipe.dequantise)
+    merged = merge(base, adapter, out / "base", report, form)
     facts = {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
+    facts["dequantised"] = form_of(config_of(base))
     return facts | ({"deviation": asdict(deviation(base, out / "base", adapter))} if recipe.verify else {})
 
 

@@ -155,6 +155,8 @@ class Merge(Frozen):
     """Type that weights are written in; by default each in the base's own."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] | None = None
     """Size of the safetensors files, a larger tensor aside; by default the base's own files."""
+    dequantise: bool = False
+    """Of a base stored in 8 or 4 bits, write the numbers that its bits stand for; such a base is refused otherwise."""
     verify: bool = False
     """Run base and adapter, and the result, on the same tokens, and report how far their logits are apart."""
 

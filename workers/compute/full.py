@@ -28,7 +28,7 @@ from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of
 from .finetune import Report, silent
 from .lora import listed, nearest
 from .loss import Loss
-from .merge import OUT_TYPES, Merged, rewrite
+from .merge import OUT_TYPES, Form, Merged, rewrite
 from .model import Model, dtype_for, keeps_apart, load, whole
 from .recompute import recomputing
 from .shards import FLOATS, Stored, stored_names, stored_tensors
@@ -149,7 +149,7 @@ def write_tuned(base: Path, tuned: Tuned, out: Path, dtype: str | None = None, r
         kinds = ", ".join(sorted({kind or stored[name].dtype for name in tuned.weights}))
         raise Unchanged(steps=tuned.kept, dtype=kinds)
     changes = {name: Change(value=value) for name, value in tuned.weights.items()}
-    return rewrite(base, changes, out, report, dtype=dtype)
+    return rewrite(base, changes, out, report, Form(dtype))
 
 
 def _is_same(stored: Stored, value: Tensor, kind: str | None) -> bool:

@@ -18,7 +18,9 @@ from registry.files import base_shards, refuse_os_error, sync_folder
 
 from .finetune import Report, silent
 from .lora import Adapter, fitted, is_transposed
-from .model import Model, skeleton
+from .model import Model, config_of, module_name, skeleton
+from .packed import Packed, unpacked
+from .quantised import FORMS, form_of
 from .shards import FLOATS, Stored, stored_in, stored_name, stored_tensors
 from .stream import PARTIAL, Change, Made, stream
 from .weights import DTYPES, framed, write_file
@@ -38,39 +40,60 @@ class Merged:
     untied: bool
 
 
-def merge(
-    base: Path,
-    adapter: Adapter,
-    out: Path,
-    report: Report = silent,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    digests: bool = True,
-    durable: bool = True,
-    threads: int | None = None,
-) -> Merged:
-    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's names, and in its types and shards
-    unless ``dtype`` (a key of `OUT_TYPES`) or ``max_shard_bytes`` asks for others.
+@dataclass(frozen=True)
+class Form:
+    """How a model is written: by default in the base's types and files, hashed, and on the disk when it is done."""
 
-    ``durable``: it is on the disk, not only in memory, when this returns. ``threads``: one a core by default.
+    dtype: str | None = None
+    """A key of `OUT_TYPES`."""
+    max_shard_bytes: int | None = None
+    """Size of a file, a larger tensor aside."""
+    dequantise: bool = False
+    """Weights that are stored in 8 or 4 bits are written as numbers."""
+    digests: bool = True
+    durable: bool = True
+    threads: int | None = None
+    """One a core by default."""
+
+
+AS_IT_IS = Form()
+
+
+def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent, form: Form = AS_IT_IS) -> Merged:
+    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's names.
+
+    A base stored in 8 or 4 bits is refused unless ``form`` says that it is dequantised: the update is added to the
+    numbers that its bits stand for, in float32, and the sum is rounded once. A base that is not is merged as always.
     """
     _refuse_full(out)
     model = skeleton(base)
-    if getattr(model.config, "quantization_config", None):
-        raise NotRunnable(what="Merging", reason="the base is quantised; merge into its unquantised weights")
-    stored = stored_tensors(base)
+    stored, packed, beside = stored_tensors(base), dict[str, Packed](), set[str]()
+    if (bits := form_of(config_of(base))) is not None:
+        if bits not in FORMS or not form.dequantise:
+            reason = f"the base is stored in {bits}; merge into its full weights"
+            raise NotRunnable(what="Merging", reason=reason + (", or write it in full: --dequantise" * (bits in FORMS)))
+        packed, beside = unpacked(stored)
+        form = replace(form, dtype=form.dtype or _full_type(base))
     changes, extra, untied = _plan(model, adapter, stored)
+    for name in packed:
+        module = module_name(model, name.removesuffix(".weight"))
+        if module is not None and is_transposed(model.get_submodule(module)):
+            reason = f"'{name}' is stored in {bits} as outputs × inputs, and belongs into a model as inputs × outputs"
+            raise NotRunnable(what="Dequantising", reason=reason)
     for name in changes:
-        tensor = stored[extra.get(name, name)]
+        tensor = packed.get(name) or stored[extra.get(name, name)]
         if tensor.dtype not in FLOATS:
-            raise NotRunnable(
-                what="Merging", reason=f"tensor '{name}' is stored as {tensor.dtype}; dequantise the base"
-            )
-    return rewrite(
-        base, changes, out, report, extra=extra, untied=untied, dtype=dtype, max_shard_bytes=max_shard_bytes,
-        digests=digests, durable=durable, threads=threads,
-    )  # fmt: skip
+            raise NotRunnable(what="Merging", reason=f"tensor '{name}' is stored as {tensor.dtype}")
+    seen = {name: packed.get(name, tensor) for name, tensor in stored.items() if name not in beside}
+    return rewrite(base, changes, out, report, form, extra=extra, untied=untied, seen=seen)
+
+
+def _full_type(base: Path) -> str:
+    """The type that a base in 8 or 4 bits computes in, by its config.json."""
+    config = config_of(base)
+    bits = config["quantization_config"]
+    said = config.get("dtype") or config.get("torch_dtype") or bits.get("bnb_4bit_compute_dtype")
+    return next((short for short, name in _CONFIG_TYPES.items() if name == said), "bf16")
 
 
 def rewrite(
@@ -78,22 +101,19 @@ def rewrite(
     changes: dict[str, Change],
     out: Path,
     report: Report = silent,
+    form: Form = AS_IT_IS,
     *,
     extra: Mapping[str, str] | None = None,
     untied: bool = False,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    digests: bool = True,
-    durable: bool = True,
-    threads: int | None = None,
+    seen: Mapping[str, Stored] | None = None,
 ) -> Merged:
     """Write the base with these changes, by stored names, to the new or empty folder ``out``.
 
-    ``extra``: tensors to be added, name to the one each starts from; ``untied``: the config says that the head is.
+    ``extra``: tensors to be added, name to the one each starts from; ``untied``: the config says that the head is;
+    ``seen``: the tensors that are written, where they are not those that the base stores.
     """
     _refuse_full(out)
-    extra = extra or {}
-    shards = _shards(base, out, changes, extra, OUT_TYPES[dtype] if dtype else None, max_shard_bytes)
+    shards = _shards(base, out, changes, extra or {}, seen, form)
     total = sum(shard.size for shard in shards)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -101,23 +121,24 @@ def rewrite(
             shard.begin()
         made = [tensor for shard in shards for tensor in shard.tensors]
         taken = stream(
-            made, lambda done: report({"step": done, "steps": total}), digests=digests, durable=durable, threads=threads
+            made, lambda done: report({"step": done, "steps": total}),
+            digests=form.digests, durable=form.durable, threads=form.threads,
         )  # fmt: skip
         for shard in shards:
-            shard.finish(durable)
+            shard.finish(form.durable)
     except BaseException:
         for shard in shards:
             shard.partial.unlink(missing_ok=True)
             shard.path.unlink(missing_ok=True)
         raise
-    if durable:
+    if form.durable:
         sync_folder(out)
-    if len(shards) > 1 or (max_shard_bytes is None and (base / INDEX).is_file()):
+    if len(shards) > 1 or (form.max_shard_bytes is None and (base / INDEX).is_file()):
         places = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_file(out / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
     _copy_other_files(base, out)
-    _write_config(base, out, untied, dtype)
+    _write_config(base, out, untied, form)
     return Merged(taken, tuple(sorted(changes)), untied)
 
 
@@ -204,14 +225,18 @@ Written = tuple[str, Stored, str]
 
 
 def _shards(
-    base: Path, out: Path, changes: dict[str, Change], extra: Mapping[str, str], dtype: str | None, limit: int | None
-) -> list[_Shard]:
-    """The base's own shards, or shards of at most ``limit`` bytes (or one tensor) each."""
+    base: Path, out: Path, changes: dict[str, Change], extra: Mapping[str, str], seen: Mapping[str, Stored] | None,
+    form: Form,
+) -> list[_Shard]:  # fmt: skip
+    """The base's own shards, or as large ones as ``form`` allows."""
+    dtype, limit = OUT_TYPES[form.dtype] if form.dtype else None, form.max_shard_bytes
     files: list[tuple[str, list[Written]]] = []
     metadata: dict[str, str] = {}
     for path in base_shards(base):
         tensors, found = stored_in(path)
         metadata |= found
+        if seen is not None:
+            tensors = {name: seen[name] for name in tensors if name in seen}
         sources = tensors | {name: tensors[source] for name, source in extra.items() if source in tensors}
         written = [(name, s, dtype if dtype and s.dtype in FLOATS else s.dtype) for name, s in sources.items()]
         files.append((path.name, written))
@@ -267,15 +292,17 @@ def _copy_other_files(base: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _write_config(base: Path, out: Path, untied: bool, dtype: str | None) -> None:
+def _write_config(base: Path, out: Path, untied: bool, form: Form) -> None:
     """Last of all: with config.json the folder is a model."""
-    data = (base / "config.json").read_bytes()
+    data, dtype = (base / "config.json").read_bytes(), form.dtype
     if untied or dtype:
         config = json.loads(data)
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 if untied:
                     part["tie_word_embeddings"] = False
+                if form.dequantise:
+                    part.pop("quantization_config", None)
                 if dtype:
                     part |= {key: _CONFIG_TYPES[dtype] for key in ("dtype", "torch_dtype") if key in part}
         if dtype and not config.keys() & {"dtype", "torch_dtype"}:

@@ -23,6 +23,8 @@ from registry.core.errors import NotRunnable, ToolMissing
 from registry.core.recipes import Quantisation
 
 Config = dict[str, Any]
+FORMS = ("nf4", "fp4", "int8")
+"""Those of checkpoints that are read."""
 
 
 class Held(nn.Module):
@@ -91,11 +93,11 @@ def by_blocks(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    plain = functional.QuantState(
-        absmax.float(), state.shape, state.code, state.blocksize, state.quant_type, dtype
-    )  # fmt: skip
-    weight_OI: Tensor = functional.dequantize_4bit(packed.view(-1, 1), plain)
-    return weight_OI
+    # As one row: its kernel for processors loses blocks that begin in one row and end in the next (0.50.2).
+    row = torch.Size([1, state.shape.numel()])
+    plain = functional.QuantState(absmax.float(), row, state.code, state.blocksize, state.quant_type, dtype)
+    weight: Tensor = functional.dequantize_4bit(packed.view(-1, 1), plain)
+    return weight.view(state.shape)
 
 
 # ── what a checkpoint is, and what is asked for ──────────────────────────────
@@ -119,7 +121,7 @@ def loading(config: Config, quantised: Quantisation | None, dtype: torch.dtype) 
     stored = form_of(config)
     if stored is None and quantised is None:
         return {}
-    if stored is not None and stored not in ("nf4", "fp4", "int8"):
+    if stored is not None and stored not in FORMS:
         reason = f"its weights are stored as {stored}; read are full weights, and bitsandbytes' nf4, fp4 and int8"
         raise NotRunnable(what="The base", reason=reason)
     if stored is not None and quantised not in (None, stored):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ class Stored:
     start: int
     size: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are its values."""
+        return True
+
     def blocks(self, file: int, some: slice | None = None, of: int = 1) -> Iterator[tuple[slice, Tensor]]:
         """The tensor, or some of its rows (dimension 0), by blocks of rows of at most `BLOCK_BYTES` each, or of ``of``.
 
@@ -47,6 +53,39 @@ class Stored:
             if len(data) != (last - first) * row:
                 raise BadHeader(path=self.path.name, reason=f"tensor '{self.name}' ends after the end of the file")
             yield slice(first, last), torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(-1, *self.shape[1:])
+
+    def read_into(self, file: int, at: int, data: memoryview) -> None:
+        """Its bytes from ``at`` on, as many as ``data`` takes; `BadHeader` when the file ends before them."""
+        done = 0
+        while done < len(data):
+            count = os.preadv(file, [data[done:]], self.start + at + done)
+            if not count:
+                raise BadHeader(path=self.path.name, reason=f"tensor '{self.name}' ends after the end of the file")
+            done += count
+
+    def read_rows(self, file: int, first: int, last: int, data: memoryview) -> Tensor:
+        """Rows (dimension 0) from ``first`` to before ``last`` as a matrix, in memory that is ``data``."""
+        rows = self.shape[0] if self.shape else 1
+        self.read_into(file, self.size // rows * first, data)
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(last - first, -1)
+
+    def sample(self, file: int, rows: Sequence[int], at: slice) -> Tensor:
+        """Columns ``at`` of some rows of the matrix, in float64."""
+        dtype, many = DTYPES[self.dtype], at.stop - at.start
+        columns = prod(self.shape[1:])
+        data = bytearray(len(rows) * many * dtype.itemsize)
+        for k, row in enumerate(rows):
+            place = memoryview(data)[k * many * dtype.itemsize : (k + 1) * many * dtype.itemsize]
+            self.read_into(file, (row * columns + at.start) * dtype.itemsize, place)
+        return torch.frombuffer(data, dtype=dtype).view(len(rows), many).double()
+
+    def elements(self, first: int, last: int) -> Tensor:
+        """Elements from ``first`` to before ``last``, in the order in which they are stored."""
+        dtype = DTYPES[self.dtype]
+        data = bytearray((last - first) * dtype.itemsize)
+        with self.path.open("rb") as file:
+            self.read_into(file.fileno(), first * dtype.itemsize, memoryview(data))
+        return torch.frombuffer(data, dtype=dtype)
 
     def read(self) -> Tensor:
         """All of it."""

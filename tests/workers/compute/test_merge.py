@@ -23,7 +23,7 @@ from tests.workers import factories
 from workers.compute import shards, stream
 from workers.compute.bank import attached
 from workers.compute.lora import Adapter, Patch
-from workers.compute.merge import merge
+from workers.compute.merge import Form, merge
 from workers.compute.model import Model
 from workers.compute.verify import deviation
 from workers.compute.weights import DTYPES, write_adapter
@@ -159,7 +159,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     base = factories.saved(model, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(NotRunnable, match="the base is quantised"):
+    with pytest.raises(NotRunnable, match=r"the base is stored in gptq; merge into its full weights$"):
         merge(base, factories.random_adapter(model), tmp_path / "out")
 
 
@@ -258,6 +258,22 @@ def test_a_split_product_is_as_good_as_one_in_float32() -> None:
     assert bool(((parts[0] @ parts[1] - exact).abs() <= 2**-15 * bound).all())
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_where_base_and_update_cancel_an_element_is_still_next_to_the_exact_one(dtype: str, tmp_path: Path) -> None:
+    model = factories.llama(tied=False).bfloat16()
+    adapter = factories.random_adapter(model, targets=("all-linear",))
+    for name, patch in adapter.patches.items():
+        model.get_submodule(name).weight.data.copy_(-patch.update.dense())
+    base = factories.saved(model, tmp_path / "base")
+    merge(base, adapter, tmp_path / "out", form=Form(dtype))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    for name, patch in adapter.patches.items():
+        found = after[f"{name}.weight"]
+        exact = before[f"{name}.weight"].double() + patch.b_OR.double() @ patch.a_RI.double() * patch.scale
+        units = found.view(torch.int16).int() - exact.to(found.dtype).view(torch.int16).int()
+        assert int(units.abs().max()) <= 1
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_merge_of_peft_is_the_same_up_to_its_roundings(tmp_path: Path) -> None:
     model = factories.llama(tied=False).bfloat16()
@@ -279,7 +295,7 @@ def test_weights_are_written_in_the_type_that_is_asked_for(dtype: str, tmp_path:
     model = factories.llama().bfloat16()
     base = factories.saved(model, tmp_path / "base")
     adapter = factories.random_adapter(model)
-    merged = merge(base, adapter, tmp_path / "out", dtype=dtype)
+    merged = merge(base, adapter, tmp_path / "out", form=Form(dtype))
     wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert {value.dtype for value in after.values()} == {wanted}
@@ -296,7 +312,7 @@ def test_a_value_that_float16_does_not_hold_is_refused_by_name(tmp_path: Path) -
     model.model.norm.weight.data[3] = 1e5
     base = factories.saved(model, tmp_path / "base")
     with pytest.raises(BadTensor, match=r"model\.norm\.weight.*65504"):
-        merge(base, factories.random_adapter(model), tmp_path / "out", dtype="fp16")
+        merge(base, factories.random_adapter(model), tmp_path / "out", form=Form("fp16"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -305,7 +321,7 @@ def test_shards_are_of_the_size_that_is_asked_for(limit: int, files: int, tmp_pa
     model = factories.llama(tied=False)
     base = factories.saved(model, tmp_path / "base", max_shard_size="60KB")
     adapter = factories.random_adapter(model)
-    merge(base, adapter, tmp_path / "out", max_shard_bytes=limit)
+    merge(base, adapter, tmp_path / "out", form=Form(max_shard_bytes=limit))
     made = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(made) >= files
     assert (len(made) == 1) == (files == 1) == (not (tmp_path / "out" / "model.safetensors.index.json").exists())
@@ -340,7 +356,7 @@ def test_a_source_that_ends_early_is_refused(tmp_path: Path) -> None:
 def test_the_digests_taken_on_the_way_are_those_of_the_files(dtype: str | None, tmp_path: Path) -> None:
     model = factories.llama(tied=False)
     base = factories.saved(model, tmp_path / "base", max_shard_size="60KB")
-    merged = merge(base, factories.random_adapter(model), tmp_path / "merged", dtype=dtype)
+    merged = merge(base, factories.random_adapter(model), tmp_path / "merged", form=Form(dtype))
     assert digest_base(tmp_path / "merged", taken=merged.tensors).digest == digest_base(tmp_path / "merged").digest
 
 

@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from registry.core.errors import NotRunnable, ToolMissing
 from registry.core.recipes import FullFineTune, Quantisation
 from tests.workers import factories
+from workers.compute import stream
 from workers.compute.bank import Bank, attached
 from workers.compute.evaluate import Suite
 from workers.compute.finetune import Task, Trained, finetune, finetune_many
 from workers.compute.full import tune
 from workers.compute.lora import Adapter, dense, fresh, is_transposed, sizes
+from workers.compute.merge import Form, merge
 from workers.compute.model import Model, load
 from workers.compute.quantised import Held, bytes_of, form_of, loaded, loading
+from workers.compute.shards import stored_tensors
 
 FORMS: tuple[Quantisation, ...] = ("int8", "nf4")
 TOKENIZER = factories.tokenizer()
@@ -237,19 +241,19 @@ def test_several_adapters_train_at_once_as_each_would_alone(form: Quantisation, 
 # ── checkpoints that are quantised already, and what is refused ──────────────
 
 
-def stored(original: Model, folder: Path, form: Quantisation) -> Path:
-    """A base folder whose weights are stored in this form, as transformers writes it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def stored(original: Model, folder: Path, form: str, *, twice: bool = True, **shards: Any) -> Path:
+    """A base folder whose weights are stored in this form, as transformers writes it; ``twice``: scales, too."""
+    from transformers import BitsAndBytesConfig
 
     factories.saved(original, folder / "full")
     options: dict[str, Any] = (
         {"load_in_8bit": True} if form == "int8"
-        else {"load_in_4bit": True, "bnb_4bit_quant_type": form, "bnb_4bit_use_double_quant": True}
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": form, "bnb_4bit_use_double_quant": twice}
     )  # fmt: skip
     quantised = AutoModelForCausalLM.from_pretrained(
         folder / "full", dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
     )
-    return factories.saved(quantised, folder / form)
+    return factories.saved(quantised, folder / form, **shards)
 
 
 def test_a_checkpoint_in_bits_is_loaded_as_it_is_stored(
@@ -294,3 +298,57 @@ def test_records_of_a_quantised_base_pair_with_their_own_only() -> None:
     suite = Suite(factories.choices())
     assert len({suite.harness("fp32", asked) for asked in (None, *FORMS)}) == 3
     assert suite.harness("fp32", None) == suite.harness("fp32")
+
+
+# ── merging into the numbers that bits stand for ─────────────────────────────
+
+
+@pytest.mark.parametrize(("stored_as", "twice"), [("int8", True), ("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("blocks", [96, 1 << 18])
+def test_a_merge_that_dequantises_adds_the_update_to_the_numbers_and_rounds_once(
+    stored_as: str, twice: bool, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", blocks)
+    original = factories.llama(hidden_size=72, intermediate_size=88, num_attention_heads=4, num_key_value_heads=2)
+    folder = stored(original, tmp_path, stored_as, twice=twice, max_shard_size="40KB")
+    adapter = factories.random_adapter(original, targets=("all-linear",))
+    merged = merge(folder, adapter, tmp_path / "out", form=Form("bf16", dequantise=True))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert merged.tensors.keys() == stored_tensors(tmp_path / "out").keys() == stored_tensors(tmp_path / "full").keys()
+    model, _ = load(folder, "fp32")
+    written = {name: tensor.read() for name, tensor in stored_tensors(tmp_path / "out").items()}
+    for name, module in held(model).items():
+        patch = adapter.patches[name]
+        exact = module.dense(torch.float32).double() + patch.b_OR.double() @ patch.a_RI.double() * patch.scale
+        off = written[f"{name}.weight"].view(torch.int16).int() - exact.bfloat16().view(torch.int16).int()
+        assert int(off.abs().max()) <= 1
+        assert float((off != 0).double().mean()) < 2e-3
+
+
+def test_modules_without_factors_are_dequantised_too_and_the_type_is_the_one_that_config_says(tmp_path: Path) -> None:
+    original = factories.llama()
+    folder = stored(original, tmp_path, "nf4")
+    adapter = factories.random_adapter(original, targets=("q_proj",))
+    merge(folder, adapter, tmp_path / "out", form=Form(dequantise=True))
+    model, _ = load(folder, "fp32")
+    merged, _ = load(tmp_path / "out", "fp32")
+    assert form_of(json.loads((tmp_path / "out" / "config.json").read_text())) is None
+    for name, module in held(model).items():
+        if name not in adapter.patches:
+            assert torch.equal(merged.get_submodule(name).weight, module.dense(torch.float32))
+    with attached(model, adapter):
+        torch.testing.assert_close(factories.logits(merged), factories.logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_in_bits_is_not_merged_into_unless_one_says_so(tmp_path: Path) -> None:
+    folder = stored(factories.llama(), tmp_path, "nf4")
+    with pytest.raises(NotRunnable, match=r"stored in nf4; .*--dequantise"):
+        merge(folder, factories.random_adapter(factories.llama()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transposed_module_in_bits_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = stored(factories.gpt2(), tmp_path, "nf4")
+    adapter = factories.random_adapter(factories.gpt2(), targets=("c_attn",))
+    with pytest.raises(NotRunnable, match=r"'transformer\.h\.0\..*\.weight' is stored in nf4 as outputs × inputs"):
+        merge(folder, adapter, tmp_path / "out", form=Form(dequantise=True))
