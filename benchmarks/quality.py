@@ -8,18 +8,14 @@ their difference by item: items by the gate's own intervals (score limits for ri
 likelihood), seeds by Student's t, the two half-widths added as squares. The claim is met where the lower end is above
 nine tenths of the gain.
 
-QUALITY_MODEL (a base folder) and QUALITY_DATA (a folder with banking77, clinc150, e2e and gsm8k) name a real model and
-real tasks; without them a model and tasks made here are taken, from a seed.
+Model and tasks are those of `tasks`.
 """
 
-import csv
-import json
 import math
 import os
-import random
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -45,6 +41,7 @@ from workers.compute.weights import write_adapter
 from .house import Memory, apart
 from .table import Row as Line
 from .table import at_least
+from .tasks import Task, given, made
 
 SEEDS, STEPS, BATCH, RANK = 4, 300, 256, 16
 MARGIN = 0.1
@@ -52,32 +49,14 @@ LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LINEARS = ("self_attn", "mlp")
 """What LoRA patches here: embedding and head, which are one, stay."""
-CALIBRATION, TEST = 150, 300
-INTENTS = {
-    "card_arrival": "card", "request_refund": "refund", "exchange_rate": "rate", "change_pin": "pin",
-    "lost_or_stolen_card": "lost", "top_up_failed": "top",
-}  # fmt: skip
-REQUESTS = ["weather", "alarm", "translate", "recipe", "traffic", "timer", "balance", "definition"]
 ALPHA = 0.025
 """Of each end of an interval."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Rows to train on, to choose a rate by, and to quote; items of one cluster are not independent."""
-
-    name: str
-    metric: str
-    train: Sequence[Row]
-    calibration: Sequence[Row]
-    test: Sequence[Row]
-    clusters: Sequence[str]
 
 
 def run(scale: float = 1.0) -> list[Line]:
     steps, seeds = max(4, round(STEPS * scale)), SEEDS if scale >= 0.1 else 2
     with tempfile.TemporaryDirectory() as folder:
-        base, tasks = _given() or _made(Path(folder), scale)
+        base, tasks = given() or made(Path(folder), scale)
         tasks, workers = (tasks, os.cpu_count()) if scale >= 0.1 else ([_few(tasks[-1])], 1)
         # A product of so small a model is no work for two threads: a process a core.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
@@ -208,132 +187,6 @@ def _difference(
     means = [statistics.fmean(seed) for seed in by_seed]
     spread = student_quantile(1 - ALPHA, len(means) - 1) * statistics.stdev(means) / math.sqrt(len(means))
     return statistics.fmean(by_item), math.hypot((high - low) / 2, spread)
-
-
-# ── real tasks ───────────────────────────────────────────────────────────────
-
-
-def _given() -> tuple[Path, list[Task]] | None:
-    model, data = (os.environ.get(name) for name in ("QUALITY_MODEL", "QUALITY_DATA"))
-    if not (model and data):
-        return None
-    return Path(model), [task(Path(data)) for task in (_banking, _clinc, _e2e, _gsm8k)]
-
-
-def _banking(data: Path) -> Task:
-    train, test = (
-        [(row["text"], INTENTS[row["category"]]) for row in _csv(data / "banking77" / f"{part}.csv")
-         if row["category"] in INTENTS] for part in ("train", "test")
-    )  # fmt: skip
-    return _chosen("what customers of a bank want, of six", "About", list(INTENTS.values()), train, test)
-
-
-def _clinc(data: Path) -> Task:
-    every = json.loads((data / "clinc150" / "data_full.json").read_text())
-    train, test = ([(text, asked) for text, asked in every[part] if asked in REQUESTS] for part in ("train", "test"))
-    return _chosen("what an assistant is asked, of eight", "About", REQUESTS, train, test)
-
-
-def _e2e(data: Path) -> Task:
-    train, test = ([(row["mr"], row["ref"]) for row in _csv(data / "e2e" / f"{part}.csv")]
-                   for part in ("devset", "testset_w_refs"))  # fmt: skip
-    return _written("restaurants in words", train, test)
-
-
-def _gsm8k(data: Path) -> Task:
-    train, test = (
-        [(row["question"], row["answer"]) for row in map(json.loads, (data / "gsm8k" / f"{part}.jsonl").open())]
-        for part in ("train", "test")
-    )
-    short = ([pair for pair in pairs if len(pair[0] + pair[1]) < 400] for pairs in (train, test))
-    return _written("worked sums of a school", *short)
-
-
-def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-Pairs = Sequence[tuple[str, str]]
-
-
-def _chosen(name: str, asked: str, choices: Sequence[str], train: Pairs, test: Pairs) -> Task:
-    """Which of a few words belongs to a text: trained on as a completion, scored as a choice."""
-    train, test = _mixed(train), _mixed(test)
-
-    def items(pairs: Pairs) -> list[Row]:
-        return _rows([
-            {"prompt": f"{text}\n{asked}:", "choices": [f" {c}" for c in choices], "answer": choices.index(right)}
-            for text, right in pairs
-        ])  # fmt: skip
-
-    rows = _rows([{"prompt": f"{text}\n{asked}:", "completion": f" {right}"} for text, right in train[CALIBRATION:]])
-    quoted = items(test[:TEST])
-    return Task(name, "accuracy", rows, items(train[:CALIBRATION]), quoted, [str(row.line) for row in quoted])
-
-
-def _written(name: str, train: Pairs, test: Pairs) -> Task:
-    """What is said to a prompt, scored by its likelihood; several answers to one prompt are a cluster."""
-    train, test = _mixed(train), _mixed(test)[:TEST]
-    apart = {prompt for prompt, _ in train[:CALIBRATION]}
-    calibration, rest, quoted = (
-        _rows([{"prompt": f"{prompt}\n", "completion": text} for prompt, text in pairs])
-        for pairs in (train[:CALIBRATION], [pair for pair in train if pair[0] not in apart], test)
-    )
-    return Task(name, "likelihood", rest, calibration, quoted, [prompt for prompt, _ in test])
-
-
-def _mixed(pairs: Pairs) -> list[tuple[str, str]]:
-    return random.Random(0).sample(list(dict.fromkeys(pairs)), len(set(pairs)))
-
-
-def _rows(values: Sequence[Mapping[str, Any]]) -> list[Row]:
-    return [Row(dict(value), "rows.jsonl", line) for line, value in enumerate(values, start=1)]
-
-
-# ── a model and tasks made here ──────────────────────────────────────────────
-
-NAMES = ["Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "June", "Kai", "Lena"]
-THINGS = {
-    "food": ["soup", "bread", "rice", "cake", "plums", "beans"],
-    "place": ["park", "river", "school", "barn", "beach", "market"],
-    "animal": ["dog", "cat", "horse", "goat", "duck", "mouse"],
-}
-ACTS = {"food": "{n} ate {t}", "place": "{n} went to the {t}", "animal": "{n} played with a {t}"}
-
-
-def _made(folder: Path, scale: float) -> tuple[Path, list[Task]]:
-    """A Llama of 0.2 million parameters that was trained on short stories, and three tasks of the same words."""
-    chance = random.Random(1)
-    stories = [", and ".join(_sentence(chance)[0] for _ in range(2)) for _ in range(600)]
-    raw = factories.saved(factories.llama(hidden_size=64, intermediate_size=172, num_hidden_layers=4,
-                                          initializer_range=0.05), folder / "raw")  # fmt: skip
-    recipe = FullFineTune(
-        base=factories.BASE, datasets=(factories.DATASET,), steps=max(4, round(400 * scale)), batch_tokens=1024,
-        max_length=128, learning_rate=4e-3, warmup_steps=2, precision="fp32",
-    )  # fmt: skip
-    rows = _rows([{"prompt": story[:4], "completion": story[4:]} for story in stories])
-    write_tuned(raw, tune(raw, recipe, rows), folder / "base")
-    told = [_sentence(chance) for _ in range(1500)]
-    kinds = [(text, kind) for text, kind, *_ in told]
-    facts = [(f"who[{name}], {kind}[{thing}]", f"{text}.") for text, kind, name, thing in told]
-    sums = [(f"{a} and {b}", f"{a + b}") for a in range(40) for b in range(30)]
-    tasks = [_chosen("made: kinds of things", "About", list(THINGS), kinds[500:], kinds[:500]),
-             _written("made: facts in words", facts[500:], facts[:500]),
-             _written("made: sums", *_halves(sums))]  # fmt: skip
-    return folder / "base", tasks
-
-
-def _sentence(chance: random.Random) -> tuple[str, str, str, str]:
-    kind = chance.choice(list(THINGS))
-    name, thing = chance.choice(NAMES), chance.choice(THINGS[kind])
-    when = chance.choice(["", " today", " again", " in the rain", " after the night", " with a friend"])
-    return ACTS[kind].format(n=name, t=thing) + when, kind, name, thing
-
-
-def _halves(pairs: Pairs) -> tuple[Pairs, Pairs]:
-    mixed = _mixed(pairs)
-    return mixed[400:], mixed[:400]
 
 
 # ── what it takes ────────────────────────────────────────────────────────────

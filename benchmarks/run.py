@@ -22,7 +22,7 @@ from .table import Row
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "docs" / "benchmarks.json"
 TABLE = ROOT / "docs" / "benchmarks.md"
-_NOT_BENCHMARKS = {"__init__", "run", "table", "house", "fill", "load", "gigabyte", "rates"}
+_NOT_BENCHMARKS = {"__init__", "run", "table", "house", "fill", "load", "gigabyte", "rates", "tasks"}
 
 
 def names() -> list[str]:

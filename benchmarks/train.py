@@ -10,7 +10,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute.bank import Bank
 from workers.compute.course import laid_out, learning_rate
-from workers.compute.data import Row
+from workers.compute.data import Example, Row
 from workers.compute.finetune import Task, finetune_many
 from workers.compute.lora import Adapter, fresh
 from workers.compute.model import Model
@@ -39,8 +39,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WANTED = {("fp32", 32): 2.6, ("fp32", 128): 1.6, ("bf16", 32): 2.4, ("bf16", 128): 1.6}
 ALONE = {"fp32": 1.3, "bf16": 1.1}
-CURVE, AWAY = 40, {"fp32": 1e-4, "bf16": 5e-2}
-"""Steps of a curve that is compared, and what rounding may make of it in nats."""
+CURVE, FAR = 40, 10
+"""Steps of a curve that is compared, and how many times as far as a peer it may be: rounding errors grow by chance."""
 ANSWERED = {("bf16", 16): 2.5, ("bf16", 64): 1.7, ("fp32", 16): 1.5, ("fp32", 64): 1.2}
 
 
@@ -50,28 +50,30 @@ def run(scale: float = 1.0) -> list[Line]:
     look = scale < 0.1  # a quick one: one length, one precision
     for precision in ("fp32",) if look else DTYPES:
         for tokens in (32,) if look else (32, 128):
-            ours, peer = apart(_train, precision, tokens, MANY, rounds, layers)
+            ours, peer, bare = apart(_train, precision, tokens, MANY, rounds, layers)
             rows.append(
                 at_least(
                     f"train {MANY} adapters, {tokens} tokens a step each, {precision}", MANY * peer / ours,
                     WANTED[precision, tokens], peer=f"{MANY} steps of a PEFT loop, {MANY * peer:.2f} s",
-                    note=f"{ours:.2f} s a step of all, {MANY * tokens / ours:,.0f} tokens/s",
+                    note=f"{ours:.2f} s a step of all, {MANY * tokens / ours:,.0f} tokens/s; the base alone, there and "
+                    f"back without adapters: {bare:.2f} s, {MANY * peer / bare:.2f} ×",
                 )
             )  # fmt: skip
-        ours, peer = apart(_train, precision, 128, 1, rounds, layers)
+        ours, peer, bare = apart(_train, precision, 128, 1, rounds, layers)
         trainer = apart(_trainer, precision, 128, layers)
         rows.append(
             at_least(
                 f"train 1 adapter, 128 tokens a step, {precision}", peer / ours, ALONE[precision],
                 peer=f"a PEFT loop, {1000 * peer:.0f} ms",
-                note=f"{1000 * ours:.0f} ms a step; the Trainer of transformers {1000 * trainer:.0f} ms",
+                note=f"{1000 * ours:.0f} ms a step; the base alone {1000 * bare:.0f} ms, {peer / bare:.2f} ×; "
+                f"the Trainer of transformers {1000 * trainer:.0f} ms",
             )
         )  # fmt: skip
-        away = apart(_away, precision, layers)
+        ours, peer = apart(_away, precision, layers)
         rows.append(
             at_most(
-                f"losses of {CURVE} steps, {precision}: farthest from those of a PEFT loop on the same rows", away,
-                AWAY[precision], unit="nats",
+                f"losses of {CURVE} steps, {precision}: farthest from those in float64", ours / peer, FAR,
+                unit="× as far", peer=f"a PEFT loop on the same rows, {peer:.2g} nats", note=f"{ours:.2g} nats",
             )
         )  # fmt: skip
     together, one = (apart(_memory, many, layers) for many in (MANY, 1))
@@ -135,33 +137,50 @@ def _trainer(precision: str, tokens: int, layers: int) -> float:
     return (ends[-1] - ends[WARM - 1]) / (2 * STEPS)
 
 
-def _away(precision: str, layers: int) -> float:
-    """How far losses are from those of a loop with PEFT's modules on the same rows, weights and rates, at most."""
+def _away(precision: str, layers: int) -> tuple[float, float]:
+    """How far losses are from those in float64 at most, on the same rows and weights: ours, and PEFT's loop's."""
     rows = [Row({"prompt": f"{i}+{i % 7}=", "completion": f" {i + i % 7}"}, "sums", i + 1) for i in range(64)]
     made = recipe(128, 0).model_copy(update={"steps": CURVE, "learning_rate": 2e-3})
     base, tokenizer = model(precision, layers), factories.tokenizer()
     [ours] = finetune_many(base, tokenizer, [Task(made, rows)])
-    ahead, _, _ = laid_out(base, tokenizer, made, rows)
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapter(fresh(base, made), Path(folder), base="b3:" + "0" * 64, recipe="sha256:" + "0" * 64)
-        theirs = peft.PeftModel.from_pretrained(model(precision, layers), folder, is_trainable=True)
-    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_adapter(fresh(base, made), folder, base="b3:" + "0" * 64, recipe="sha256:" + "0" * 64)
+
+        def theirs(base: Model, dtype: torch.dtype) -> list[float]:
+            ahead, _, _ = laid_out(base, tokenizer, made, rows)
+            wrapped = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+            return _curve(wrapped.to(dtype), made, [batch for _, batch in zip(range(CURVE), ahead, strict=False)])
+
+        exact = theirs(model(precision, layers).double(), torch.float64)
+        peer = theirs(model(precision, layers), DTYPES[precision])
+
+    def farthest(losses: Sequence[float]) -> float:
+        return max(abs(one - two) for one, two in zip(losses, exact, strict=True))
+
+    return farthest(ours.losses), farthest(peer)
+
+
+def _curve(wrapped: Any, made: FineTune, batches: Sequence[Sequence[Example]]) -> list[float]:
+    """Losses of a loop with PEFT's modules."""
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, weight_decay=0.0), []
-    for step, batch in zip(range(CURVE), ahead, strict=False):
+    for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = learning_rate(made, step)
         asked = sum(len(example.ids) - len(example.prompt) for example in batch)
         total = 0.0
         optimizer.zero_grad()
         for example in batch:
             ids_T, first = torch.tensor(example.ids), len(example.prompt)
-            logits_TV = theirs(input_ids=ids_T[None]).logits[0, first - 1 : -1].float()
-            loss = F.cross_entropy(logits_TV, ids_T[first:], reduction="sum") / asked
+            logits_TV = wrapped(input_ids=ids_T[None]).logits[0, first - 1 : -1]
+            wide_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+            loss = F.cross_entropy(wide_TV, ids_T[first:], reduction="sum") / asked
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, made.max_grad_norm)
         optimizer.step()
         losses.append(total)
-    return max(abs(one - two) for one, two in zip(ours.losses, losses, strict=True))
+    return losses
 
 
 def _memory(many: int, layers: int) -> float:
@@ -172,14 +191,21 @@ def _memory(many: int, layers: int) -> float:
     return at_rest.growth()
 
 
-def _train(precision: str, tokens: int, many: int, rounds: int, layers: int) -> tuple[float, float]:
-    """Seconds of a step of all adapters, and of one step of the peer."""
+def _train(precision: str, tokens: int, many: int, rounds: int, layers: int) -> tuple[float, float, float]:
+    """Seconds of a step of all adapters, of one step of the peer, and of the base's own products for all adapters."""
     text = "".join(chr(97 + i % 26) for i in range(tokens - 3))
     rows = [Row({"prompt": "a", "completion": text[i:] + text[:i]}, "rows.jsonl", i + 1) for i in range(8)]
     base, tokenizer = model(precision, layers), factories.tokenizer()
     tasks = [Task(recipe(tokens, seed), rows) for seed in range(many)]
     theirs = _PeftLoop(model(precision, layers), precision, tokens)
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, float, float]] = []
+    ids_KT = torch.randint(3, 259, (many, tokens))
+
+    def bare() -> None:
+        x_KTH = base.get_input_embeddings()(ids_KT).requires_grad_()
+        logits = base(inputs_embeds=x_KTH, use_cache=False).logits[:, 1:-1].flatten(0, 1)
+        F.cross_entropy(logits.float(), ids_KT[:, 2:].flatten()).backward()
+
     for _ in range(rounds):
         ends: list[float] = []
 
@@ -189,9 +215,9 @@ def _train(precision: str, tokens: int, many: int, rounds: int, layers: int) -> 
 
         finetune_many(base, tokenizer, tasks, report=ended)
         ours = (ends[-1] - ends[WARM - 1]) / STEPS
-        found.append((ours, theirs.seconds_of_a_step()))
-    ours_s, peer_s = (statistics.median(each) for each in zip(*found, strict=True))
-    return ours_s, peer_s
+        found.append((ours, theirs.seconds_of_a_step(), _seconds(bare)))
+    ours_s, peer_s, bare_s = (statistics.median(each) for each in zip(*found, strict=True))
+    return ours_s, peer_s, bare_s
 
 
 class _PeftLoop:
