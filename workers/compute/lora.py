@@ -165,7 +165,7 @@ def target_modules(model: Model, targets: Sequence[str], but: Sequence[str] = ()
 
 def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
     """The linear modules and embeddings whose names end so, in the model's order."""
-    named = [name for name, module in model.named_modules() if _takes_factors(module)]
+    named = [name for name, module in model.named_modules() if takes_factors(module)]
     unknown = [target for target in targets if not any(_means(target, name) for name in named)]
     if unknown:
         ends = {name.rpartition(".")[2] for name in named}
@@ -173,7 +173,8 @@ def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
     return [name for name in named if any(_means(target, name) for target in targets)]
 
 
-def _takes_factors(module: nn.Module) -> bool:
+def takes_factors(module: nn.Module) -> bool:
+    """Whether it can be a target: a linear module or an embedding."""
     return isinstance(module, LINEAR) or type(module) is nn.Embedding
 
 

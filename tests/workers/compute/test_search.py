@@ -12,7 +12,7 @@ from workers.compute.evaluate import Suite
 from workers.compute.finetune import finetune
 from workers.compute.lora import Adapter
 from workers.compute.search import Found, Study, search
-from workers.compute.search.by_targets import groups_of, targets_of
+from workers.compute.search.by_targets import cost, groups_of, targets_of
 from workers.compute.search.study import Difference
 
 TOKENIZER = factories.tokenizer()
@@ -106,10 +106,13 @@ def test_placements_are_compared_at_equal_bytes() -> None:
     assert best[1] <= best[0] <= best[2]
 
 
-def test_groups_hold_every_linear_module_but_the_head_and_are_named_by_their_ends() -> None:
+def test_groups_hold_every_module_that_may_have_factors_and_are_named_by_their_ends() -> None:
     model = factories.llama()
     groups = groups_of(model)
-    assert {name: len(modules) for name, modules in groups.items()} == {"attention": 8, "feed-forward": 6}
+    sizes = {name: len(modules) for name, modules in groups.items()}
+    assert sizes == {"attention": 8, "feed-forward": 6, "embeddings": 1}  # the head is tied
+    untied = factories.llama(tied=False)
+    assert targets_of(untied, groups_of(untied)["embeddings"]) == ("embed_tokens", "lm_head")
     assert targets_of(model, groups["feed-forward"]) == ("gate_proj", "up_proj", "down_proj")
     both_called_c_proj = groups_of(factories.gpt2())
     assert set(targets_of(factories.gpt2(), both_called_c_proj["attention"])) == {"c_attn", "attn.c_proj"}
@@ -118,6 +121,15 @@ def test_groups_hold_every_linear_module_but_the_head_and_are_named_by_their_end
 def test_bytes_below_rank_1_of_a_placement_are_refused() -> None:
     with pytest.raises(BadRequest, match="100 bytes are too few: rank 1 on"):
         found(asked("targets", bytes=100))
+
+
+def test_a_group_that_the_bytes_are_too_few_for_is_dropped() -> None:
+    groups = groups_of(factories.llama())
+    cost = {name: 4 * cost(factories.llama(), modules) for name, modules in groups.items()}
+    _, result = found(asked("targets", bytes=max(cost["attention"], cost["embeddings"])))
+    dropped = {name for name, candidate in result.candidates.items() if "too few" in candidate.get("dropped", "")}
+    assert "feed-forward" in dropped
+    assert result.chosen not in dropped
 
 
 def test_a_suite_that_is_too_small_to_choose_by_is_refused_with_its_number() -> None:
