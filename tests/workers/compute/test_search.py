@@ -125,8 +125,8 @@ def test_bytes_below_rank_1_of_a_placement_are_refused() -> None:
 
 def test_a_group_that_the_bytes_are_too_few_for_is_dropped() -> None:
     groups = groups_of(factories.llama())
-    cost = {name: 4 * cost(factories.llama(), modules) for name, modules in groups.items()}
-    _, result = found(asked("targets", bytes=max(cost["attention"], cost["embeddings"])))
+    needed = {name: 4 * cost(factories.llama(), modules) for name, modules in groups.items()}
+    _, result = found(asked("targets", bytes=max(needed["attention"], needed["embeddings"])))
     dropped = {name for name, candidate in result.candidates.items() if "too few" in candidate.get("dropped", "")}
     assert "feed-forward" in dropped
     assert result.chosen not in dropped
