@@ -532,7 +532,7 @@ def policy_show(out: Output, name: str) -> None:
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="The gated aliases; default: prod.")
 @click.option("--tier", "tiers", multiple=True, type=TIER,
               help="The tiers that an upgrade may try, in this order.")  # fmt: skip
-@click.option("--warm-steps", type=click.IntRange(1), help="Steps of a warm start.")
+@click.option("--warm-steps", type=click.IntRange(1), help="Steps of a warm start; by default a twentieth of the training, from 20 to 60.")
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Device seconds that one upgrade may spend.")  # fmt: skip
 @click.option("--evidence", type=click.Choice(["recorded", "resolved", "behavioural", "declared"]),
@@ -633,7 +633,7 @@ def _policy(info: "PolicyInfo") -> None:
         "guard": f"{found.guard.suite} {found.guard.metric} margin {found.guard.margin}" if found.guard else None,
         "aliases": ", ".join(found.aliases),
         "action": found.action,
-        "tiers": ", ".join(found.tiers) + f" (warm start: {found.warm_steps} steps)",
+        "tiers": ", ".join(found.tiers) + f" (warm start: {found.warm_steps or '20 to 60'} steps)",
         "budget": f"{found.budget_seconds:g} s" if found.budget_seconds else None,
         "evidence": found.evidence,
         "flips": f"at most {found.max_negative_flips:.0%} may turn wrong",

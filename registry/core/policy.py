@@ -70,14 +70,18 @@ class Policy(Frozen):
     action: Action = "auto"
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = TIERS
     """The tiers that an upgrade may try, in this order."""
-    warm_steps: Annotated[int, Field(ge=1)] = 20
-    """Steps of the warm start (tier 3)."""
+    warm_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of the warm start (tier 3); None: a twentieth of the recorded training's, from 20 to 60."""
     budget_seconds: Annotated[float, Field(gt=0)] | None = None
     """Device seconds that one upgrade may spend on one adapter."""
     recipe: str | None = None
     """JSON of the FineTune used where a version has none of its own (an adapter made outside)."""
     retained: str | None = None
     """A dataset reference with the inputs kept for label-free repair."""
+
+    def steps_of_warm_start(self, recorded: int) -> int:
+        """The steps of a warm start for an adapter that was trained for ``recorded`` steps; never more than these."""
+        return min(self.warm_steps or min(60, max(20, round(recorded / 20))), recorded)
 
     def is_gated(self, alias: str) -> bool:
         """Whether ``alias`` moves only by a promotion: the policy names it, and demands scores or evidence."""

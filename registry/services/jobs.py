@@ -228,7 +228,7 @@ def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[st
         find_data(session, caller, "dataset", digest)
     if plan["tier"] == "warm-start":
         adapter = session.get_one(Adapter, version.adapter_id)
-        steps = min(effective(session, adapter.namespace, adapter.name).warm_steps, recorded.steps)
+        steps = effective(session, adapter.namespace, adapter.name).steps_of_warm_start(recorded.steps)
         recorded = recorded.model_copy(update={"steps": steps, "warmup_steps": min(recorded.warmup_steps, steps)})
     return recorded.model_dump(mode="json")
 
