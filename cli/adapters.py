@@ -532,7 +532,8 @@ def policy_show(out: Output, name: str) -> None:
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="The gated aliases; default: prod.")
 @click.option("--tier", "tiers", multiple=True, type=TIER,
               help="The tiers that an upgrade may try, in this order.")  # fmt: skip
-@click.option("--warm-steps", type=click.IntRange(1), help="Steps of a warm start; by default a twentieth of the training, from 20 to 60.")
+@click.option("--warm-steps", type=click.IntRange(1),
+              help="Steps of a warm start; by default a twentieth of the training, from 20 to 60.")  # fmt: skip
 @click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Device seconds that one upgrade may spend.")  # fmt: skip
 @click.option("--evidence", type=click.Choice(["recorded", "resolved", "behavioural", "declared"]),

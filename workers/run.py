@@ -79,8 +79,10 @@ from .compute.plain import Kept
 from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
-from .compute.rebase.retrain import gain, recovered, retrain
+from .compute.rebase.race import Chosen, raced
+from .compute.rebase.retrain import gain, retrain
 from .compute.rebase.signals import compare
+from .compute.rebase.starts import starts_of
 from .compute.rebase.symmetries import Match
 from .compute.rebase.warm_start import warm_start
 from .compute.search import search
@@ -306,26 +308,34 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
         aligned = align(adapter, inputs["old"], inputs["base"], report)
         _write(aligned.adapter, out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0, "matches": _by_name(aligned.matches)}
-    carried = carry(adapter, inputs["old"], inputs["base"])
-    training = recipe.training
-    if training is None:
-        _write(carried, out, recipe.base, recipe)
+    if recipe.tier == "carry":
+        _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}
+    assert recipe.training is not None
+    chosen, held = _trained_on(recipe, recipe.training, inputs, adapter, report, checkpoint)
+    _write(chosen.trained.adapter, out, recipe.base, recipe)
+    facts = {"tier": recipe.tier, "base": held} | {
+        name: getattr(chosen, name) for name in ("start", "candidate", "candidates", "starts")
+    }
+    return _training_facts(chosen.trained, recipe.training.precision) | facts | {"steps": chosen.steps}
+
+
+def _trained_on(
+    recipe: Rebase, training: FineTune, inputs: Inputs, adapter: Adapter, report: Report, checkpoint: Path | None
+) -> tuple[Chosen, dict[str, Any]]:
+    """What warm start or retraining chose, and how the base was held."""
     suite = Suite.read(inputs["suite"]) if recipe.suite else None
     rows = _rows(inputs)
+    starts = starts_of(adapter, inputs["old"], inputs["base"])
     before = None
     if suite is not None and recipe.tier == "retrain":
         before = gain(*load(inputs["old"], training.precision, training.quantised), suite, adapter)
     model, tokenizer = load(inputs["base"], training.precision, training.quantised)
     if recipe.tier == "warm-start":
-        chosen = warm_start(model, tokenizer, training, rows, carried, suite, report, checkpoint)
+        race = warm_start(model, tokenizer, training, rows, starts, suite)
     else:
-        after = None if suite is None else gain(model, tokenizer, suite, carried)
-        chosen = retrain(model, tokenizer, training, rows, carried, recovered(before, after), report, checkpoint)
-    _write(chosen.trained.adapter, out, recipe.base, recipe)
-    facts = {"tier": recipe.tier, "start": chosen.start, "candidates": chosen.candidates, "steps": chosen.steps}
-    facts["base"] = loaded(model)
-    return _training_facts(chosen.trained, training.precision) | facts
+        race = retrain(model, tokenizer, training, rows, starts, suite, before)
+    return raced(model, tokenizer, race, report, checkpoint), loaded(model)
 
 
 def _combine(recipe: Combine, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def test_the_default_gates_nothing_and_tries_the_cheapest_tier_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "recorded", "steps"), [(None, 40, 20), (None, 800, 40), (None, 9000, 60), (None, 8, 8), (7, 9000, 7), (7, 4, 4)]
+    ("told", "recorded", "steps"),
+    [(None, 40, 20), (None, 800, 40), (None, 9000, 60), (None, 8, 8), (7, 9000, 7), (7, 4, 4)],
 )
 def test_a_warm_start_is_a_twentieth_of_the_training_within_bounds(told: int | None, recorded: int, steps: int) -> None:
     assert Policy(warm_steps=told).steps_of_warm_start(recorded) == steps

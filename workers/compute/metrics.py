@@ -25,12 +25,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from statistics import fmean
 from typing import Any
 
 from registry.core.errors import BadConfig
+from registry.core.gate import mean_interval, paired_interval
 from registry.core.metrics import CUSTOM, CUSTOM_BINARY, Metric, is_binary
 from registry.core.records import Record, Split
 
@@ -152,3 +154,49 @@ def _range(metric: Metric) -> str:
 def mean(records: Sequence[Record], metric: Metric, split: Split | None = None) -> float:
     """The mean of ``metric`` over a split, or over all; 0 items are an error."""
     return fmean(record.metrics[metric] for record in records if split in (None, record.split))
+
+
+ALPHA = 0.05
+"""The error of each bound of an interval where nothing is decided for good: the gate has its own."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one candidate is than another, on the same items."""
+
+    estimate: float
+    lower: float
+    upper: float
+
+    @property
+    def clearly_better(self) -> bool:
+        """Whether its lower bound is above zero."""
+        return self.lower > 0
+
+    def clearly_worse(self, margin: float) -> bool:
+        """Whether even its upper bound is a loss of more than ``margin``."""
+        return self.upper < -margin
+
+    def dump(self) -> list[float]:
+        """Estimate and both bounds."""
+        return [self.estimate, self.lower, self.upper]
+
+
+def difference(
+    one: Sequence[Record], other: Sequence[Record], metric: Metric, alpha: float = ALPHA, split: Split | None = None
+) -> Difference:
+    """One less the other on the items of a split, or all, with bounds that are each wrong with probability ``alpha``.
+
+    Paired as in the gate; items that the metric does not apply to are left out.
+    """
+    sides = [
+        {record.item: record.metrics[metric] for record in records
+         if split in (None, record.split) and metric in record.metrics}
+        for records in (one, other)
+    ]  # fmt: skip
+    values = [value - sides[1][item] for item, value in sides[0].items()]
+    if is_binary(metric):
+        bounds = paired_interval(values.count(1), values.count(-1), len(values), alpha)
+    else:
+        bounds = mean_interval(values, alpha)
+    return Difference(math.fsum(values) / len(values), *bounds)

@@ -11,9 +11,9 @@ from workers.compute.data import Row
 from workers.compute.evaluate import Suite
 from workers.compute.finetune import finetune
 from workers.compute.lora import Adapter
+from workers.compute.metrics import Difference
 from workers.compute.search import Found, Study, search
 from workers.compute.search.by_targets import cost, groups_of, targets_of
-from workers.compute.search.study import Difference
 
 TOKENIZER = factories.tokenizer()
 ROWS, ITEMS = factories.rows(40), factories.rows(200)[40:]

@@ -1,25 +1,24 @@
-"""Tier 5: the recorded recipe on the new base, from the carried factors where those still recover enough.
+"""Tier 5: the recorded recipe on the new base, from the best start where that still recovers enough (docs: rebase).
 
 recovered = (S(W2 + ΔW) − S(W2)) ⁄ (S(W1 + ΔW) − S(W1))        on the calibration split of the suite
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from registry.core.recipes import FineTune
 
 from ..data import Row
 from ..evaluate import Suite, evaluate
-from ..finetune import Report, finetune, silent
+from ..finetune import Task
 from ..lora import Adapter
-from ..metrics import mean
 from ..model import Model, Tokenizer
 from ..panel import BARE
-from .warm_start import Chosen
+from .race import Entrant, Race
+from .starts import SCRATCH, Starts, best_of, calibration_of, fitting, score_of, standing
+from .warm_start import by_loss, task_from
 
 ENOUGH = 0.3
-"""The share of its gain that an adapter must keep when carried, to be worth starting from."""
+"""The share of its gain that an adapter must keep without a step, to be worth starting from."""
 
 
 def retrain(
@@ -27,19 +26,21 @@ def retrain(
     tokenizer: Tokenizer,
     recipe: FineTune,
     rows: Sequence[Row],
-    carried: Adapter,
-    share: float | None,
-    report: Report = silent,
-    checkpoint: Path | None = None,
-) -> Chosen:
-    """Train the whole ``recipe`` from the better start: ``share`` recovered (None when nothing measured it) decides."""
-    start = "carry" if share is not None and share > ENOUGH else "scratch"
-    trained = finetune(
-        model, tokenizer, recipe, rows,
-        start=carried if start == "carry" else None, report=report, checkpoint_dir=checkpoint,
-    )  # fmt: skip
-    candidates: dict[str, dict[str, Any]] = {"carry": {"recovered": share}, "scratch": {}}
-    return Chosen(trained, start, candidates, recipe.steps)
+    starts: Starts,
+    suite: Suite | None,
+    before: float | None,
+) -> Race:
+    """The whole ``recipe`` from the best start, or from nothing; ``before``: the adapter's gain on its own base."""
+    starts = fitting(model, starts)
+    told = standing(model, tokenizer, suite, rows, starts) if calibration_of(suite) else {}
+    for found in told.values():
+        if "score" in found:
+            found["recovered"] = recovered(before, found["score"] - told[BARE]["score"])
+    best = best_of(told)
+    enough = best != SCRATCH and (told[best]["recovered"] or 0.0) > ENOUGH
+    name = best if enough else SCRATCH
+    task = task_from(recipe, rows, starts.adapters[best]) if enough else Task(recipe, rows)
+    return Race({name: Entrant(name, task)}, by_loss, told)
 
 
 def recovered(before: float | None, after: float | None) -> float | None:
@@ -47,11 +48,10 @@ def recovered(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None or before <= 0 else after / before
 
 
-def gain(model: Model, tokenizer: Tokenizer, suite: Suite, adapter: Adapter) -> float | None:
+def gain(model: Model, tokenizer: Tokenizer, suite: Suite | None, adapter: Adapter) -> float | None:
     """S(W + ΔW) − S(W) on the calibration split; None when the split is empty."""
-    calibration = suite.only("calibration")
-    if not calibration.rows:
+    calibration = calibration_of(suite)
+    if calibration is None:
         return None
     records = evaluate(model, tokenizer, calibration, {"adapter": adapter})
-    metric = calibration.main_metric()
-    return mean(records["adapter"], metric) - mean(records[BARE], metric)
+    return score_of(calibration, records["adapter"]) - score_of(calibration, records[BARE])

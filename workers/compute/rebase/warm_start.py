@@ -1,13 +1,23 @@
-"""Tier 3: a few steps on the new base from the best of the carried adapter and a fresh one (docs: rebase).
+"""Tier 3: a few steps on the new base from the best of what tiers 0 to 2 give, and from scratch (docs: rebase).
 
-Both starts are given the same steps, rows and rates in one run, so that carrying has to earn its place; the calibration
-split of a suite chooses between what came out, without a suite the loss of the last quarter of training.
-The carried adapter is held to where it began by a pull that decays to zero over these steps.
+    θ ← θ_start − steps of AdamW on   loss + ½·pull·(1 − t/T)·‖θ − θ_start‖²
+
+Candidates are the best start at the recorded rate and at a third of it, and a fresh adapter at the recorded rate: all
+with the same steps and rows, in one run, so that the start has to earn its place. The calibration split of the suite
+chooses, without one the loss of the last quarter of training.
+
+Under `FEW` rows only the core of a start is trained (r×r numbers a module, as LoRA-XS, arXiv:2405.17604, has them):
+
+    ΔW = s·(c·B)·R·A        R = I⁄c at the start, c = √(I⁄r)
+
+A step of AdamW moves every number by the rate, whatever its size is; c makes it change R as much as it would have
+changed A, whose numbers are about 1⁄√I.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -15,58 +25,89 @@ from registry.core.recipes import FineTune
 
 from ..data import Row
 from ..evaluate import Suite, evaluate
-from ..finetune import Report, Task, Trained, finetune_many, silent
-from ..lora import Adapter, restarted
-from ..metrics import mean
+from ..finetune import Task, Trained
+from ..lora import Adapter
+from ..metrics import difference
 from ..model import Model, Tokenizer
+from ..rate import rate_of, with_rate
+from .race import Entrant, Measure, Race
+from .starts import SCRATCH, Starts, best_of, calibration_of, fitting, score_of, scratch, standing
 
 PULL = 0.01
 """Where the recipe names none."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The candidate that won, and what was known of each when it did."""
-
-    trained: Trained
-    start: str
-    candidates: dict[str, dict[str, Any]]
-    steps: int
-    """Steps that all candidates took together: what the tier cost."""
+FEW = 50
+"""Rows below which only the core of a start is trained."""
+THIRD = "{}, a third of the rate"
 
 
 def warm_start(
-    model: Model,
-    tokenizer: Tokenizer,
-    recipe: FineTune,
-    rows: Sequence[Row],
-    carried: Adapter,
-    suite: Suite | None = None,
-    report: Report = silent,
-    checkpoint: Path | None = None,
-) -> Chosen:
-    """Train from ``carried`` and from scratch by ``recipe`` (its steps, rates and pull are this tier's) and choose."""
-    starts = {"carry": carried, "scratch": restarted(carried, recipe.seed)}
-    pulls = {"carry": recipe.pull or PULL, "scratch": 0.0}
-    tasks = [Task(recipe.model_copy(update={"pull": pulls[name]}), rows, start) for name, start in starts.items()]
+    model: Model, tokenizer: Tokenizer, recipe: FineTune, rows: Sequence[Row], starts: Starts, suite: Suite | None
+) -> Race:
+    """The race of one adapter by ``recipe``, whose steps, rates and pull are this tier's."""
+    starts = fitting(model, starts)
+    told = standing(model, tokenizer, suite, rows, starts)
+    fresh = scratch(model, recipe, starts)
+    entrants = {}
+    if (best := best_of(told)) != SCRATCH:
+        entrants = from_start(model, recipe, rows, best, starts.adapters[best])
+    entrants[SCRATCH] = Entrant(SCRATCH, Task(recipe.model_copy(update={"pull": 0.0}), rows, fresh))
+    return Race(entrants, by_score(model, tokenizer, suite), told)
 
-    def shifted(progress: dict[str, Any]) -> None:
-        place = progress["task"]
-        step = (progress["step"] - 1) * len(tasks) + place + 1
-        report(progress | {"step": step, "steps": recipe.steps * len(tasks), "candidate": list(starts)[place]})
 
-    runs = finetune_many(model, tokenizer, tasks, report=shifted, checkpoint_dir=checkpoint)
-    trained = dict(zip(starts, runs, strict=True))
-    steps = sum(len(run.losses) for run in trained.values())
-    candidates = {name: {"loss": fmean(run.losses[-max(1, recipe.steps // 4) :])} for name, run in trained.items()}
-    calibration = suite.only("calibration") if suite is not None else None
-    if calibration is None or not calibration.rows:
-        best = min(trained, key=lambda name: candidates[name]["loss"])
-        return Chosen(trained[best], best, candidates, steps)
-    metric = calibration.main_metric()
-    adapters = {name: run.adapter for name, run in trained.items()} | {"carry, no steps": carried}
-    records = evaluate(model, tokenizer, calibration, adapters)
-    for name, found in records.items():
-        candidates.setdefault(name, {})["score"] = mean(found, metric)
-    best = max(trained, key=lambda name: candidates[name]["score"])
-    return Chosen(trained[best], best, candidates, steps)
+def from_start(
+    model: Model, recipe: FineTune, rows: Sequence[Row], name: str, start: Adapter
+) -> dict[str, Entrant]:
+    """The start at the recipe's rate and at a third of it, held to where it began."""
+    few = len(rows) < FEW
+    full = with_rate(model, recipe, start).model_copy(update={"pull": recipe.pull or PULL})
+    third = full.model_copy(update={"learning_rate": rate_of(full) / 3})
+    rates = {name: full, THIRD.format(name): third}
+    return {called: Entrant(name, task_from(each, rows, start, core=few)) for called, each in rates.items()}
+
+
+def task_from(recipe: FineTune, rows: Sequence[Row], start: Adapter, *, core: bool = False) -> Task:
+    """Training on from ``start``; three factors, too, by its own: those of its old base are not the new one's."""
+    if core or recipe.variant == "three-factor":
+        return Task(recipe.model_copy(update={"variant": "plain"}), rows, with_core(start))
+    return Task(recipe, rows, start)
+
+
+def with_core(adapter: Adapter) -> Adapter:
+    """The adapter with its own B and A fixed and only R between them trained; lengths and biases still are."""
+    patches = {}
+    for name, patch in adapter.patches.items():
+        rank, inputs = patch.a_RI.shape
+        patches[name] = replace(patch, basis_OR=patch.b_OR.float() * math.sqrt(inputs / rank))
+    return replace(adapter, patches=patches)
+
+
+def by_score(model: Model, tokenizer: Tokenizer, suite: Suite | None) -> Measure:
+    """The suite's main metric on its calibration split, with the paired difference from scratch; else the loss."""
+    calibration = calibration_of(suite)
+    return by_loss if calibration is None else partial(_scored, model, tokenizer, calibration)
+
+
+def _scored(
+    model: Model, tokenizer: Tokenizer, calibration: Suite, trained: Mapping[str, Trained]
+) -> dict[str, dict[str, Any]]:
+    adapters = {name: run.adapter for name, run in trained.items()}
+    records = evaluate(model, tokenizer, calibration, adapters, bare=False)
+    found: dict[str, dict[str, Any]] = {
+        name: {"loss": last_quarter(trained[name]), "score": score_of(calibration, own)}
+        for name, own in records.items()
+    }
+    for name, own in records.items():
+        if name != SCRATCH and SCRATCH in records:
+            over = difference(own, records[SCRATCH], calibration.main_metric())
+            found[name]["over_scratch"] = over.dump()
+    return found
+
+
+def by_loss(trained: Mapping[str, Trained]) -> dict[str, dict[str, Any]]:
+    """What was learnt in the end, where nothing else can be asked."""
+    return {name: {"loss": last_quarter(run), "score": -last_quarter(run)} for name, run in trained.items()}
+
+
+def last_quarter(trained: Trained) -> float:
+    """The mean loss of the last quarter of the steps."""
+    return fmean(trained.losses[-max(1, len(trained.losses) // 4) :])

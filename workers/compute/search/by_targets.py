@@ -18,8 +18,9 @@ from registry.core.errors import BadRequest
 from registry.core.recipes import FineTune
 
 from ..lora import takes_factors, target_modules
+from ..metrics import ALPHA, Difference
 from ..model import Model
-from .study import ALPHA, Difference, Found, Study
+from .study import Found, Study
 
 _KINDS = (
     ("attention", re.compile(r"\.(\w*attn\w*|\w*attention\w*)\.")),

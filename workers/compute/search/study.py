@@ -5,7 +5,6 @@ diverged is noted with its reason: a search that was killed goes on from what is
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 
 from registry.core.errors import SuiteTooSmall, TrainingFailed
-from registry.core.gate import mean_interval, paired_interval
-from registry.core.metrics import is_binary
 from registry.core.recipes import FineTune, Search
 from registry.core.records import Record, Split, item_id, parse_records, split_of, to_jsonl
 
@@ -24,7 +21,7 @@ from ..data import Row, tokenize
 from ..evaluate import Suite, evaluate
 from ..finetune import Report, Task, Trained, as_trained
 from ..lora import Adapter
-from ..metrics import mean
+from ..metrics import ALPHA, Difference, difference, mean
 from ..model import Model, Tokenizer, context_of
 from ..panel import MAX_LENGTH
 from ..weights import write_file
@@ -32,32 +29,8 @@ from ..weights import write_file
 LEAST = 20
 """Items of the calibration split below which nothing is chosen by it: 5 items that all changed for the better are the
 fewest that tell at 5 % (½⁵ < 0.05), and it is rarely more than a quarter of the items that changes."""
-ALPHA = 0.05
-"""The error of each bound of an interval."""
 
 Records = dict[str, tuple[Record, ...]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much better one candidate is than another, on the items of the calibration split."""
-
-    estimate: float
-    lower: float
-    upper: float
-
-    @property
-    def clearly_better(self) -> bool:
-        """Whether its lower bound is above zero."""
-        return self.lower > 0
-
-    def clearly_worse(self, margin: float) -> bool:
-        """Whether even its upper bound is a loss of more than ``margin``."""
-        return self.upper < -margin
-
-    def dump(self) -> list[float]:
-        """Estimate and both bounds."""
-        return [self.estimate, self.lower, self.upper]
 
 
 @dataclass(frozen=True)
@@ -201,17 +174,7 @@ class Study:
 
     def difference(self, one: Sequence[Record], other: Sequence[Record], alpha: float = ALPHA) -> Difference:
         """One less the other, with bounds that are each wrong with probability ``alpha``, paired as in the gate."""
-        sides = [
-            {record.item: record.metrics[self.metric] for record in records
-             if record.split == "calibration" and self.metric in record.metrics}
-            for records in (one, other)
-        ]  # fmt: skip
-        values = [value - sides[1][item] for item, value in sides[0].items()]
-        if is_binary(self.metric):
-            bounds = paired_interval(values.count(1), values.count(-1), len(values), alpha)
-        else:
-            bounds = mean_interval(values, alpha)
-        return Difference(math.fsum(values) / len(values), *bounds)
+        return difference(one, other, self.metric, alpha, "calibration")
 
 
 _FAILED = "failed.json"

@@ -12,8 +12,7 @@ from workers.compute.evaluate import Suite
 from workers.compute.finetune import finetune
 from workers.compute.lora import fresh
 from workers.compute.rebase.carry import carry
-from workers.compute.rebase.retrain import gain, recovered, retrain
-from workers.compute.rebase.warm_start import warm_start
+from workers.compute.rebase.retrain import gain, recovered
 
 TOKENIZER = factories.tokenizer()
 ROWS = factories.rows(12)
@@ -49,41 +48,6 @@ def test_a_replaced_parameter_that_no_base_stores_is_refused(tmp_path: Path) -> 
     adapter = replace(factories.random_adapter(model), replaced={"score.weight": torch.ones(2, 2)})
     with pytest.raises(NotRunnable, match=r"'score.weight', which a base does not store"):
         carry(adapter, base, base)
-
-
-def test_a_good_carry_beats_scratch_in_as_many_steps_and_its_score_says_so() -> None:
-    model = factories.llama()
-    trained = finetune(model, TOKENIZER, RECIPE, ROWS).adapter
-    suite = Suite([*factories.rows(12), *factories.rows(60)[30:]])
-    short = RECIPE.model_copy(update={"steps": 3, "learning_rate": 3e-3, "pull": 0.01})
-    for given in (suite, None):
-        chosen = warm_start(model, TOKENIZER, short, ROWS, trained, given)
-        assert chosen.start == "carry"
-        assert chosen.steps == 6
-        assert len(chosen.trained.losses) == 3
-        assert chosen.candidates["carry"]["loss"] < chosen.candidates["scratch"]["loss"]
-    scored = warm_start(model, TOKENIZER, short, ROWS, trained, suite).candidates
-    assert {name for name, found in scored.items() if "score" in found} == {
-        "carry", "scratch", "carry, no steps", "bare"
-    }  # fmt: skip
-
-
-def test_scratch_is_chosen_where_the_carried_adapter_only_harms() -> None:
-    model = factories.llama()
-    wild = factories.random_adapter(model, targets=("all-linear",))
-    harmful = replace(wild, patches={name: replace(patch, scale=100.0) for name, patch in wild.patches.items()})
-    chosen = warm_start(model, TOKENIZER, RECIPE.model_copy(update={"steps": 4}), ROWS, harmful)
-    assert chosen.start == "scratch"
-
-
-def test_retraining_starts_from_what_recovers_enough_and_else_from_scratch() -> None:
-    model = factories.llama()
-    carried = finetune(model, TOKENIZER, RECIPE, ROWS).adapter
-    short = RECIPE.model_copy(update={"steps": 2})
-    starts = {share: retrain(model, TOKENIZER, short, ROWS, carried, share).start for share in (None, 0.1, 0.31)}
-    assert starts == {None: "scratch", 0.1: "scratch", 0.31: "carry"}
-    scratch = retrain(model, TOKENIZER, short, ROWS, carried, None).trained
-    assert scratch.losses == finetune(model, TOKENIZER, short, ROWS).losses
 
 
 def test_the_gain_is_measured_on_the_calibration_split() -> None:
