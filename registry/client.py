@@ -324,6 +324,18 @@ class RegistryClient:
         """Signed GETs of everything a claimed job needs, by manifest digest."""
         return self._get(_path("jobs", job_id, "inputs"), wire.DownloadInfo, attempt=attempt)
 
+    def send_checkpoint(self, job_id: str, request: wire.CheckpointRequest) -> wire.CheckpointUploads:
+        """Signed PUTs of a checkpoint's files that storage does not hold."""
+        return self._post(_path("jobs", job_id, "checkpoint"), wire.CheckpointUploads, request, again=True)
+
+    def record_checkpoints(self, request: wire.CheckpointsRequest) -> None:
+        """Make what was sent the newest checkpoint of each job, all at once; the same words again change nothing."""
+        self._send("POST", "/v1/jobs/checkpoints", body=request, again=True)
+
+    def checkpoint(self, job_id: str, attempt: int) -> wire.CheckpointInfo:
+        """The newest checkpoint of a claimed job in storage, with signed GETs."""
+        return self._get(_path("jobs", job_id, "checkpoint"), wire.CheckpointInfo, attempt=attempt)
+
     # ── upgrades and schedules ───────────────────────────────────────────────
 
     def plan_upgrade(self, request: wire.UpgradeRequest) -> wire.CampaignInfo:

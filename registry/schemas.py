@@ -26,6 +26,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``GET /v1/{datasets|suites}`` · ``/v1/{datasets|suites}/{ns}/{name}`` | → `Page[DatasetInfo]` · `DatasetInfo` |
 | ``POST/GET /v1/jobs`` · ``GET /v1/jobs/{id}`` · ``/events`` (SSE) · ``POST …/cancel`` · ``…/retry`` | `JobRequest` → `JobInfo` |
 | ``POST /v1/jobs/claim`` · ``/{id}/heartbeat`` · ``/{id}/pushes`` · ``/{id}/finish`` · ``/{id}/fail`` · ``/{id}/inputs`` | a worker's side: `ClaimRequest` → `ClaimInfo` … |
+| ``POST/GET /v1/jobs/{id}/checkpoint`` · ``POST /v1/jobs/checkpoints`` | `CheckpointRequest` → `CheckpointUploads`; → `CheckpointInfo` · `CheckpointsRequest` |
 | ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/abort`` · ``/approve`` | `UpgradeRequest` → `CampaignInfo` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
@@ -35,7 +36,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .core.manifest import BaseDigest, Sha256
+from .core.manifest import BaseDigest, FileEntry, Sha256
 from .core.policy import Policy
 
 Scope = Literal["read", "publish", "promote", "run", "admin"]
@@ -532,10 +533,39 @@ class HeartbeatInfo(Answer):
 
 
 class JobPushRequest(Request):
-    """A worker's output: an adapter, a base, or blobs without a version (records, checkpoints)."""
+    """A worker's output: an adapter or a base."""
 
     attempt: int
     push: PushRequest
+
+
+class CheckpointRequest(Request):
+    """A checkpoint of an attempt, as the files of a folder."""
+
+    attempt: int
+    step: Annotated[int, Field(ge=1, lt=1 << 62)]
+    """Steps that its runs have made together: how far the job is."""
+    files: Annotated[list[FileEntry], Field(min_length=1, max_length=1000)]
+
+
+class CheckpointUploads(Answer):
+    put: dict[Sha256, SignedRequest]
+    """By digest, for what storage does not hold yet of this attempt."""
+
+
+class CheckpointsRequest(Request):
+    """Checkpoints of one moment, of jobs that are trained together."""
+
+    checkpoints: Annotated[dict[str, CheckpointRequest], Field(min_length=1, max_length=64)]
+    """By job."""
+
+
+class CheckpointInfo(Answer):
+    """The newest checkpoint of a job in storage; without files there is none."""
+
+    attempt: int = 0
+    step: int = 0
+    files: list[Download] = Field(default_factory=list)
 
 
 class ScoredInfo(Request):

@@ -63,6 +63,8 @@ class Settings:
     part_size: int = 32 << 20
     multipart_from: int = 64 << 20
     max_file_bytes: int = 1 << 40
+    max_checkpoint_bytes: int = 16 << 30
+    """Larger checkpoints of jobs stay on the disk of their worker."""
     log_level: str = "info"
 
     @classmethod
@@ -99,6 +101,7 @@ class Settings:
             part_size=read.number("PART_SIZE", 32 << 20),
             multipart_from=read.number("MULTIPART_FROM", 64 << 20),
             max_file_bytes=read.number("MAX_FILE_BYTES", 1 << 40),
+            max_checkpoint_bytes=read.number("MAX_CHECKPOINT_BYTES", 16 << 30),
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 
@@ -116,6 +119,8 @@ class WorkerSettings:
     log_level: str = "info"
     together: int = 8
     """How many adapters are trained at most at once on one loaded base."""
+    checkpoint_s: float = 60.0
+    """The shortest time between two checkpoints that are sent to storage."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Self:
@@ -130,6 +135,7 @@ class WorkerSettings:
             name=read("WORKER_NAME", env.get("HOSTNAME", "worker")),
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
             together=read.number("TOGETHER", 8, MOST_TOGETHER),
+            checkpoint_s=read.number("CHECKPOINT_S", 60),
         )
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from functools import partial
@@ -37,6 +37,7 @@ from .core.base_model import BaseModel
 from .core.digest import Digest
 from .core.errors import (
     BadPath,
+    BlobNotFound,
     ChecksumRefused,
     DigestMismatch,
     LoractlError,
@@ -225,6 +226,20 @@ def upload(
                 crew.do(sender.whole, blob, path)
             else:
                 sender.parts(blob, blob.part_size, path, threads)
+
+
+def send(wanted: Iterable[tuple[Path, SignedRequest]], check: Callable[[], None] = lambda: None) -> None:
+    """Make the signed PUT of each file, one after another; ``check`` is called between chunks and may end it."""
+
+    def chunks(path: Path) -> Iterator[bytes]:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                check()
+                yield chunk
+
+    with _Store(1) as store:
+        for path, signed in wanted:
+            store.put(signed, partial(chunks, path), str(path))
 
 
 def settle(
@@ -666,6 +681,8 @@ def _store_refusal(reply: urllib3.BaseHTTPResponse, what: str) -> LoractlError:
         return SignatureRefused(reason=f"the store answered {code}")
     if reply.status == 400 and ("Digest" in code or "Checksum" in code or "SHA256" in code):
         return ChecksumRefused(key=what, actual="another one", expected="the signed one")
+    if reply.status == 404:
+        return BlobNotFound(digest=what)
     return StorageDown(reason=f"HTTP {reply.status} {code}")
 
 

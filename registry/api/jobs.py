@@ -12,6 +12,10 @@ from fastapi.responses import StreamingResponse
 from registry.core.errors import LoractlError
 from registry.core.lifecycle import JobState
 from registry.schemas import (
+    CheckpointInfo,
+    CheckpointRequest,
+    CheckpointsRequest,
+    CheckpointUploads,
     ClaimInfo,
     ClaimRequest,
     DownloadInfo,
@@ -25,7 +29,7 @@ from registry.schemas import (
     Page,
     PushInfo,
 )
-from registry.services import downloads, jobs, pushes
+from registry.services import checkpoints, downloads, jobs, pushes
 
 from .deps import Parts, User, Worker, anyone, user
 from .pages import Limit, behind, cursor
@@ -200,6 +204,28 @@ def push_output(identity: str, request: JobPushRequest, parts: Parts, caller: Wo
         )
     with parts.database.read() as session:
         return pushes.describe(session, parts.store, parts.settings, push, parts.clock())
+
+
+@router.post("/{identity}/checkpoint")
+def send_checkpoint(identity: str, request: CheckpointRequest, parts: Parts, caller: Worker) -> CheckpointUploads:
+    """Signed PUTs for the files of a checkpoint, for the worker that holds the job."""
+    with parts.database.read() as session:
+        return CheckpointUploads(
+            put=checkpoints.uploads(session, parts.store, parts.settings, caller, identity, request)
+        )
+
+
+@router.post("/checkpoints", status_code=204)
+def record_checkpoints(request: CheckpointsRequest, parts: Parts, caller: Worker) -> None:
+    """Record checkpoints that were sent, those of all named jobs or none."""
+    checkpoints.record(parts.database, parts.store, caller, request.checkpoints, parts.clock())
+
+
+@router.get("/{identity}/checkpoint")
+def show_checkpoint(identity: str, attempt: int, parts: Parts, caller: Worker) -> CheckpointInfo:
+    """The newest recorded checkpoint with signed GETs, for the worker that holds the job."""
+    with parts.database.read() as session:
+        return checkpoints.newest(session, parts.store, parts.settings, caller, identity, attempt)
 
 
 @router.post("/{identity}/finish")

@@ -505,6 +505,12 @@ class LeaseLost(Conflict):
     says = "Job {id}, attempt {attempt}: the lease was lost; the job is now {state}."
 
 
+class CheckpointIncomplete(Conflict):
+    code = "checkpoint-incomplete"
+    says = "The checkpoint of job {id} at step {step} is not recorded: of {count} files storage lacks {digests}"
+    help = "The worker sends them again; the newest recorded checkpoint stays."
+
+
 class CampaignExists(Conflict):
     code = "campaign-exists"
     says = "Line '{line}' already has an unfinished campaign {id} to {base}."

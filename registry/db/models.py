@@ -508,6 +508,20 @@ class JobEvent(SQLModel, table=True):
     at: datetime = _time("when the registry heard of it")
 
 
+class Checkpoint(SQLModel, table=True):
+    """The newest checkpoint of a job that storage holds, verified; files lie under the attempt that sent them."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (CheckConstraint("size >= 0", name="size"), CheckConstraint("step >= 1", name="step"))
+    job_id: str = Field(foreign_key="jobs.id", primary_key=True, max_length=32)
+    attempt: int = Field(sa_column_kwargs={"comment": "that sent it, holding the lease"})
+    step: int = Field(sa_type=BigInteger, sa_column_kwargs={"comment": "steps that its runs have made together"})
+    digest: str = _digest("sha256 of the canonical list of its files")
+    size: int = Field(sa_type=BigInteger, sa_column_kwargs={"comment": "bytes of all files"})
+    files: list[dict[str, Any]] = _json("path, size and sha256 of each file")
+    created_at: datetime = _time("when it was recorded")
+
+
 class Campaign(SQLModel, table=True):
     """One base upgrade over many adapters."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import case, func
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, delete, select
 
 from registry.core.digest import Digest
 from registry.core.errors import (
@@ -51,7 +51,17 @@ from registry.core.recipes import (
 from registry.core.recipes import Compare as CompareRecipe
 from registry.core.records import parse_records
 from registry.db import queries
-from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Job, JobEvent, StoredManifest, Version
+from registry.db.models import (
+    Adapter,
+    Base,
+    Checkpoint,
+    Dataset,
+    DatasetVersion,
+    Job,
+    JobEvent,
+    StoredManifest,
+    Version,
+)
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, ScoredInfo, Wishes
 from registry.storage.base import BlobStore
 
@@ -497,6 +507,7 @@ def finish(
         _keep_evaluations(session, store, job, recipe, request.evaluations, now)
     if isinstance(recipe, CompareRecipe):
         _keep_comparison(session, job, recipe, request.result, now)
+    session.exec(delete(Checkpoint).where(col(Checkpoint.job_id) == job.id))
     job.state = JOB.after("succeed", job.state, identity)
     job.lease_until, job.finished_at = None, now
     job.result = plain({**request.result, "made": made})

@@ -5,7 +5,8 @@ carries them. A signed PUT covers method, key, size and SHA-256 of the bytes, so
 signed accepts the promised bytes or nothing. tests/storage/test_contract.py is the contract, run over every
 store; registry/storage/probe.py asks a running store what it keeps of it.
 
-Keys are ``staging/{push}/{sha256 hex}`` while a push is open, and ``blobs/{sha256 hex}`` for good. Every method
+Keys are ``staging/{push}/{sha256 hex}`` while a push is open, ``blobs/{sha256 hex}`` for good, and
+``checkpoints/{job}/{attempt}/{sha256 hex}`` while a job is not over. Every method
 raises `StorageDown` when the store does not answer and `BadKey` for what cannot be a key.
 """
 

@@ -354,13 +354,14 @@ class LocalStore:
             raise BlobNotFound(digest=source) from error
 
     def delete(self, key: str) -> None:
-        """Remove the blob, and its folder when nothing else is in it."""
+        """Remove the blob, and its folders when nothing else is in them."""
         path = self._path(key)
         with refusals(0):
             path.unlink(missing_ok=True)
-            if key.startswith("staging/"):
+            if not key.startswith("blobs/"):
                 with suppress(OSError):  # not empty, or gone
-                    path.parent.rmdir()
+                    for folder in path.parents[: key.count("/") - 1]:
+                        folder.rmdir()
 
     def walk(self, prefix: str) -> Iterator[Stat]:
         """All blobs under ``prefix``."""

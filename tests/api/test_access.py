@@ -25,6 +25,7 @@ from tests.world import ADMIN, SETTINGS, World, adapter_push, base_push, files_p
 
 Facts = dict[str, Any]
 ZERO = "sha256:" + "0" * 64
+CHECKPOINT = {"attempt": 1, "step": 1, "files": [{"path": "checkpoint.json", "size": 2, "digest": ZERO}]}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ ROWS: dict[str, Row] = {
     "POST /v1/jobs/{identity}/heartbeat": Row("worker", None, lambda _: {"attempt": 1}),
     "GET /v1/jobs/{identity}/inputs": Row("worker", query="attempt=1"),
     "POST /v1/jobs/{identity}/pushes": Row("worker", None, lambda f: {"attempt": 1, "push": f["adapter_push"]}),
+    "POST /v1/jobs/{identity}/checkpoint": Row("worker", None, lambda _: CHECKPOINT),
+    "GET /v1/jobs/{identity}/checkpoint": Row("worker", query="attempt=1"),
+    "POST /v1/jobs/checkpoints": Row("worker", None, lambda f: {"checkpoints": {f["ids"]["jobs"]: CHECKPOINT}}),
     "POST /v1/jobs/{identity}/finish": Row("worker", None, lambda _: {"attempt": 1, "result": {}}),
     "POST /v1/jobs/{identity}/fail": Row("worker", None, lambda _: {"attempt": 1, "problem": {}, "retryable": False}),
     "POST /v1/upgrades/plan": Row(

@@ -163,7 +163,8 @@ OPEN = {("get", "/health"), ("get", "/v1/whoami")}
 CLAIMED = {
     ("post", "/v1/jobs/claim"), ("post", "/v1/jobs/{identity}/heartbeat"), ("get", "/v1/jobs/{identity}/inputs"),
     ("post", "/v1/jobs/{identity}/pushes"), ("post", "/v1/jobs/{identity}/finish"),
-    ("post", "/v1/jobs/{identity}/fail"),
+    ("post", "/v1/jobs/{identity}/fail"), ("post", "/v1/jobs/checkpoints"),
+    ("post", "/v1/jobs/{identity}/checkpoint"), ("get", "/v1/jobs/{identity}/checkpoint"),
 }  # fmt: skip
 
 
@@ -193,6 +194,7 @@ def test_a_worker_touches_only_what_it_claimed(api: TestClient) -> None:
     attempts: dict[str, dict[str, Any]] = {
         "heartbeat": {"attempt": 0},
         "pushes": {"attempt": 0, "push": {"manifest": {}}},
+        "checkpoint": {"attempt": 0, "step": 1, "files": [{"path": "a", "size": 0, "digest": "sha256:" + "0" * 64}]},
         "finish": {"attempt": 0, "result": {}},
         "fail": {"attempt": 0, "problem": {}, "retryable": True},
     }
