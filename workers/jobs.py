@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -54,6 +54,7 @@ from registry.core.recipes import (
     Recipe,
     Search,
     parse_recipe,
+    recipe_digest,
 )
 from registry.files import Scan, digest_base, scan_folder
 from registry.schemas import (
@@ -71,6 +72,8 @@ from registry.settings import WorkerSettings
 from registry.transfer import finish_push, request_of, table_of
 
 from .cache import Cache
+from .checkpoints import Keeper, Kept, restore
+from .compute.snapshot import every, steps
 from .processes import die_with
 
 _BEAT_S = 5.0
@@ -186,7 +189,14 @@ class Worker:
         for role, spec in claimed.specs.items():
             folders[role] = _with_spec(folders[role], spec, out / role)
         (out / "recipe.json").write_bytes(canonical_json(_with_checkpoints(recipe).model_dump(mode="json")))
-        return _Seat(recipe, lease, home, out, folders)
+        run = str(recipe_digest(recipe))
+        mine = (lambda identity: identity.startswith(run)) if isinstance(recipe, FineTune) else every
+        seat = _Seat(recipe, home, out, folders, lease, Kept(lease.id, lease.attempt, mine, lease.said))
+        if lease.attempt == 1:
+            return seat
+        here = max(steps(folder, mine) for folder in seat.earlier())
+        stored = restore(self.client, seat.kept, home / "checkpoint", here, lease.transfer)
+        return replace(seat, kept=replace(seat.kept, stored=stored))
 
     def _train(self, seats: Sequence["_Seat"]) -> bool:
         """One child for all ``seats``; whether none of them failed by what may be this machine's."""
@@ -218,6 +228,7 @@ class Worker:
             if place in going:
                 going.remove(place)
                 seat = seats[place]
+                keeper.leave(seat.lease.id)
                 sound.append(self._guarded(seat.lease, lambda: self._conclude(seat, status)))
 
         def is_over() -> bool:
@@ -238,7 +249,10 @@ class Worker:
             for part in ("--in", f"{place}:{role}={folder}")
         ]  # fmt: skip
         line += [part for folder in earlier for part in ("--from", str(folder))]
-        status = _followed([*line, "--checkpoint", str(company)], told, said, is_over)
+        with Keeper(self.client, company, [seat.kept for seat in seats], self.settings.checkpoint_s) as keeper:
+            status = _followed([*line, "--checkpoint", str(company)], told, said, is_over)
+            if any(not (seats[place].has_ended or seats[place].lease.lost) for place in going):
+                keeper.last_word()
         for place in sorted(going):
             conclude(place, status)
         if not any(seat.home.exists() for seat in seats):
@@ -277,8 +291,12 @@ class Worker:
             line = [str(seat.out / "recipe.json"), "--out", str(seat.out)]
             line += [part for role, folder in seat.folders.items() for part in ("--in", f"{role}={folder}")]
             line += [part for folder in seat.earlier()[1:] for part in ("--from", str(folder))]
-            line += ["--checkpoint", str(seat.home / "checkpoint")]
-            status = _followed(line, lease.progressed, lease.said, lambda: lease.cancelled or lease.lost)
+            checkpoint = seat.home / "checkpoint"
+            line += ["--checkpoint", str(checkpoint)]
+            with Keeper(self.client, checkpoint, [seat.kept], self.settings.checkpoint_s) as keeper:
+                status = _followed(line, lease.progressed, lease.said, lambda: lease.cancelled or lease.lost)
+                if not (seat.has_ended or lease.lost):
+                    keeper.last_word()
             self._conclude(seat, status)
 
     def _downloads(self, lease: "_Lease", manifest: str) -> list[Download]:
@@ -370,10 +388,16 @@ class _Seat:
     """A job in a child: what it is to do, from which folders, and where its result goes."""
 
     recipe: Recipe
-    lease: "_Lease"
     home: Path
     out: Path
     folders: dict[str, Path]
+    lease: "_Lease"
+    kept: Kept
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the child left an outcome."""
+        return (self.out / "result.json").exists() or (self.out / "error.json").exists()
 
     def earlier(self) -> list[Path]:
         """Where earlier attempts left checkpoints: alone, and in the company of others."""

@@ -62,7 +62,7 @@ from registry.core.recipes import (
 )
 from registry.core.records import summary, to_jsonl
 
-from .compute import checkpoint as checkpoints
+from .compute import snapshot
 from .compute.bank import parts_of
 from .compute.combine import combine
 from .compute.compress import compress
@@ -451,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ranks.first:
                 (args.outs[0] / _REFUSAL).unlink(missing_ok=True)
                 if args.checkpoint is not None and args.earlier:
-                    checkpoints.gather(args.earlier, args.checkpoint)
+                    snapshot.gather(args.earlier, args.checkpoint)
             ranks.wait()
             recipes = [parse_recipe(path.read_bytes()) for path in args.recipes]
             if together:

@@ -11,7 +11,6 @@ nothing. A job has one row, its newest checkpoint, and every object that no row 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any
 
 from sqlmodel import Session, col, delete, select
 
@@ -104,14 +103,16 @@ def _keep(session: Session, job: Job, asked: CheckpointRequest, now: datetime) -
     if row is not None and row.attempt == asked.attempt and (row.step, len(row.files)) > (asked.step, len(asked.files)):
         return set()  # a request that was overtaken
     files = [entry.model_dump(mode="json") for entry in sorted(asked.files, key=lambda entry: entry.path)]
-    facts: dict[str, Any] = {
-        "attempt": asked.attempt, "step": asked.step, "files": files, "created_at": now,
-        "digest": str(Digest.sha256(canonical_json(files))), "size": sum(entry.size for entry in asked.files),
-    }  # fmt: skip
-    row = row or Checkpoint(job_id=job.id)
-    for name, value in facts.items():
-        setattr(row, name, value)
-    session.add(row)
+    row = Checkpoint(
+        job_id=job.id,
+        attempt=asked.attempt,
+        step=asked.step,
+        digest=str(Digest.sha256(canonical_json(files))),
+        size=sum(entry.size for entry in asked.files),
+        files=files,
+        created_at=now,
+    )
+    session.merge(row)
     return before - _keys(row)
 
 

@@ -79,14 +79,14 @@ class Vault:
             put(one, contents[digest]).raise_for_status()
         return len(signed)
 
-    def record(self, who: Caller = ANN, **requests: CheckpointRequest) -> None:
-        checkpoints.record(self.world.database, self.world.store, who, requests, self.world.now)
+    def record(self, sent: dict[str, CheckpointRequest], who: Caller = ANN) -> None:
+        checkpoints.record(self.world.database, self.world.store, who, sent, self.world.now)
 
     def leave(self, job: str, files: Files, step: int = 1, attempt: int = 1, who: Caller = ANN) -> None:
         """The whole way."""
         request = asked(files, step, attempt)
         self.send(job, files, request, who)
-        self.record(who, **{job: request})
+        self.record({job: request}, who)
 
     def newest(self, job: str, attempt: int, who: Caller = ANN) -> CheckpointInfo:
         with self.world.database.read() as session:
@@ -137,7 +137,7 @@ def test_a_newer_one_replaces_the_older_and_what_both_hold_is_not_sent_again(vau
     vault.leave(job, FIRST | {"scored.json": b"[]"})
     again = SECOND | {"scored.json": b"[]"}
     assert vault.send(job, again, asked(again, 2)) == 2
-    vault.record(**{job: asked(again, 2)})
+    vault.record({job: asked(again, 2)})
     assert vault.read(job) == again
     assert vault.objects(job) == set(again.values())
 
@@ -146,10 +146,10 @@ def test_recording_twice_or_late_changes_nothing(vault: Vault, job: str) -> None
     vault.leave(job, FIRST, step=1)
     request = asked(SECOND, 2)
     vault.send(job, SECOND, request)
-    vault.record(**{job: request})
-    vault.record(**{job: request})
+    vault.record({job: request})
+    vault.record({job: request})
     vault.send(job, FIRST, asked(FIRST, 1))
-    vault.record(**{job: asked(FIRST, 1)})  # was overtaken
+    vault.record({job: asked(FIRST, 1)})  # was overtaken
     assert vault.read(job) == SECOND
     assert vault.sweep(job) == 0  # its objects may still be somebody's: the attempt goes on
     with vault.world.database.write() as session:
@@ -166,7 +166,7 @@ def test_what_did_not_arrive_is_not_recorded(vault: Vault, job: str) -> None:
     signed = vault.open(job, request)
     put(signed[str(Digest.sha256(b"two"))], b"two").raise_for_status()
     with pytest.raises(CheckpointIncomplete, match="of 2 files storage lacks sha256:"):
-        vault.record(**{job: request})
+        vault.record({job: request})
     assert vault.read(job) == FIRST
 
 
@@ -175,7 +175,7 @@ def test_other_bytes_than_were_promised_do_not_arrive(vault: Vault, job: str) ->
     for signed in vault.open(job, request).values():
         assert put(signed, b"!" * int(signed.headers["content-length"])).is_error
     with pytest.raises(CheckpointIncomplete):
-        vault.record(**{job: request})
+        vault.record({job: request})
 
 
 def test_an_attempt_that_is_over_records_nothing(vault: Vault, job: str) -> None:
@@ -183,17 +183,17 @@ def test_an_attempt_that_is_over_records_nothing(vault: Vault, job: str) -> None
     signed = vault.open(job, late)
     vault.lose()
     with pytest.raises(LeaseLost):
-        vault.record(**{job: late})
+        vault.record({job: late})
     vault.claim(BEN)
     vault.leave(job, SECOND, step=2, attempt=2, who=BEN)
     for digest, data in ((str(Digest.sha256(data)), data) for data in FIRST.values()):
         put(signed[digest], data).raise_for_status()  # the URL is good for an hour
     with pytest.raises(NotYourJob):
-        vault.record(ANN, **{job: late})
+        vault.record({job: late}, ANN)
     with pytest.raises(NotYourJob):
         vault.open(job, late, ANN)
     with pytest.raises(LeaseLost):
-        vault.record(BEN, **{job: late})
+        vault.record({job: late}, BEN)
     assert vault.read(job, 2, BEN) == SECOND
     assert vault.sweep(job) == 2
     assert vault.objects(job) == set(SECOND.values())
@@ -206,9 +206,9 @@ def test_of_several_jobs_all_are_recorded_or_none(vault: Vault, job: str) -> Non
         vault.leave(one, FIRST)
         vault.send(one, SECOND, asked(SECOND, 2))
     with pytest.raises(LeaseLost):
-        vault.record(**{job: asked(SECOND, 2), other: asked(SECOND, 2, attempt=2)})
+        vault.record({job: asked(SECOND, 2), other: asked(SECOND, 2, attempt=2)})
     assert [vault.read(one) for one in (job, other)] == [FIRST, FIRST]
-    vault.record(**{one: asked(SECOND, 2) for one in (job, other)})
+    vault.record({one: asked(SECOND, 2) for one in (job, other)})
     assert [vault.read(one) for one in (job, other)] == [SECOND, SECOND]
 
 

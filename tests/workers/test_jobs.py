@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 
 from registry.client import RegistryClient
 from registry.core.errors import DatabaseDown, RegistryUnreachable
+from registry.daemons import gc
+from registry.db.models import Checkpoint
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
 from registry.settings import WorkerSettings
 from registry.transfer import push_base, push_dataset
@@ -267,6 +270,75 @@ def test_a_killed_group_is_gone_on_with_to_the_same_bytes(home: House, whom: str
     assert list((home.worker.cache / "jobs").iterdir()) == []
 
 
+def recorded(home: House, job: JobInfo) -> int:
+    """Steps that storage holds of a job."""
+    with home.registry.parts.database.read() as session:
+        row = session.get(Checkpoint, job.id)
+        return row.step if row is not None else 0
+
+
+def stored(home: House) -> list[Path]:
+    folder = home.registry.parts.settings.data
+    assert folder is not None
+    return [path for path in (folder / "store" / "checkpoints").rglob("*") if path.is_file()]
+
+
+def elsewhere(home: House, tmp_path: Path) -> House:
+    """The same registry, and a worker that has nothing on its disk."""
+    return replace(home, worker=replace(home.worker, cache=tmp_path / "elsewhere", checkpoint_s=0.05))
+
+
+def test_another_worker_goes_on_where_a_killed_ones_disk_is_gone_to_the_same_bytes(home: House, tmp_path: Path) -> None:
+    asked = [home.train(f"team/bot-{seed}", steps=120, checkpoint_every=1, seed=seed) for seed in range(2)]
+    script = "import os; from dataclasses import replace; from registry.settings import WorkerSettings\n"
+    script += "from workers.jobs import Worker\n"
+    script += "Worker(replace(WorkerSettings.from_environment(os.environ), checkpoint_s=0.05)).work('cpu')"
+    with subprocess.Popen([sys.executable, "-c", script], env=environment(home)) as worker:
+        eventually(lambda: all(recorded(home, job) >= 2 for job in asked))
+        [child] = children(worker.pid)
+        worker.kill()
+        psutil.wait_procs([child], timeout=PATIENCE_S)
+    shutil.rmtree(home.worker.cache)
+    left = [recorded(home, job) for job in asked]
+    assert left[0] == left[1]  # of one moment
+    for job in asked:
+        home.await_state(job, "queued")
+    other = elsewhere(home, tmp_path)
+    with other.working():
+        pass
+    done = [home.client.job(job.id) for job in asked]
+    assert [(job.state, job.attempt) for job in done] == [("succeeded", 2)] * 2
+    assert all(home.logged(job, 2, "progress")[0]["step"] > left[0] for job in asked)
+    assert f"Goes on from step {left[0]}," in home.logged(asked[0], 2, "log")[0]["line"]
+    assert [recorded(home, job) for job in asked] == [0, 0]  # what succeeded needs none
+    gc.step(home.registry.parts)
+    assert stored(home) == []
+    again = [
+        home.train(f"team/bot-{seed}", steps=120, checkpoint_every=1, seed=seed, fresh=True) for seed in range(2)
+    ]
+    with other.working():
+        pass
+    refs = [(home.client.job(job.id).result or {})["made"][0]["ref"] for job in again]
+    assert refs == [f"team/bot-{seed}@v1" for seed in range(2)]  # equal bytes are the same version
+
+
+def test_a_damaged_checkpoint_is_not_used_and_the_job_begins_again(home: House, tmp_path: Path) -> None:
+    job = home.train(steps=100_000)
+    with home.working():
+        home.wait(job, lambda now: (now.progress or {}).get("step", 0) >= 1)
+        home.client.cancel_job(job.id)
+    assert recorded(home, job) >= 1
+    for path in stored(home):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    home.client.retry_job(job.id)
+    other = elsewhere(home, tmp_path)
+    with other.working():
+        home.wait(job, lambda now: now.attempt == 2 and (now.progress or {}).get("step", 0) >= 1)
+        home.client.cancel_job(job.id)
+    assert "is damaged; the job begins again" in home.logged(job, 2, "log")[0]["line"]
+    assert home.logged(job, 2, "progress")[0]["step"] == 1
+
+
 def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home: House) -> None:
     wrong = home.train("team/wrong", targets=["nothing_proj"])
     with home.working():
@@ -283,6 +355,7 @@ def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home:
     assert children() == []
     assert list((home.worker.cache / "jobs").glob("*/attempt-*")) == []
     assert (home.worker.cache / "jobs" / long.id / "checkpoint").is_dir()  # for a retry
+    assert recorded(home, long) >= 1  # and for one on another machine
 
 
 def test_a_cancellation_ends_a_download_too(home: House) -> None:

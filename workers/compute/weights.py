@@ -120,17 +120,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file, atomically; equal tensors and metadata give equal bytes (the library's order varies)."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    blobs: list[bytes] = []
     end = 0
-    for name in sorted(tensors):
-        value = tensors[name].detach().contiguous().cpu()
-        blob = value.reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": _SPELLED[value.dtype], "shape": list(value.shape), "data_offsets": [end, end + len(blob)]
-        }  # fmt: skip
-        end += len(blob)
-        blobs.append(blob)
-    write_file(path, framed(header) + b"".join(blobs))
+    for name, value in sorted(tensors.items()):
+        begin, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": _SPELLED[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    with atomic_write(path) as file:
+        file.write(framed(header))
+        for _, value in sorted(tensors.items()):  # one copy of one tensor at a time
+            file.write(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def framed(header: Mapping[str, Any]) -> bytes:

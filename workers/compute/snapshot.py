@@ -1,0 +1,116 @@
+"""A folder of checkpoints as files: how far its runs are, and copies of one moment while somebody writes on.
+
+    checkpoint.json             identity of a run -> the name of its file; written last and at once
+    <run>-<step>.safetensors    a run as it was at that step
+    <phase>/…                   of a search: the same, and what the phase noted beside
+
+Nothing here reads a tensor, so that whoever only moves checkpoints about needs no torch.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from registry.files import atomic_write
+
+INDEX = "checkpoint.json"
+_WEIGHTS = ".safetensors"
+_TRIES = 5
+Mine = Callable[[str], bool]
+"""Whether a run, by its identity, is one of those that are meant."""
+
+
+def every(_: str) -> bool:
+    """All runs are meant."""
+    return True
+
+
+def name_of(run: str, step: int) -> str:
+    """The name of a run's file; ``run`` stands for its identity."""
+    return f"{run}-{step}{_WEIGHTS}"
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The names of the files of the newest checkpoint, by the runs' identities."""
+    path = folder / INDEX
+    found: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {identity: name for identity, name in found.items() if (folder / name).is_file()}
+
+
+def write_index(folder: Path, index: Mapping[str, str]) -> None:
+    """Say which files are the newest checkpoint."""
+    with atomic_write(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=2, sort_keys=True).encode())
+
+
+def steps(folder: Path, mine: Mine = every) -> int:
+    """Steps that the runs have made together, in all phases: what grows while there is progress."""
+    return sum(
+        _step(name)
+        for path in folder.rglob(INDEX)
+        for identity, name in files_of(path.parent).items() if mine(identity)
+    )  # fmt: skip
+
+
+def gather(earlier: Sequence[Path], folder: Path) -> None:
+    """Link into ``folder`` what runs left in ``earlier`` ones, in other company or elsewhere; the furthest of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = files_of(folder)
+    index = dict(before)
+    for place in earlier:
+        for identity, name in files_of(place).items():
+            if identity not in index or _step(index[identity]) < _step(name):
+                with contextlib.suppress(FileNotFoundError):  # whoever goes on there has just gone further
+                    (folder / name).unlink(missing_ok=True)
+                    os.link(place / name, folder / name)
+                    index[identity] = name
+    if index != before:
+        write_index(folder, index)
+
+
+def take(folder: Path, copies: Mapping[Path, Mine]) -> None:
+    """Make each of ``copies`` the folder as it is at one moment, with the runs that are meant; by links, so at once.
+
+    `FileNotFoundError` when it changes faster than it can be linked.
+    """
+    for last in range(_TRIES):
+        for copy in copies:
+            shutil.rmtree(copy, ignore_errors=True)
+            copy.mkdir(parents=True)
+        try:
+            _take(folder, copies)
+        except FileNotFoundError:  # a newer checkpoint took the place of this one
+            if last == _TRIES - 1:
+                raise
+        else:
+            return
+
+
+def _take(folder: Path, copies: Mapping[Path, Mine]) -> None:
+    for path in _notes_first(folder):
+        where = path.parent.relative_to(folder)
+        index = json.loads(path.read_bytes()) if path.name == INDEX else {}
+        for copy, mine in copies.items():
+            (copy / where).mkdir(parents=True, exist_ok=True)
+            if path.name != INDEX:
+                os.link(path, copy / where / path.name)
+                continue
+            kept = {identity: name for identity, name in index.items() if mine(identity)}
+            for name in kept.values():
+                os.link(path.parent / name, copy / where / name)
+            write_index(copy / where, kept)
+
+
+def _notes_first(folder: Path) -> Iterator[Path]:
+    """Files that a copy has beside those that indexes name: a note is written after what it speaks of."""
+    for path in sorted(folder.rglob("*"), key=lambda path: (path.suffix != ".json", path)):
+        named_by_index = path.suffix == _WEIGHTS and (path.parent / INDEX).exists()
+        if path.is_file() and path.suffix != ".partial" and not named_by_index:
+            yield path
+
+
+def _step(name: str) -> int:
+    return int(name.removesuffix(_WEIGHTS).rpartition("-")[2])
