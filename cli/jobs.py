@@ -313,16 +313,18 @@ def merge(
     None,
     "loractl rebase team/bot:prod --to llama@r2",
     "loractl rebase team/bot@v3 --to llama@r2 --tier warm-start --suite team/reviews-test",
+    "loractl rebase team/bot:prod --to llama-wide@r1 --tier transport --inputs team/reviews",
 )
 @click.argument("ref", metavar="REF")
 @click.option("--to", "base_text", required=True, metavar="BASE", help="The new weights.")
 @click.option("--tier", type=TIER, default="carry", show_default=True, help="How.")
 @click.option("--suite", "suite_ref", metavar="S", help="Its calibration split chooses where a warm start starts.")
+@click.option("--inputs", "inputs_ref", metavar="D", help="A dataset whose prompts tell two bases' insides apart.")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: the same one.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
 @job_options
 def rebase(
-    out: Output, ref: str, base_text: str, tier: str, suite_ref: str | None, name: str | None,
+    out: Output, ref: str, base_text: str, tier: str, suite_ref: str | None, inputs_ref: str | None, name: str | None,
     aliases: tuple[str, ...], queue: str, fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Carry one adapter to another base by one tier of the cascade; campaigns choose by themselves."""
@@ -333,6 +335,8 @@ def rebase(
     recipe: dict[str, Any] = {"kind": "rebase", "tier": tier, "adapter": str(reference), "base": _base(out, base_text)}
     if suite_ref and tier in ("warm-start", "retrain"):
         recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
+    if inputs_ref:
+        recipe["inputs"] = str(Reference.parse(inputs_ref, "dataset"))
     goes = Goes(adapter=name or str(reference.series), aliases=list(aliases))
     ask(out, JobRequest(recipe=recipe, output=goes, queue=queue, fresh=fresh), no_wait)
 

@@ -235,7 +235,8 @@ def _cost_of_retraining(found: dict[str, Any]) -> str:
     return _cost({"steps": steps, "seconds": seconds}) if steps or seconds else ""
 
 
-SCORES = ["bare_old", "serving_old", "bare_new", "carry", "align", "warm-start", "retrain", "final"]
+SCORES = ["bare_old", "serving_old", "bare_new", "carry", "align", "transport", "warm-start", "retrain",
+          "final"]  # fmt: skip
 
 
 def _row(item: "CampaignItemInfo") -> list[object]:

@@ -618,7 +618,7 @@ class CampaignItemInfo(Answer):
     plan: dict[str, Any]
     """route, what is missing with the command that supplies it, smallest n"""
     scores: dict[str, Any]
-    """metric, and mean per: serving_old, bare_old, bare_new, carry, warm-start, retrain, final"""
+    """metric, and mean per: serving_old, bare_old, bare_new, each tier that was tried, final"""
     cost: dict[str, Any]
     """tier -> {steps, seconds}; and of the retraining, measured or estimated"""
     verdicts: dict[str, Any]

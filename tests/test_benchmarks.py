@@ -25,8 +25,10 @@ def test_a_benchmark_yields_rows_with_claims(name: str) -> None:
 
 
 def test_the_exactness_of_aligning_is_measured_family_by_family() -> None:
-    found = list(exactness.cells(steps=4, rows=8))
-    assert {cell.family for cell in found} == exactness.FAMILIES.keys()
+    families = list(exactness.FAMILIES)[1:5:2]
+    found = list(exactness.cells(steps=4, rows=4, families=families))
+    assert {cell.family for cell in found} == set(families)
+    assert {"width, clones", "every shape"} <= {cell.rewrite for cell in found}
     assert all(abs(cell.aligned - cell.before) <= exactness.LIMIT for cell in found)
     assert exactness.table(found) != exactness.table([replace(found[0], aligned=found[0].before + 1), *found[1:]])
 

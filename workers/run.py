@@ -84,6 +84,7 @@ from .compute.rebase.retrain import gain, retrain
 from .compute.rebase.signals import compare
 from .compute.rebase.starts import starts_of
 from .compute.rebase.symmetries import Match
+from .compute.rebase.transport import transport
 from .compute.rebase.warm_start import warm_start
 from .compute.search import search
 from .compute.verify import deviation
@@ -308,6 +309,11 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
         aligned = align(adapter, inputs["old"], inputs["base"], report)
         _write(aligned.adapter, out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0, "matches": _by_name(aligned.matches)}
+    if recipe.tier == "transport":
+        unlabelled = read_rows(inputs["inputs"]) if recipe.inputs else None
+        moved = transport(adapter, inputs["old"], inputs["base"], unlabelled, report)
+        _write(moved.adapter, out, recipe.base, recipe)
+        return {"tier": recipe.tier, "steps": 0} | moved.facts()
     if recipe.tier == "carry":
         _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}

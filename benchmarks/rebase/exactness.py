@@ -1,14 +1,15 @@
-"""`python -m benchmarks.rebase.exactness`: adapters on rewritten bases, carried as they are and aligned.
+"""`python -m benchmarks.rebase.exactness`: adapters on rewritten bases, carried as they are and aligned or transported.
 
 A small model of every family gets an adapter for every target set, trained on sums. Its base is rewritten so that the
-function stays (see `rewrites`); then the aligned adapter's loss on the rows must be what it was before, whatever that
-of the adapter carried as it is may be. Written between the marks in docs/rebase.md.
+function stays (see `rewrites`); then the loss of the aligned adapter, or of the transported one where the rewriting
+changes shapes, must be on the rows what it was before, whatever that of the adapter carried as it is may be. Written
+between the marks in docs/rebase.md.
 """
 
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer as Tokens
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from registry.core.errors import NotRunnable
 from registry.core.recipes import FineTune
 from workers.compute.bank import attached
 from workers.compute.data import Row, encoded
@@ -27,8 +29,9 @@ from workers.compute.lora import Adapter
 from workers.compute.model import Model, Tokenizer
 from workers.compute.rebase.align import align
 from workers.compute.rebase.carry import carry
+from workers.compute.rebase.transport import transport
 
-from .rewrites import EXACT, Rewrite, everything, renumbered, vocabulary
+from .rewrites import EXACT, SHAPES, Rewrite, cloned, everything, identity_blocks, renumbered, vocabulary
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 LIMIT = 1e-5
@@ -38,14 +41,27 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA: dict[str, Any] = {"num_key_value_heads": 2}
-FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
-    "Llama": ("llama", LLAMA | {"tie_word_embeddings": False}, {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}),
-    "Llama, tied head": ("llama", LLAMA | {"tie_word_embeddings": True}, {"q and v": ("q_proj", "v_proj")}),
-    "Qwen2 (biases of q, k, v)": ("qwen2", LLAMA, {"feed-forward": ("gate_proj", "up_proj", "down_proj")}),
-    "GPT-2 (LayerNorm, biases, no rotary positions)": ("gpt2", {}, {"attention": ("c_attn",)}),
-    "GPT-NeoX (LayerNorm, biases, half rotary)": ("gpt_neox", {"rotary_pct": 0.5}, {"attention": ("query_key_value",)}),
+Sets = dict[str, tuple[str, ...]]
+_ALL: Sets = {"all linear": ("all-linear",)}
+_LLAMA: Sets = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "feed-forward": ("gate_proj", "up_proj", "down_proj"), **_ALL
 }  # fmt: skip
-"""Name -> model type, changes of `SIZES`, and a target set beside all linear modules."""
+_GPT2: Sets = {"attention": ("attn.c_attn", "attn.c_proj"), "feed-forward": ("c_fc", "mlp.c_proj"), **_ALL}
+_NEOX: Sets = {
+    "attention": ("query_key_value", "attention.dense"), "feed-forward": ("dense_h_to_4h", "dense_4h_to_h"), **_ALL
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any], Sets]] = {
+    "Llama": (
+        "llama", LLAMA | {"tie_word_embeddings": False}, _LLAMA | {"embedding and head": ("embed_tokens", "lm_head")}
+    ),
+    "Llama, tied head": ("llama", LLAMA | {"tie_word_embeddings": True}, _LLAMA | {"embedding": ("embed_tokens",)}),
+    "Qwen2 (biases of q, k, v)": ("qwen2", LLAMA, _LLAMA),
+    "GPT-2 (LayerNorm, biases, no rotary positions, tied head)": ("gpt2", {}, _GPT2 | {"embedding": ("wte",)}),
+    "GPT-NeoX (LayerNorm, biases, half rotary)": (
+        "gpt_neox", {"rotary_pct": 0.5}, _NEOX | {"embedding and head": ("embed_in", "embed_out")}
+    ),
+}  # fmt: skip
+"""Name -> model type, changes of `SIZES`, and sets of targets by name."""
 
 
 @dataclass(frozen=True)
@@ -57,61 +73,86 @@ class Cell:
     rewrite: str
     bare: float
     before: float
-    naive: float
+    naive: float | None
+    """None where the adapter does not fit the rewritten base as it is."""
     aligned: float
+    """Transported, where the rewritten base has another shape."""
 
 
-def cells(steps: int = 60, rows: int = 48) -> Iterator[Cell]:
+def cells(steps: int = 60, rows: int = 48, families: Collection[str] = tuple(FAMILIES)) -> Iterator[Cell]:
     """Every cell, family by family."""
     data = [Row({"prompt": f"{i}+{i % 7}=", "completion": f" {i + i % 7}"}, "sums", i + 1) for i in range(rows)]
     tokenizer = _bytes()
-    for family, (kind, changes, targets) in FAMILIES.items():
+    for family in families:
+        kind, changes, sets = FAMILIES[family]
         with tempfile.TemporaryDirectory() as scratch:
             model = _model(kind, changes)
             old = _saved(model, tokenizer, Path(scratch) / "old")
-            sets = {**targets, "all linear": ("all-linear",)}
             tasks = [Task(_recipe(names, steps), data) for names in sets.values()]
             adapters = {
                 name: run.adapter for name, run in zip(sets, finetune_many(model, tokenizer, tasks), strict=True)
             }
             before = {name: _loss(model, tokenizer, data, adapter) for name, adapter in adapters.items()}
             for number, (name, rewrite) in enumerate(_rewrites(model).items()):
-                model = AutoModelForCausalLM.from_pretrained(old).eval().requires_grad_(False)
+                before_it = AutoModelForCausalLM.from_pretrained(old).eval().requires_grad_(False)
                 new = Path(scratch) / str(number)
-                theirs = rewrite(model, tokenizer)
+                model, theirs = rewrite(before_it, tokenizer)
                 _saved(model, theirs, new)
+                reshaped = model is not before_it
                 for target, adapter in adapters.items():
-                    carried, aligned = carry(adapter, old, new), align(adapter, old, new).adapter
+                    moved = (transport if reshaped else align)(adapter, old, new).adapter
                     yield Cell(
                         family, target, name,
                         bare=_loss(model, theirs, data, None),
                         before=before[target],
-                        naive=_loss(model, theirs, data, carried),
-                        aligned=_loss(model, theirs, data, aligned),
+                        naive=_naive(model, theirs, data, carry(adapter, old, new)),
+                        aligned=_loss(model, theirs, data, moved),
                     )  # fmt: skip
 
 
-def _rewrites(model: Model) -> dict[str, Callable[[Model, Tokenizer], Tokenizer]]:
-    """What is done to the base; each gives the tokenizer that belongs to it then."""
+def _naive(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adapter) -> float | None:
+    try:
+        return _loss(model, tokenizer, rows, adapter)
+    except NotRunnable:
+        return None
+
+
+Applied = Callable[[Model, Tokenizer], tuple[Model, Tokenizer]]
+
+
+def _rewrites(model: Model) -> dict[str, Applied]:
+    """What is done to the base: the model then, which is another one where its shape changes, and its tokenizer."""
     order = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(5)).tolist()
 
-    def keeping(rewrite: Rewrite) -> Callable[[Model, Tokenizer], Tokenizer]:
-        def apply(model: Model, tokenizer: Tokenizer) -> Tokenizer:
+    def keeping(rewrite: Rewrite) -> Applied:
+        def apply(model: Model, tokenizer: Tokenizer) -> tuple[Model, Tokenizer]:
             rewrite(model, 7)
-            return tokenizer
+            return model, tokenizer
 
         return apply
 
-    def renumber(model: Model, tokenizer: Tokenizer) -> Tokenizer:
-        vocabulary(model, order, more=6, seed=7)
-        return renumbered(tokenizer, order)
+    def reshaping(reshape: Callable[[Model, int], Model]) -> Applied:
+        return lambda model, tokenizer: (reshape(model, 7), tokenizer)
 
-    def all_of_it(model: Model, tokenizer: Tokenizer) -> Tokenizer:
+    def renumber(model: Model, tokenizer: Tokenizer) -> tuple[Model, Tokenizer]:
+        vocabulary(model, order, more=6, seed=7)
+        return model, renumbered(tokenizer, order)
+
+    def all_of_it(model: Model, tokenizer: Tokenizer) -> tuple[Model, Tokenizer]:
         everything(model, 7)
         return renumber(model, tokenizer)
 
+    def all_shapes(model: Model, tokenizer: Tokenizer) -> tuple[Model, Tokenizer]:
+        return all_of_it(cloned(identity_blocks(model, 7), 7), tokenizer)
+
     kept = {name: keeping(rewrite) for name, rewrite in EXACT.items()}
-    return kept | {"vocabulary": renumber, "everything": all_of_it}
+    shapes = {name: reshaping(reshape) for name, reshape in SHAPES.items() if name != "groups" or _grouped(model)}
+    return kept | {"vocabulary": renumber, "everything": all_of_it} | shapes | {"every shape": all_shapes}
+
+
+def _grouped(model: Model) -> bool:
+    config = model.config
+    return bool(getattr(config, "num_key_value_heads", config.num_attention_heads) != config.num_attention_heads)
 
 
 def _model(kind: str, changes: dict[str, Any]) -> Model:
@@ -165,20 +206,21 @@ def _loss(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adap
 
 
 def table(found: Sequence[Cell]) -> str:
-    """Markdown: a row per family and target set; of all rewrites the worst, and what carrying as it is costs."""
+    """Markdown: a row per family and target set; of all rewrites the worst, and what carrying as it is costs where it
+    can be loaded at all."""
     lines = [
-        "| family | targets | no adapter | loss before | aligned: away by | rewrites | carried as it is | worst |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | targets | no adapter | loss before | rewrites | away by | carried as it is: loads | best | worst |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in found:
         groups.setdefault((cell.family, cell.targets), []).append(cell)
     for (family, targets), some in groups.items():
         away = max(abs(cell.aligned - cell.before) for cell in some)
-        naive = [cell.naive for cell in some]
+        naive = [cell.naive for cell in some if cell.naive is not None]
         lines.append(
-            f"| {family} | {targets} | {some[0].bare:.3f} | {some[0].before:.4f} | {away:.1e}"
-            f"{'' if away <= LIMIT else ' **missed**'} | {len(some)} | {min(naive):.3f} | {max(naive):.3f} |"
+            f"| {family} | {targets} | {some[0].bare:.3f} | {some[0].before:.4f} | {len(some)} | {away:.1e}"
+            f"{'' if away <= LIMIT else ' **missed**'} | {len(naive)} | {min(naive):.3f} | {max(naive):.3f} |"
         )
     return "\n".join(lines)
 

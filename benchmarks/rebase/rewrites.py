@@ -154,6 +154,172 @@ def renumbered(tokenizer: Tokenizer, order: Sequence[int]) -> Tokenizer:
     return made
 
 
+# ── other shapes ─────────────────────────────────────────────────────────────
+
+
+def identity_blocks(model: Model, _: int) -> Model:
+    """A block that adds nothing behind every second one, a copy of it otherwise (Wu et al. 2024, LLaMA Pro,
+    arXiv:2401.02415)."""
+    parts = anatomy(model)
+    of = [place for layer in range(parts.layers) for place in ([layer] if layer % 2 else [layer, layer])]
+    made = _grown(model, num_hidden_layers=len(of))
+    layers = made.get_submodule(parts.family.layers)
+    whole = {name: value for name, value in model.state_dict().items() if not name.startswith(parts.family.layers)}
+    made.load_state_dict(whole, strict=False)
+    for place, old in enumerate(of):
+        layers[place].load_state_dict(model.get_submodule(parts.family.layers)[old].state_dict())
+        if place and of[place - 1] == old:
+            for role in ("o", "down"):
+                for value in made.get_submodule(anatomy(made).part(place, role).module).parameters():
+                    value.data.zero_()
+    return made
+
+
+def zero_padded(model: Model, seed: int) -> Model:
+    """Half as many residual dimensions, groups of heads and neurons more: the stream has zeros there, which are read
+    by noise, and nobody reads the new heads and neurons. A tied head of LayerNorm is untied."""
+    return _widened(model, seed, clone=False)
+
+
+def cloned(model: Model, seed: int) -> Model:
+    """Every residual dimension, group of heads and neuron twice (Chen et al. 2015, Net2Net, arXiv:1511.05641); what
+    reads the stream takes halves with noise that cancels."""
+    return _widened(model, seed, clone=True)
+
+
+def groups_split(model: Model, _: int) -> Model:
+    """Every head has a k and a v of its own, copies of those that it shared (the way back of Ainslie et al. 2023, GQA,
+    arXiv:2305.13245)."""
+    parts = anatomy(model)
+    made = _grown(model, num_key_value_heads=parts.groups * parts.heads)
+    new, state = anatomy(made), made.state_dict()
+    made.load_state_dict({k: v for k, v in model.state_dict().items() if v.shape == state[k].shape}, strict=False)
+    for layer in range(parts.layers):
+        for role in READERS[:3]:
+            ours, theirs = parts.part(layer, role), new.part(layer, role)
+            old, module = model.get_submodule(ours.module), made.get_submodule(theirs.module)
+            times = 1 if role == "q" else parts.heads
+            for name in ("weight", "bias"):
+                value, its = getattr(old, name, None), getattr(module, name, None)
+                if value is not None and its is not None:
+                    of_GKN = value.data[ours.rows].reshape(-1, parts.width, *value.shape[1:])
+                    its.data[theirs.rows] = of_GKN.repeat_interleave(times, 0).reshape(-1, *value.shape[1:])
+    return made
+
+
+SHAPES: dict[str, Callable[[Model, int], Model]] = {
+    "identity blocks": identity_blocks, "width, zeros": zero_padded, "width, clones": cloned, "groups": groups_split,
+}  # fmt: skip
+"""The last one of families that have groups."""
+
+
+def _grown(model: Model, **sizes: int) -> Model:
+    """A fresh model of the same family in other sizes."""
+    told = model.config.to_dict() | {"layer_types": None}
+    if "head_dim" in told:
+        told["head_dim"] = anatomy(model).width
+    config = type(model.config)(**{key: value for key, value in told.items() if value is not None})
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    made = type(model)(config)
+    return made.eval().requires_grad_(False)
+
+
+def _widened(model: Model, seed: int, *, clone: bool) -> Model:
+    parts, config = anatomy(model), model.config
+    d, groups, neurons = parts.residual, parts.groups, parts.neurons
+    chance = torch.Generator().manual_seed(seed)
+    more = 1.0 if clone else 0.5
+    e, g2, f2 = d + int(more * d), groups + int(more * groups), neurons + int(more * neurons)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    sizes = {"hidden_size": e, "num_attention_heads": g2 * parts.heads, "intermediate_size": f2}
+    if getattr(config, "num_key_value_heads", None):
+        sizes["num_key_value_heads"] = g2
+    if hasattr(config, "n_inner"):
+        sizes["n_inner"] = sizes.pop("intermediate_size")
+    eps = next(name for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if hasattr(config, name))
+    made = _grown(model, **sizes)
+    if not clone:
+        setattr(made.config, eps, getattr(config, eps) * d / e)
+        made.config.tie_word_embeddings = tied = tied and not parts.family.centred
+        made = type(model)(made.config).eval().requires_grad_(False)
+    new = anatomy(made)
+    sizes_of = {name: value.shape for name, value in made.state_dict().items()}
+    same = {name: value for name, value in model.state_dict().items() if value.shape == sizes_of.get(name)}
+    made.load_state_dict(same, strict=False)  # norms within a head, which nothing below knows of
+    # which old group and neuron every new one is, and what is read of it: nothing of those that are nobody's
+    of_G = list(range(groups)) + (list(range(groups)) if clone else [-1] * (g2 - groups))
+    of_F = list(range(neurons)) + (list(range(neurons)) if clone else [-1] * (f2 - neurons))
+    share = 0.5 if clone else 1.0
+
+    def stands(of: Sequence[int], size: int) -> Tensor:
+        """New × old: a one where they are one."""
+        m = torch.zeros(len(of), max(of) + 1, dtype=torch.float64)
+        for b, a in enumerate(of):
+            m[b, a] = 1.0 if a >= 0 else 0.0
+        return torch.kron(m, torch.eye(size, dtype=torch.float64))
+
+    per_role = {
+        "q": stands(of_G, parts.heads * parts.width), "k": stands(of_G, parts.width), "v": stands(of_G, parts.width),
+        "gate": stands(of_F, 1), "up": stands(of_F, 1),
+    }  # fmt: skip
+    into = {"o": share * per_role["q"].T, "down": share * per_role["gate"].T}
+    write_ED = torch.eye(d, dtype=torch.float64)
+    write_ED = torch.cat([write_ED, write_ED if clone else torch.zeros(e - d, d, dtype=torch.float64)])
+
+    def centre(x_DN: Tensor) -> Tensor:
+        return x_DN - x_DN.mean(0) if parts.family.centred and not clone else x_DN
+
+    def reading(weight_OD: Tensor) -> Tensor:
+        noise = torch.randn(len(weight_OD), e - d, generator=chance, dtype=torch.float64) * weight_OD.std()
+        if clone:
+            return torch.cat([weight_OD / 2 + noise, weight_OD / 2 - noise], 1)
+        return torch.cat([weight_OD, noise], 1)
+
+    gain = 1.0 if clone else math.sqrt(d / e)
+    for layer in range(parts.layers):
+        for role in parts.family.modules:
+            ours, theirs = parts.part(layer, role), new.part(layer, role)
+            old, module = model.get_submodule(ours.module), made.get_submodule(theirs.module)
+            weight, bias = _get(old)[ours.rows], getattr(old, "bias", None)
+            whole, whole_bias = _get(module).clone(), getattr(module, "bias", None)
+            if role in READERS:
+                m = per_role[role]
+                fresh = torch.randn(len(m), d, generator=chance, dtype=torch.float64) * weight.std()
+                nobody = (m.sum(1) == 0).double()[:, None]
+                whole[theirs.rows] = reading(m @ weight + nobody * fresh)
+                given = None if bias is None else m @ bias.double()[ours.rows]
+            else:
+                whole[theirs.rows] = write_ED @ centre(weight @ into[role])
+                given = None if bias is None else write_ED @ centre(bias.double()[:, None])[:, 0]
+            _set(module, whole)
+            if whole_bias is not None and given is not None:
+                whole_bias.data[theirs.rows] = given.to(whole_bias.dtype)
+        for where in parts.family.norms:
+            names = f"{parts.family.layers}.{layer}.{where}"
+            _norm(model.get_submodule(names), made.get_submodule(names), write_ED, gain)
+    final = gain * (0.5 if clone and tied else 1.0)
+    _norm(model.get_submodule(parts.family.final_norm), made.get_submodule(parts.family.final_norm), write_ED, final)
+    tables = [(embedding, made.get_input_embeddings())]
+    if parts.family.positions:
+        tables.append((model.get_submodule(parts.family.positions), made.get_submodule(parts.family.positions)))
+    for table, its in tables:
+        its.weight.data = (write_ED @ centre(table.weight.double().T)).T.to(table.weight.dtype).contiguous()
+    if not tied:
+        made.get_output_embeddings().weight.data = reading(head.weight.double()).to(head.weight.dtype)
+    return made
+
+
+def _norm(old: Any, new: Any, write_ED: Tensor, gain: float) -> None:
+    new.weight.data = (gain * (write_ED @ old.weight.double())).to(old.weight.dtype)
+    if getattr(old, "bias", None) is not None:
+        share = gain if gain == 0.5 else 1.0  # a final norm before a tied head that doubles
+        new.bias.data = (share * (write_ED @ old.bias.double())).to(old.bias.dtype)
+
+
 # ── modules ──────────────────────────────────────────────────────────────────
 
 

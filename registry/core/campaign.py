@@ -34,7 +34,7 @@ from .gate import Verdict, Zone, smallest_n, tier_alpha
 from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
-from .recipes import TRAINED, Tier
+from .recipes import RESHAPES, TRAINED, Tier
 
 FitClass = Literal["exact", "derived", "targets-equal", "same-shape", "incompatible", "unknown"]
 CARRIES: frozenset[FitClass] = frozenset({"exact", "derived", "targets-equal", "same-shape"})
@@ -510,7 +510,9 @@ def possible_tiers(facts: Facts) -> tuple[Tier, ...]:
 
 def _missing_for(tier: Tier, facts: Facts) -> str | None:
     """Why ``tier`` cannot be run, with the command that helps."""
-    if tier != "retrain" and facts.fit not in CARRIES:
+    if tier in RESHAPES and facts.fit == "unknown":
+        return f"{tier} needs to know both bases' shapes ({facts.fit_reason or 'they are not known'})"
+    if tier != "retrain" and tier not in RESHAPES and facts.fit not in CARRIES:
         detail = f" ({facts.fit_reason})" if facts.fit_reason else ""
         return f"{tier} needs a base of the same shapes; this one is {facts.fit}{detail}"
     if tier in TRAINED and not facts.recipe:

@@ -15,7 +15,7 @@ from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
-Tier = Literal["carry", "align", "warm-start", "retrain"]
+Tier = Literal["carry", "align", "transport", "warm-start", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
 Variant = Literal["plain", "dora", "three-factor"]
@@ -24,6 +24,10 @@ TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
 """Those that an upgrade tries where nobody names others."""
 TRAINED: frozenset[Tier] = frozenset({"warm-start", "retrain"})
 """Those that take steps, and so a training recipe."""
+RESHAPES: frozenset[Tier] = frozenset({"transport"})
+"""Those that bring an adapter to a base of other shapes."""
+UNLABELLED: frozenset[Tier] = frozenset({"transport"})
+"""Those that read unlabelled text, where there is some."""
 HOW = {"checkpoint_every", "activation_checkpointing"}
 """Fields that say how work is done, and change nothing about what comes out."""
 

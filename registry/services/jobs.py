@@ -11,6 +11,7 @@ import json
 import math
 import secrets
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -37,6 +38,7 @@ from registry.core.names import Reference, SeriesName, check_name
 from registry.core.recipes import (
     BASE_ROLES,
     TRAINED,
+    UNLABELLED,
     AnyRecipe,
     Combine,
     Evaluate,
@@ -174,6 +176,8 @@ def _planned(
         plan["adapters"] = [_meant(session, caller, str(text), on).digest for text in listed]
     if isinstance(plan.get("datasets"), list):
         plan["datasets"] = [find_data(session, caller, "dataset", str(text)).digest for text in plan["datasets"]]
+    if kind == "rebase" and plan.get("tier") in UNLABELLED and not plan.get("inputs"):
+        plan["inputs"] = _unlabelled(session, caller, plan)
     if isinstance(plan.get("inputs"), str):
         plan["inputs"] = find_data(session, caller, "dataset", plan["inputs"]).digest
     if isinstance(plan.get("suite"), str) and plan["suite"] not in suites:
@@ -241,6 +245,18 @@ def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[st
         steps = effective(session, adapter.namespace, adapter.name).steps_of_warm_start(recorded.steps)
         recorded = recorded.model_copy(update={"steps": steps, "warmup_steps": min(recorded.warmup_steps, steps)})
     return recorded.model_dump(mode="json")
+
+
+def _unlabelled(session: Session, caller: Caller, plan: dict[str, Any]) -> str | None:
+    """Text of what the adapter is for: its policy's retained inputs, else what it was trained on, if the caller may."""
+    version = _meant(session, caller, str(plan["adapter"]), None)
+    adapter = session.get_one(Adapter, version.adapter_id)
+    if retained := effective(session, adapter.namespace, adapter.name).retained:
+        return retained
+    training = training_of(session, version, str(plan.get("base")))
+    with suppress(BadRequest):
+        return find_data(session, caller, "dataset", training.datasets[0]).digest if training else None
+    return None
 
 
 def _written(session: Session, caller: Caller, plan: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,18 @@ def test_without_a_recipe_only_the_carry_is_tried() -> None:
     assert "warm-start needs a recipe: loractl policy set team/bot --recipe RECIPE.toml" in plan_line(facts).missing
 
 
+def test_a_base_of_other_shapes_is_reached_by_transport_where_the_policy_names_it() -> None:
+    reshaped = {"fit": "incompatible", "fit_reason": "model.norm.weight 32 became 48", "recipe": False}
+    assert next_actions(State.PLANNED, READY.model_copy(update=reshaped)).state is State.FROZEN
+    policy = POLICY.model_copy(update={"tiers": ("carry", "transport", "warm-start", "retrain")})
+    facts = READY.model_copy(update=reshaped | {"policy": policy})
+    assert possible_tiers(facts) == ("transport",)
+    assert Produce("transport", SERVING, OLD, NEW) in next_actions(State.PLANNED, facts).actions
+    unknown = facts.model_copy(update={"fit": "unknown", "fit_reason": ""})
+    assert possible_tiers(unknown) == ()
+    assert "transport needs to know both bases' shapes" in plan_line(unknown).missing[0]
+
+
 def test_it_retires_when_the_new_base_is_as_good_and_no_tier_adds_to_it() -> None:
     shown = verdict(Zone.UNRESOLVED, adds=Zone.UNRESOLVED, bare=Zone.PASS)
     step = next_actions(State.RUNNING, having(judged("carry", shown)))

@@ -274,6 +274,23 @@ def test_a_retraining_takes_the_policys_recipe_where_none_is_recorded(small: Sho
     assert short["training"]["steps"] == 7
 
 
+def test_a_transport_reads_what_the_policy_retains_else_what_the_adapter_was_trained_on(
+    small: Shop, tmp_path: Path
+) -> None:
+    small.world.push_adapter(small.adapter, "team/bot", small.base)
+    small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
+    asked = {"tier": "transport", "adapter": "team/bot", "base": "demo@r2", "kind": "rebase"}
+    assert small.asked(asked, adapter="team/bot").recipe["inputs"] is None
+    recipe = small.submit(recipe={"base": "demo@r1"})[0].recipe
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", Policy(recipe=json.dumps(recipe)), small.world.now))
+    assert small.asked(asked, adapter="team/bot").recipe["inputs"] == recipe["datasets"][0]
+    kept = small.world.push_rows("dataset", "team/kept", b'{"prompt": "p", "completion": " s"}\n')["digest"]
+    policy = Policy(recipe=json.dumps(recipe), retained="team/kept")
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", policy, small.world.now))
+    job = small.asked(asked, adapter="team/bot")
+    assert small.do(lambda s: jobs.inputs(s, job))["inputs"] == kept
+
+
 def test_recorded_datasets_are_trained_on_by_those_who_may_read_them(small: Shop, tmp_path: Path) -> None:
     """A digest in a manifest or a policy is its author's word, and gives no right."""
     secret = small.world.push_rows("dataset", "secret/rows", b'{"prompt": "p", "completion": " s"}\n')["digest"]

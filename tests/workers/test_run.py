@@ -177,6 +177,23 @@ def test_an_aligned_adapter_comes_with_what_was_found_of_either_base(folders: di
     assert all(torch.equal(made.patches[name].b_OR, patch.b_OR) for name, patch in given.patches.items())
 
 
+@pytest.mark.parametrize("inputs", [factories.DATASET, None], ids=["with text", "without"])
+def test_a_transported_adapter_comes_with_how_each_module_got_there(
+    inputs: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folders["base"] = factories.saved(factories.llama(3, hidden_size=48, num_hidden_layers=3), tmp_path / "wide")
+    folders["inputs"] = folders["dataset.0"]
+    run(rebase("transport", inputs=inputs), folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert len(found["layers"]) == 3
+    assert found["tokens"] == {"shared": 259, "old": 259, "new": 259}
+    assert {module["by"] for module in found["modules"].values()} == {"text" if inputs else "weights"}
+    made = read_adapter(tmp_path / "out" / "adapter")
+    assert made.patches.keys() == found["modules"].keys()
+    with attached(load(folders["base"], "fp32")[0], made):
+        pass
+
+
 def test_a_carried_adapter_does_not_keep_the_name_of_the_base_it_came_from(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from registry.core.errors import NotRunnable
 
@@ -23,6 +22,7 @@ from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted
 from .anatomy import READERS, Anatomy, Base
 from .symmetries import Maps, Match, layer_maps, likeness, rotation, taken
+from .tokens import shared_tokens, tokenizer_of
 
 _TOKENS = 16384
 """Tokens that the rotation is found from, at most; spread over the vocabulary."""
@@ -47,7 +47,10 @@ def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> A
     one, two = Base.at(old), Base.at(base)
     patched, _ = fitted(one.model, adapter)
     _check(adapter, one.parts, two.parts)
-    tokens = _shared_tokens(one, two, old, base)
+    rows = tuple(side.model.get_input_embeddings().weight.shape[0] for side in (one, two))
+    tokens = shared_tokens(tokenizer_of(old), tokenizer_of(base), rows)
+    if not tokens:
+        raise NotRunnable(what="Aligning", reason="the tokenizers of the two bases share no token")
     some = tokens[:: -(-len(tokens) // _TOKENS)]
     e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
     q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred)
@@ -72,33 +75,22 @@ def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> A
     return Aligned(Adapter(patches, config, biases), matches)
 
 
-def _check(adapter: Adapter, one: Anatomy, two: Anatomy) -> None:
+def only_factors(adapter: Adapter, what: str) -> None:
+    """`NotRunnable` for what an adapter has beside B·A: it belongs to the old base's own rows."""
     if adapter.replaced:
-        raise NotRunnable(what="Aligning", reason=f"the adapter replaces '{min(adapter.replaced)}' as a whole")
+        raise NotRunnable(what=what, reason=f"the adapter replaces '{min(adapter.replaced)}' as a whole")
     lengths = sorted(name for name, patch in adapter.patches.items() if patch.magnitude_O is not None)
     if lengths:
-        raise NotRunnable(what="Aligning", reason=f"'{lengths[0]}' has DoRA, whose lengths are of the old base's rows")
+        raise NotRunnable(what=what, reason=f"'{lengths[0]}' has DoRA, whose lengths are of the old base's rows")
+
+
+def _check(adapter: Adapter, one: Anatomy, two: Anatomy) -> None:
+    only_factors(adapter, "Aligning")
     differ = [f"{key} {value} and {two.sizes[key]}" for key, value in one.sizes.items() if value != two.sizes[key]]
     if one.family != two.family or differ:
         raise NotRunnable(
             what="Aligning", reason=f"the bases are not of one shape: {', '.join(differ) or 'two families'}"
         )
-
-
-def _shared_tokens(one: Base, two: Base, old: Path, base: Path) -> list[tuple[int, int]]:
-    """Old and new ids of the tokens that both vocabularies have; without tokenizers, ids mean the same."""
-    sizes = [side.model.get_input_embeddings().weight.shape[0] for side in (one, two)]
-    try:
-        first, second = (
-            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
-            for folder in (old, base)
-        )
-    except (ValueError, OSError, KeyError, ImportError):
-        return [(token, token) for token in range(min(sizes))]
-    shared = [(first[token], second[token]) for token in first.keys() & second.keys()]
-    if first == second:  # rows beyond the vocabulary as well
-        return [(token, token) for token in range(min(sizes))]
-    return sorted((a, b) for a, b in shared if a < sizes[0] and b < sizes[1])
 
 
 @dataclass(frozen=True)

@@ -132,16 +132,16 @@ def _attention(
     v1, v2 = (side["v"].reshape(g, k, -1) for side in (old, new))
     o1, o2 = (side["o"].T.reshape(g, h, k, -1) for side in (old, new))
     groups_G, heads_GH, order = _order(
-        _alike(parts, q1.flatten(0, 1), q2.flatten(0, 1)).reshape(g, h, g, h).transpose(1, 2),
-        (_alike(parts, k1, k2) + _spans(v1, v2)) / 2,
+        alike(parts, q1.flatten(0, 1), q2.flatten(0, 1)).reshape(g, h, g, h).transpose(1, 2),
+        (alike(parts, k1, k2) + spans(v1, v2)) / 2,
     )
     maps_qk, maps_vo = [], []
     for b, a in enumerate(groups_G.tolist()):
         q_pair = [q[place].transpose(0, 1).flatten(1) for q, place in ((q1, (a, heads_GH[b])), (q2, b))]
         o_pair = [o[place].transpose(0, 1).flatten(1) for o, place in ((o1, (a, heads_GH[b])), (o2, b))]
-        maps_qk.append(_basis(parts, (*q_pair, k1[a], k2[b]), turning=True))
-        maps_vo.append(_basis(parts, (v1[a], v2[b], *o_pair), turning=False))
-    found = {"heads": order, "qk": _mean(match for _, match in maps_qk), "vo": _mean(match for _, match in maps_vo)}
+        maps_qk.append(basis(parts, (*q_pair, k1[a], k2[b]), turning=True))
+        maps_vo.append(basis(parts, (v1[a], v2[b], *o_pair), turning=False))
+    found = {"heads": order, "qk": mean(match for _, match in maps_qk), "vo": mean(match for _, match in maps_vo)}
     return groups_G, heads_GH, torch.stack([m for m, _ in maps_qk]), torch.stack([m for m, _ in maps_vo]), found
 
 
@@ -160,7 +160,7 @@ def _order(heads_GGHH: Tensor, shared_GG: Tensor) -> tuple[Tensor, Tensor, Match
     return old_G, torch.stack([torch.from_numpy(within[a][b]) for b, a in enumerate(old_G.tolist())]), match
 
 
-def _basis(parts: Anatomy, pair: tuple[Tensor, ...], *, turning: bool) -> tuple[Tensor, Match]:
+def basis(parts: Anatomy, pair: tuple[Tensor, ...], *, turning: bool) -> tuple[Tensor, Match]:
     """M of a dual pair where it was taken, else the identity."""
     x1, x2, y1, y2 = pair
     identity_KK = torch.eye(len(x1), dtype=x1.dtype)
@@ -175,7 +175,8 @@ def _basis(parts: Anatomy, pair: tuple[Tensor, ...], *, turning: bool) -> tuple[
     return (m_KK if match.moved else identity_KK), match
 
 
-def _mean(matches: Iterable[Match]) -> Match:
+def mean(matches: Iterable[Match]) -> Match:
+    """Of the parts of a space."""
     some = list(matches)
     return Match(
         fmean(match.before for match in some), fmean(match.after for match in some), any(m.moved for m in some)
@@ -202,10 +203,10 @@ def _dual_planes(parts: Anatomy, x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2
     return m_KK
 
 
-def _alike(parts: Anatomy, x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
+def alike(parts: Anatomy, x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
     """Old head × new head: how like they are on rotary planes, whatever their angles and scales are."""
     if not len(parts.planes_P2):
-        return _spans(x1_HKN, x2_HKN)
+        return spans(x1_HKN, x2_HKN)
     one_P, two_P = parts.planes_P2.unbind(1)
     turned = (torch.complex(x[:, one_P], x[:, two_P]) for x in (x1_HKN, x2_HKN))
     a_PHN, b_PHN = ((x / x.norm(dim=2, keepdim=True).clamp_min(1e-30)).transpose(0, 1) for x in turned)
@@ -213,23 +214,24 @@ def _alike(parts: Anatomy, x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
     return like_PHH.mean(0)
 
 
-def _spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
+def spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
     """Old head × new head: the share of one's span that lies in the other's, whatever their bases are."""
     a_HNK, b_HNK = (torch.linalg.qr(x.transpose(1, 2)).Q for x in (x1_HKN, x2_HKN))
-    return torch.stack([(a_NK.T @ b_HNK).square().sum((1, 2)) for a_NK in a_HNK]) / x1_HKN.shape[1]
+    common = min(x1_HKN.shape[1], x2_HKN.shape[1])
+    return torch.stack([(a_NK.T @ b_HNK).square().sum((1, 2)) for a_NK in a_HNK]) / common
 
 
 def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Tensor, Match]:
     """Which old neuron every new one is: by gate, up and down together; up and down may have changed sign."""
-    sides = [[_unit(side["gate"]), *(_unit(x) for x in _scaled(side))] for side in (old, new)]
+    sides = [[unit(side["gate"]), *(unit(x) for x in scaled(side))] for side in (old, new)]
 
     def alike(some: Tensor | slice) -> Tensor:
         gate_FF, *scaled_FF = (one[some] @ two[some].T for one, two in zip(*sides, strict=True))
-        like_FF: Tensor = (gate_FF + _signless(scaled_FF)) / len(sides[0])
+        like_FF: Tensor = (gate_FF + signless(scaled_FF)) / len(sides[0])
         return like_FF
 
     gate_F, *scaled_F = ((one * two).sum(1) for one, two in zip(*sides, strict=True))
-    before = float((gate_F + _signless(scaled_F)).mean()) / len(sides[0])
+    before = float((gate_F + signless(scaled_F)).mean()) / len(sides[0])
     everyone_F = torch.arange(len(gate_F))
     sample = torch.randperm(len(gate_F), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
     if float((alike(sample).argmax(0) == torch.arange(len(sample))).double().mean()) > _STAYS:
@@ -240,12 +242,13 @@ def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Te
     return (order_F if match.moved else everyone_F), match
 
 
-def _scaled(side: Mapping[Role, Tensor]) -> list[Tensor]:
+def scaled(side: Mapping[Role, Tensor]) -> list[Tensor]:
     """The dual pair of a neuron: its column of down, and its row of up where there is one."""
     return [side["down"].T, *([side["up"]] if "up" in side else [])]
 
 
-def _signless(likeness: Sequence[Tensor]) -> Tensor:
+def signless(likeness: Sequence[Tensor]) -> Tensor:
+    """Their sum; of a pair that may have changed sign together, without it."""
     total = torch.stack(list(likeness)).sum(0)
     return total.abs() if len(likeness) > 1 else total
 
@@ -265,6 +268,7 @@ def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Ten
     return (s_F if match.moved else ones_F), match
 
 
-def _unit(x_FN: Tensor) -> Tensor:
+def unit(x_FN: Tensor) -> Tensor:
+    """Rows of length 1."""
     length_F1: Tensor = x_FN.norm(dim=1, keepdim=True)
     return x_FN / length_F1.clamp_min(1e-30)
