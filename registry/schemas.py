@@ -505,7 +505,7 @@ class ClaimRequest(Request):
     cached: Annotated[list[Sha256], Field(max_length=1000)] = Field(default_factory=list)
     """Manifests that the worker has on its disk: jobs on bases among them are preferred."""
     group: Annotated[int, Field(ge=1, le=64)] = 1
-    """How many jobs at most: beside the first come fine-tunings that can share its base once it is loaded."""
+    """How many jobs at most: beside the first come trainings of its kind that can share its base once it is loaded."""
 
 
 class ClaimInfo(Answer):

@@ -118,7 +118,7 @@ class WorkerSettings:
     name: str
     log_level: str = "info"
     together: int = 8
-    """How many adapters are trained at most at once on one loaded base."""
+    """How many jobs are trained at most at once on one loaded base."""
     checkpoint_s: float = 60.0
     """The shortest time between two checkpoints that are sent to storage."""
 

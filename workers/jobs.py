@@ -188,9 +188,10 @@ class Worker:
         }
         for role, spec in claimed.specs.items():
             folders[role] = _with_spec(folders[role], spec, out / role)
-        (out / "recipe.json").write_bytes(canonical_json(_with_checkpoints(recipe).model_dump(mode="json")))
-        run = str(recipe_digest(recipe))
-        mine = (lambda identity: identity.startswith(run)) if isinstance(recipe, FineTune) else every
+        told = _with_checkpoints(recipe)
+        (out / "recipe.json").write_bytes(canonical_json(told.model_dump(mode="json")))
+        run = str(recipe_digest(told))
+        mine = (lambda identity: identity.startswith(run)) if isinstance(told, FineTune | Rebase) else every
         seat = _Seat(recipe, home, out, folders, lease, Kept(lease.id, lease.attempt, mine, lease.said))
         if lease.attempt == 1:
             return seat

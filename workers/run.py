@@ -2,7 +2,9 @@
 
     python -m workers.run recipe.json --in base=DIR --in dataset.0=DIR --out DIR [--checkpoint DIR]
 
-    python -m workers.run a.json b.json --in 0:base=DIR … --in 1:base=DIR … --out DIR --out DIR    (fine-tunings)
+    python -m workers.run a.json b.json --in 0:base=DIR … --in 1:base=DIR … --out DIR --out DIR
+
+Several recipes are trainings on one base, fine-tunings or rebases that train.
 
 Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``--out``:
 
@@ -14,7 +16,7 @@ Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``-
 
 Progress goes to ``--progress-fd`` as lines of JSON, else to stderr for people. A termination signal stops
 after the step at hand, leaves a checkpoint, and exits with 130; the same command then goes on from it.
-Of fine-tunings together each has an ``--out`` of its own; lines of progress say by ``task`` whose they are, and by
+Of trainings together each has an ``--out`` of its own; lines of progress say by ``task`` whose they are, and by
 ``ended`` that its outcome lies there; a file ``unwanted`` in an ``--out`` ends that one alone, after the step at hand.
 
 A recipe with ``sharded`` runs in a process a GPU, which torchrun starts; started under torchrun, on several machines
@@ -29,10 +31,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Read once, when torch is loaded: threads that wait sleep. On cores shared with a registry and a database,
@@ -74,15 +76,15 @@ from .compute.finetune import Task, Trained, as_trained, finetune
 from .compute.full import Tuned, tune, write_tuned
 from .compute.lora import Adapter
 from .compute.merge import Form, merge
-from .compute.model import Model, config_of, dtype_for, load
+from .compute.model import Model, Tokenizer, config_of, dtype_for, load
 from .compute.plain import Kept
 from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
-from .compute.rebase.race import Chosen, raced
+from .compute.rebase.race import Chosen, Race, as_raced, raced
 from .compute.rebase.retrain import gain, retrain
 from .compute.rebase.signals import compare
-from .compute.rebase.starts import starts_of
+from .compute.rebase.starts import Starts, starts_of
 from .compute.rebase.symmetries import Match
 from .compute.rebase.transport import transport
 from .compute.rebase.warm_start import warm_start
@@ -93,6 +95,7 @@ from .processes import die_with
 
 Report = Callable[[dict[str, Any]], None]
 Inputs = Mapping[str, Path]
+Product = TypeVar("Product")
 CURVE_POINTS = 200
 _REFUSAL = "error.json"
 UNWANTED = "unwanted"
@@ -159,57 +162,108 @@ def run_together(
     report: Report,
     checkpoint: Path | None = None,
 ) -> int:
-    """Fine-tune several adapters on one loaded base; how many were refused.
+    """Fine-tune several adapters, or rebase several by training, on one loaded base; how many were refused.
 
     What each made, or was refused by, lies in its ``out`` as soon as it ends. Whoever finds a file ``unwanted`` there
     ends after the step at hand, without an outcome.
     """
-    began = time.monotonic()
-    wanted = [one for one in recipes if isinstance(one, FineTune) and not one.sharded]
-    if len(wanted) != len(recipes) or len({(one.base, one.precision, one.quantised) for one in wanted}) != 1:
+    company = _Company(recipes, inputs, outs, report, checkpoint)
+    finetunes = [one for one in recipes if isinstance(one, FineTune) and not one.sharded]
+    rebases = [one for one in recipes if isinstance(one, Rebase) and one.training is not None]
+    trainings = finetunes or [one.training for one in rebases if one.training is not None]
+    if len(trainings) != len(recipes) or len({(one.base, one.precision, one.quantised) for one in trainings}) != 1:
         raise BadRequest(
-            problems="together go fine-tunings on one base, in one precision, quantised alike, none of them sharded"
+            problems="together go fine-tunings, or warm starts and retrainings, on one base, in one precision, "
+            "quantised alike, none of them sharded"
         )
-    tasks: dict[int, Task] = {}
-    refused = 0
+    if finetunes:
+        _finetune_together(company, finetunes)
+    else:
+        _rebase_together(company, rebases, trainings[0])
+    return company.refused
 
-    def ended(place: int) -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # the next step hears of it
-            report({"task": place, "ended": True})
 
-    for place, (recipe, given, out) in enumerate(zip(wanted, inputs, outs, strict=True)):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _REFUSAL).unlink(missing_ok=True)
-        try:
-            _check_inputs(recipe, given)
-            tasks[place] = _task(recipe, given)
-        except LoractlError as error:
-            refused += 1
-            _refused(error, out)
-            ended(place)
-    if not tasks:
-        return refused
-    places = list(tasks)
-    first = tasks[places[0]].recipe
-    unwanted: set[int] = set()
+class _Company:
+    """Recipes that are run together: who is left, and the word of everybody's end."""
 
-    def told(now: dict[str, Any]) -> None:
-        unwanted.update(at for at, place in enumerate(places) if (outs[place] / UNWANTED).exists())
-        report(now | {"task": places[now["task"]]})
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        inputs: Sequence[Inputs],
+        outs: Sequence[Path],
+        report: Report,
+        checkpoint: Path | None,
+    ) -> None:
+        self.inputs, self.outs, self.refused = inputs, outs, 0
+        self._recipes, self._report, self._checkpoint = recipes, report, checkpoint
+        self._began = time.monotonic()
+        self._left = list(range(len(recipes)))
+        for out in outs:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / _REFUSAL).unlink(missing_ok=True)
+        self.each(lambda place: _check_inputs(recipes[place], inputs[place]))
 
-    model, tokenizer = load(inputs[places[0]]["base"], first.precision, first.quantised)
-    options: dict[str, Any] = {"report": told, "checkpoint_dir": checkpoint, "unwanted": unwanted}
-    for at, outcome in as_trained(model, tokenizer, list(tasks.values()), **options):
-        place = places[at]
-        recipe, out = tasks[place].recipe, outs[place]
+    def each(self, work: Callable[[int], Product]) -> dict[int, Product]:
+        """What ``work`` makes for each that is left, by its place; whoever is refused has ended."""
+        made: dict[int, Product] = {}
+        for place in list(self._left):
+            try:
+                made[place] = work(place)
+            except LoractlError as error:
+                self.end(place, error)
+        return made
+
+    def end(self, place: int, outcome: LoractlError | dict[str, Any]) -> None:
+        """Leave the facts of a result, or the refusal, and say that it lies there."""
+        self._left.remove(place)
         if isinstance(outcome, LoractlError):
-            refused += 1
-            _refused(outcome, out)
+            self.refused += 1
+            _refused(outcome, self.outs[place])
         else:
-            _write(outcome.adapter, out, recipe.base, recipe)
-            _leave(_stamped(recipe, _finetuned_facts(model, recipe, outcome), began, 1), out)
-        ended(place)
-    return refused
+            _leave(_stamped(self._recipes[place], outcome, self._began, 1), self.outs[place])
+        with contextlib.suppress(KeyboardInterrupt):  # the next step hears of it
+            self._report({"task": place, "ended": True})
+
+    def options(self, places: Sequence[int]) -> dict[str, Any]:
+        """How those at ``places`` are trained: who hears of a step, who is not wanted any more, and what is left."""
+        unwanted: set[int] = set()
+
+        def told(now: dict[str, Any]) -> None:
+            unwanted.update(at for at, place in enumerate(places) if (self.outs[place] / UNWANTED).exists())
+            self._report(now | {"task": places[now["task"]]})
+
+        return {"report": told, "checkpoint_dir": self._checkpoint, "unwanted": unwanted}
+
+
+def _finetune_together(company: _Company, recipes: Sequence[FineTune]) -> None:
+    tasks = company.each(lambda place: _task(recipes[place], company.inputs[place]))
+    if not tasks:
+        return
+    places = list(tasks)
+    base = company.inputs[places[0]]["base"]
+    model, tokenizer = load(base, recipes[0].precision, recipes[0].quantised)
+    for at, outcome in as_trained(model, tokenizer, list(tasks.values()), **company.options(places)):
+        place = places[at]
+        if isinstance(outcome, Trained):
+            company.end(place, _finetuned(model, recipes[place], outcome, company.outs[place]))
+        else:
+            company.end(place, outcome)
+
+
+def _rebase_together(company: _Company, recipes: Sequence[Rebase], training: FineTune) -> None:
+    bouts = company.each(lambda place: _bout(recipes[place], company.inputs[place]))
+    befores = dict(zip(bouts, _befores(list(bouts.values())), strict=True))
+    if not bouts:
+        return
+    model, tokenizer = load(company.inputs[min(bouts)]["base"], training.precision, training.quantised)
+    races = company.each(lambda place: _race(model, tokenizer, bouts[place], befores[place]))
+    places = list(races)
+    for at, outcome in as_raced(model, tokenizer, list(races.values()), **company.options(places)):
+        place = places[at]
+        if isinstance(outcome, Chosen):
+            company.end(place, _rebased(model, recipes[place], outcome, company.outs[place]))
+        else:
+            company.end(place, outcome)
 
 
 def _check_inputs(recipe: Recipe, inputs: Inputs) -> None:
@@ -249,12 +303,12 @@ def _finetune(
         model, tokenizer = load_sharded(base, precision, ranks.mesh)
     options: dict[str, Any] = {"report": report, "checkpoint_dir": checkpoint, "ranks": ranks}
     trained = finetune(model, tokenizer, recipe, task.rows, start=task.start, **options)
-    if ranks.first:
+    return _finetuned(model, recipe, trained, out if ranks.first else None)
+
+
+def _finetuned(model: Model, recipe: FineTune, trained: Trained, out: Path | None) -> dict[str, Any]:
+    if out is not None:
         _write(trained.adapter, out, recipe.base, recipe)
-    return _finetuned_facts(model, recipe, trained)
-
-
-def _finetuned_facts(model: Model, recipe: FineTune, trained: Trained) -> dict[str, Any]:
     count = sum(part.numel() for part in parts_of(trained.adapter).values())
     return _training_facts(trained, recipe.precision) | {"base": loaded(model), "trained": count}
 
@@ -317,31 +371,71 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
     if recipe.tier == "carry":
         _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}
+    bout = _bout(recipe, inputs)
+    [before] = _befores([bout])
+    model, tokenizer = load(inputs["base"], bout.training.precision, bout.training.quantised)
+    chosen = raced(model, tokenizer, _race(model, tokenizer, bout, before), report, checkpoint)
+    return _rebased(model, recipe, chosen, out)
+
+
+@dataclass(frozen=True)
+class _Bout:
+    """A rebase that trains, as far as it comes without a model."""
+
+    recipe: Rebase
+    training: FineTune
+    old: Path
+    adapter: Adapter
+    starts: Starts
+    rows: Sequence[Row]
+    suite: Suite | None
+
+
+def _bout(recipe: Rebase, inputs: Inputs) -> _Bout:
     assert recipe.training is not None
-    chosen, held = _trained_on(recipe, recipe.training, inputs, adapter, report, checkpoint)
+    adapter = read_adapter(inputs["adapter"])
+    starts = starts_of(adapter, inputs["old"], inputs["base"])
+    suite = Suite.read(inputs["suite"]) if recipe.suite else None
+    return _Bout(recipe, recipe.training, inputs["old"], adapter, starts, _rows(inputs), suite)
+
+
+def _befores(bouts: Sequence[_Bout]) -> list[float | LoractlError | None]:
+    """What each adapter gains on its own base, where that is asked; a base is loaded once for all that share it."""
+    found: list[float | LoractlError | None] = [None] * len(bouts)
+    asked = [place for place, bout in enumerate(bouts) if bout.recipe.tier == "retrain" and bout.suite is not None]
+    for old in dict.fromkeys(bouts[place].old for place in asked):
+        own = [place for place in asked if bouts[place].old == old]
+        training = bouts[own[0]].training
+        try:
+            model, tokenizer = load(old, training.precision, training.quantised)
+        except LoractlError as error:
+            found = [error if place in own else before for place, before in enumerate(found)]
+            continue
+        for place in own:
+            try:
+                found[place] = gain(model, tokenizer, bouts[place].suite, bouts[place].adapter)
+            except LoractlError as error:
+                found[place] = error
+    return found
+
+
+def _race(model: Model, tokenizer: Tokenizer, bout: _Bout, before: float | LoractlError | None) -> Race:
+    if isinstance(before, LoractlError):
+        raise before
+    if bout.recipe.tier == "warm-start":
+        race = warm_start(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite)
+    else:
+        race = retrain(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite, before)
+    return replace(race, owner=f"{recipe_digest(bout.recipe)} ")
+
+
+def _rebased(model: Model, recipe: Rebase, chosen: Chosen, out: Path) -> dict[str, Any]:
+    assert recipe.training is not None
     _write(chosen.trained.adapter, out, recipe.base, recipe)
-    facts = {"tier": recipe.tier, "base": held} | {
+    facts = {"tier": recipe.tier, "base": loaded(model)} | {
         name: getattr(chosen, name) for name in ("start", "candidate", "candidates", "starts")
     }
     return _training_facts(chosen.trained, recipe.training.precision) | facts | {"steps": chosen.steps}
-
-
-def _trained_on(
-    recipe: Rebase, training: FineTune, inputs: Inputs, adapter: Adapter, report: Report, checkpoint: Path | None
-) -> tuple[Chosen, dict[str, Any]]:
-    """What warm start or retraining chose, and how the base was held."""
-    suite = Suite.read(inputs["suite"]) if recipe.suite else None
-    rows = _rows(inputs)
-    starts = starts_of(adapter, inputs["old"], inputs["base"])
-    before = None
-    if suite is not None and recipe.tier == "retrain":
-        before = gain(*load(inputs["old"], training.precision, training.quantised), suite, adapter)
-    model, tokenizer = load(inputs["base"], training.precision, training.quantised)
-    if recipe.tier == "warm-start":
-        race = warm_start(model, tokenizer, training, rows, starts, suite)
-    else:
-        race = retrain(model, tokenizer, training, rows, starts, suite, before)
-    return raced(model, tokenizer, race, report, checkpoint), loaded(model)
 
 
 def _combine(recipe: Combine, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:

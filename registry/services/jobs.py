@@ -427,10 +427,11 @@ def claim_beside(
 
 
 def _shares(job: Job) -> tuple[str, str, str] | None:
-    """What two jobs must have alike to be trained on one loaded base; None for work that is done alone."""
-    if job.kind != "finetune" or job.recipe.get("sharded"):
+    """What two jobs of a kind must have alike to be trained on one loaded base; None for work that is done alone."""
+    training = job.recipe.get("training") if job.kind == "rebase" else job.recipe if job.kind == "finetune" else None
+    if training is None or job.recipe.get("sharded"):
         return None
-    return job.base, str(job.recipe.get("precision")), str(job.recipe.get("quantised"))
+    return job.base, str(training.get("precision")), str(training.get("quantised"))
 
 
 def inputs(session: Session, job: Job) -> dict[str, str]:

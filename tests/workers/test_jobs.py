@@ -155,12 +155,24 @@ def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
     with home.working():
         pass
     assert [home.client.job(job.id).state for job in (evaluated, merged)] == ["succeeded"] * 2
-    rebased = home.submit(
-        {"kind": "rebase", "tier": "carry", "adapter": "team/bot@v1", "base": "demo@r2"}, adapter="team/bot"
-    )
+    words = {"kind": "rebase", "adapter": "team/bot@v1", "base": "demo@r2"}
+    rebased = home.submit(words | {"tier": "carry"}, adapter="team/bot")
     with home.working():
         pass
     assert home.client.job(rebased.id).state == "succeeded"
+    training = TRAINING | {"base": "demo@r2", "steps": 60}
+    trained_on = [
+        home.submit(words | {"tier": tier, "training": training}, adapter=f"team/{tier}")
+        for tier in ("warm-start", "retrain")
+    ]
+    with home.working():
+        for one in trained_on:
+            home.wait(one, lambda now: (now.progress or {}).get("step", 0) >= 1)
+        assert len(children()) == 1  # on the base loaded once
+    results = [home.client.job(one.id).result or {} for one in trained_on]
+    assert [(one["tier"], one["made"][0]["ref"]) for one in results] == [
+        ("warm-start", "team/warm-start@v1"), ("retrain", "team/retrain@v1")
+    ]  # fmt: skip
     first, second = home.client.version("team/bot", "v1"), home.client.version("team/bot", "v2")
     assert (first.evidence, second.evidence, first.job) == ("recorded", "recorded", trained.id)
     assert second.base == home.client.base("demo@r2").digest != first.base

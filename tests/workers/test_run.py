@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from registry.core.errors import BadRequest, LoractlError
-from registry.core.recipes import Compare, Evaluate, FineTune, FullFineTune, Merge, Rebase, recipe_digest
+from registry.core.recipes import Compare, Evaluate, FineTune, FullFineTune, Merge, Rebase, inputs_of, recipe_digest
 from registry.core.records import parse_records
 from tests.workers import factories
+from workers.compute import snapshot
 from workers.compute.bank import attached
 from workers.compute.data import Row
 from workers.compute.model import load
@@ -278,7 +280,7 @@ def test_a_terminated_command_leaves_a_checkpoint_and_its_repetition_the_same_by
 
 
 def together(
-    folder: Path, recipes: list[FineTune], folders: dict[str, Path], *options: str
+    folder: Path, recipes: Sequence[FineTune | Rebase], folders: dict[str, Path], *options: str
 ) -> tuple[int, list[Path]]:
     """Run recipes in one process, each into a folder of its own."""
     outs = [folder / f"out-{place}" for place in range(len(recipes))]
@@ -289,7 +291,7 @@ def together(
         line += [str(out / "recipe.json")]
     for place, out in enumerate(outs):
         line += ["--out", str(out)]
-        line += [part for role in ("base", "dataset.0") for part in ("--in", f"{place}:{role}={folders[role]}")]
+        line += [part for role in inputs_of(recipes[place]) for part in ("--in", f"{place}:{role}={folders[role]}")]
     return main([*line, *options]), outs
 
 
@@ -308,6 +310,37 @@ def test_adapters_trained_together_are_as_trained_alone_and_one_that_is_refused_
         assert found["recipe"] == str(recipe_digest(recipes[place]))
         torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(alone["loss"]), rtol=1e-4, atol=1e-5)
         assert (outs[place] / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_rebases_that_train_go_together_as_each_would_alone_and_go_on_alone(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    kept = {"suite": factories.SUITE}
+    recipes = [
+        rebase("warm-start", training=factories.recipe(steps=3, checkpoint_every=1), **kept),
+        rebase("retrain", training=factories.recipe(steps=3, targets=("nothing",))),
+        rebase("retrain", training=factories.recipe(steps=4, checkpoint_every=1, seed=1), **kept),
+    ]
+    common = tmp_path / "common"
+    status, outs = together(tmp_path, recipes, folders, "--checkpoint", str(common))
+    assert status == 1
+    assert json.loads((outs[1] / "error.json").read_text())["code"] == "unknown-targets"
+    owners = {identity.partition(" ")[0] for identity in snapshot.files_of(common)}
+    assert owners == {str(recipe_digest(recipes[place])) for place in (0, 2)}
+    for place in (0, 2):
+        alone, onward = (tmp_path / f"{name}-{place}" for name in ("alone", "onward"))
+        whole = run(recipes[place], folders, alone, silent).facts
+        found = result(outs[place])
+        assert (found["tier"], found["recipe"]) == (recipes[place].tier, whole["recipe"])
+        assert found["candidates"].keys() == whole["candidates"].keys()
+        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(whole["loss"]), rtol=1e-4, atol=1e-5)
+        reading, writing = os.pipe()
+        line = command(onward, recipes[place], folders, "--from", str(common), "--checkpoint", str(onward / "own"))
+        assert main([*line, "--progress-fd", str(writing)]) == 0
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            assert told.read() == ""  # all of its steps were made in the company
+        assert result(onward)["loss"] == found["loss"]
 
 
 def test_who_is_not_wanted_any_more_ends_without_an_outcome(tmp_path: Path, folders: dict[str, Path]) -> None:

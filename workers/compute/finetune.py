@@ -54,6 +54,8 @@ class Task:
     recipe: FineTune
     rows: Sequence[Row]
     start: Adapter | None = None
+    owner: str = ""
+    """In front of what a checkpoint is found by, for one of several trainings that belong together."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class _Run(Course):
         ahead, held, counted = laid_out(model, tokenizer, task.recipe, task.rows)
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
-        identity = f"{recipe_digest(task.recipe)} {marks}"
+        identity = f"{task.owner}{recipe_digest(task.recipe)} {marks}"
         while others[identity]:  # the very same task again
             identity += " again"
         return cls(

@@ -40,6 +40,8 @@ class Race:
     measure: Measure
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What was known of every start before a step."""
+    owner: str = ""
+    """Whose race it is: in front of what the candidates' checkpoints are found by."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def as_raced(
         given_up.update(run for run, (owner, _) in enumerate(runs) if owner in unwanted)
         report(now | {"task": place, "step": step, "steps": now["steps"] * len(names), "candidate": name})
 
-    tasks = [races[place].entrants[name].task for place, name in runs]
+    tasks = [replace(races[place].entrants[name].task, owner=races[place].owner) for place, name in runs]
     ended: list[dict[str, Outcome]] = [{} for _ in races]
     options: dict[str, Any] = {"report": told, "checkpoint_dir": checkpoint_dir, "unwanted": given_up}
     until = max((task.recipe.steps for task in tasks), default=0) if checkpoint_dir is not None else None
