@@ -312,14 +312,15 @@ def merge(
 @command(
     None,
     "loractl rebase team/bot:prod --to llama@r2",
+    "loractl rebase team/bot:prod --to llama@r2 --suite team/reviews-test --inputs team/questions",
     "loractl rebase team/bot@v3 --to llama@r2 --tier warm-start --suite team/reviews-test",
     "loractl rebase team/bot:prod --to llama-wide@r1 --tier transport --inputs team/reviews",
 )
 @click.argument("ref", metavar="REF")
 @click.option("--to", "base_text", required=True, metavar="BASE", help="The new weights.")
 @click.option("--tier", type=TIER, default="carry", show_default=True, help="How.")
-@click.option("--suite", "suite_ref", metavar="S", help="Its calibration split chooses where a warm start starts.")
-@click.option("--inputs", "inputs_ref", metavar="D", help="A dataset whose prompts tell two bases' insides apart.")
+@click.option("--suite", "suite_ref", metavar="S", help="Its calibration split chooses among what a tier tries.")
+@click.option("--inputs", "inputs_ref", metavar="D", help="A dataset whose prompts are looked at, never its answers.")
 @click.option("--output", "name", metavar="NAME", help="The adapter it becomes a version of; default: the same one.")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")
 @job_options
@@ -333,7 +334,7 @@ def rebase(
 
     reference = Reference.parse(ref)
     recipe: dict[str, Any] = {"kind": "rebase", "tier": tier, "adapter": str(reference), "base": _base(out, base_text)}
-    if suite_ref and tier in ("warm-start", "retrain"):
+    if suite_ref and tier not in ("align", "transport"):
         recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
     if inputs_ref:
         recipe["inputs"] = str(Reference.parse(inputs_ref, "dataset"))

@@ -24,7 +24,8 @@ from registry.core.errors import LoractlError
 from .compute.export import TYPES, Exported, export_adapter, export_model
 from .compute.finetune import Report
 from .compute.merge import OUT_TYPES, Form, merge
-from .compute.weights import read_adapter, write_file
+from .compute.rebase.normalise import normalised
+from .compute.weights import write_file
 
 
 def export(
@@ -35,9 +36,9 @@ def export(
     if adapter is None:
         return export_model(base, out, dtype, report, origin)
     if not merged:
-        return export_adapter(base, read_adapter(adapter), out, dtype, report, origin)
+        return export_adapter(base, normalised(adapter, base), out, dtype, report, origin)
     between = dtype if dtype in OUT_TYPES else None
-    merge(base, read_adapter(adapter), work / "merged", report, Form(between, digests=False, durable=False))
+    merge(base, normalised(adapter, base), work / "merged", report, Form(between, digests=False, durable=False))
     return export_model(work / "merged", out, dtype, report, origin)
 
 

@@ -81,6 +81,8 @@ from .compute.plain import Kept
 from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
+from .compute.rebase.free import best_carried
+from .compute.rebase.normalise import normalised
 from .compute.rebase.race import Chosen, Race, as_raced, raced
 from .compute.rebase.retrain import gain, retrain
 from .compute.rebase.signals import compare
@@ -314,7 +316,7 @@ def _finetuned(model: Model, recipe: FineTune, trained: Trained, out: Path | Non
 
 
 def _task(recipe: FineTune, inputs: Inputs) -> Task:
-    start = read_adapter(inputs["start"]) if recipe.start else None
+    start = normalised(inputs["start"], inputs["base"]) if recipe.start else None
     if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
         raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
     return Task(recipe, _rows(inputs), start)
@@ -334,7 +336,7 @@ def _full_finetune(
 
 def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     suite = Suite.read(inputs["suite"])
-    adapters = {str(i): read_adapter(inputs[f"adapter.{i}"]) for i in range(len(recipe.adapters))}
+    adapters = {str(i): normalised(inputs[f"adapter.{i}"], inputs["base"]) for i in range(len(recipe.adapters))}
     model, tokenizer = load(inputs["base"], recipe.precision, recipe.quantised)
     records = evaluate(model, tokenizer, suite, adapters, bare=recipe.bare, report=report)
     for name, found in records.items():
@@ -349,7 +351,7 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
 
 
 def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
-    base, adapter = inputs["base"], read_adapter(inputs["adapter"])
+    base, adapter = inputs["base"], normalised(inputs["adapter"], inputs["base"])
     form = Form(recipe.dtype, recipe.max_shard_bytes, recipe.dequantise)
     merged = merge(base, adapter, out / "base", report, form)
     facts = {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
@@ -358,16 +360,21 @@ def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str
 
 
 def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
-    adapter = read_adapter(inputs["adapter"])
+    adapter = normalised(inputs["adapter"], inputs["old"])
     if recipe.tier == "align":
         aligned = align(adapter, inputs["old"], inputs["base"], report)
         _write(aligned.adapter, out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0, "matches": _by_name(aligned.matches)}
     if recipe.tier == "transport":
-        unlabelled = read_rows(inputs["inputs"]) if recipe.inputs else None
-        moved = transport(adapter, inputs["old"], inputs["base"], unlabelled, report)
+        moved = transport(adapter, inputs["old"], inputs["base"], _unlabelled(recipe, inputs) or None, report)
         _write(moved.adapter, out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0} | moved.facts()
+    if recipe.tier == "carry" and (recipe.suite or recipe.inputs):
+        suite, rows = Suite.read(inputs["suite"]) if recipe.suite else None, _unlabelled(recipe, inputs)
+        best = best_carried(adapter, inputs["old"], inputs["base"], suite, rows, report)
+        _write(best.adapter, out, recipe.base, recipe)
+        found = {"chosen": best.chosen, "reason": best.reason, "candidates": best.candidates}
+        return {"tier": recipe.tier, "steps": 0, **found}
     if recipe.tier == "carry":
         _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}
@@ -477,6 +484,11 @@ def _rows(inputs: Inputs) -> list[Row]:
     """The rows of all datasets, in the order of their roles."""
     roles = sorted((role for role in inputs if role.startswith("dataset.")), key=lambda role: int(role[8:]))
     return [row for role in roles for row in read_rows(inputs[role])]
+
+
+def _unlabelled(recipe: Rebase | Compare, inputs: Inputs) -> list[Row]:
+    """Rows of which only the prompts are read."""
+    return read_rows(inputs["inputs"]) if recipe.inputs else []
 
 
 def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None:

@@ -30,9 +30,13 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector|lora_magnitude_vector\.weight)"
 )
+_TRIPLET = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ABE])")
+"""AdaLoRA's three factors."""
 _ROWS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_init")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FOLLOWS_FROM_BASE = ("pissa", "olora")
+"""Initialisations whose factors can be told from the base, so that the update is B·A less their product."""
 _NOT_RUNNABLE = {  # keys of adapter_config.json that, when set, change what is computed in ways we do not do
     "layer_replication": "it replicates layers",
     "target_parameters": "it adapts bare parameters (mixture-of-experts weights)",
@@ -53,6 +57,10 @@ _KNOWN = {
     "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 
+_ADALORA = {
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -71,6 +79,8 @@ class Module:
     """DoRA's magnitude vector (Liu et al. 2024, arXiv:2402.09353)."""
     bias: TensorInfo | None = None
     """The bias of lora_B."""
+    values: TensorInfo | None = None
+    """AdaLoRA's E: the update is scale · B·diag(E)·A (Zhang et al. 2023, arXiv:2303.10512)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,6 +117,8 @@ class AdapterSpec:
     """The base digest that our training wrote into the file."""
     recorded: tuple[tuple[str, str], ...] = ()
     """The other ``loractl.*`` entries of the files' metadata, sorted."""
+    changed_base: bool = False
+    """Its factors were trained on what they had left of the base: they are an update only together with it."""
     opaque: bool = False
     """Its tensors are of a kind whose place in the base we cannot tell."""
 
@@ -135,6 +147,8 @@ class AdapterSpec:
             "bias": bool(self.biases),
             "modules-to-save": bool(self.saved),
             "token-rows": bool(self.token_rows),
+            "changed-base": self.changed_base,
+            "adalora": any(module.values for module in self.modules),
         }
         return tuple(sorted(name for name, there in present.items() if there))
 
@@ -159,8 +173,8 @@ class AdapterSpec:
             recorded_base=recorded_base,
             recorded=recorded,
         )
-        if spec.peft_type != "LORA":
-            reason = f"adapters of type {spec.peft_type} are stored, but only LORA is computed with"
+        if spec.peft_type not in ("LORA", "ADALORA"):
+            reason = f"adapters of type {spec.peft_type} are stored, but only LORA and ADALORA are computed with"
             return replace(spec, why_not_runnable=reason, opaque=True)
         if config.get("target_parameters"):
             return replace(spec, why_not_runnable=_NOT_RUNNABLE["target_parameters"], opaque=True)
@@ -207,9 +221,10 @@ class _Reading:
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> None:
         self.config = config
         self.tensors = tensors
-        self.rank = self._positive("r")
+        self.adalora = str(config["peft_type"]).upper() == "ADALORA"
+        self.rank = self._positive("init_r", 12) if self.adalora else self._positive("r", 8)
         self.alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
-        self.ranks = _patterns(config, "rank_pattern")
+        self.ranks = {} if self.adalora else _patterns(config, "rank_pattern")
         self.alphas = _patterns(config, "alpha_pattern")
         to_save = config.get("modules_to_save") or []
         self.to_save = (to_save,) if isinstance(to_save, str) else tuple(map(str, to_save))
@@ -223,7 +238,7 @@ class _Reading:
             if tensor.dtype not in FLOATS:
                 raise BadTensor(tensor=name, path=path, reason=f"{tensor.dtype}; factors are {', '.join(FLOATS)}")
             bare = name.removeprefix(WRAPPER)
-            if match := _FACTOR.fullmatch(bare):
+            if match := (_TRIPLET if self.adalora else _FACTOR).fullmatch(bare):
                 parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = (path, tensor)
             elif match := _ROWS.fullmatch(bare):
                 rows.append(_named(tensor, match["module"]))
@@ -246,13 +261,14 @@ class _Reading:
             biases=tuple(biases),
             token_rows=tuple(rows),
             why_not_runnable=self._why_not(),
+            changed_base=self._start() is not None,
             transposed=bool(self.config.get("fan_in_fan_out")),
         )
 
     def _module(self, name: str, parts: Mapping[str, tuple[str, TensorInfo]]) -> Module:
         kind: Kind = "embedding" if "lora_embedding_A" in parts or "lora_embedding_B" in parts else "linear"
         key_a, key_b = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
-        for key in (key_a, key_b):
+        for key in (key_a, key_b, *(["lora_E"] if self.adalora else [])):
             if key not in parts:
                 path, present = next(iter(parts.values()))
                 raise BadTensor(tensor=present.name, path=path, reason=f"module '{name}' has no {key} beside it")
@@ -262,7 +278,7 @@ class _Reading:
             if len(factor.shape) not in ((2,) if kind == "embedding" else (2, 3, 4, 5)):
                 reason = f"shape {list(factor.shape)}; a factor is a matrix"
                 raise BadTensor(tensor=factor.name, path=path, reason=reason)
-        rank = _pattern(self.ranks, name, self.rank)
+        rank = a.shape[0] if self.adalora else _pattern(self.ranks, name, self.rank)
         if a.shape[0] != b.shape[1]:
             reason = f"A has rank {a.shape[0]}, but B of the same module has rank {b.shape[1]}"
             raise BadTensor(tensor=a.name, path=path, reason=reason)
@@ -270,7 +286,14 @@ class _Reading:
             reason = f"it has rank {a.shape[0]}, but {CONFIG_FILE} gives this module rank {rank:g}"
             raise BadTensor(tensor=a.name, path=path, reason=reason)
         alpha = _pattern(self.alphas, name, self.alpha)
-        scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        if self.adalora:  # by the rank that it began with, as PEFT has it
+            scale = (alpha if alpha > 0 else self.rank) / (self.rank + 1e-5)
+        else:
+            scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        _, values = parts.get("lora_E", (path, None))
+        if values is not None and math.prod(values.shape) != rank:
+            reason = f"shape {list(values.shape)}, but A of the same module has rank {rank:g}"
+            raise BadTensor(tensor=values.name, path=path, reason=reason)
         _, magnitude = parts.get("lora_magnitude_vector", (path, None))
         _, bias = parts.get("lora_B.bias", (path, None))
         if (magnitude is not None) != bool(self.config.get("use_dora")):
@@ -281,7 +304,7 @@ class _Reading:
             if vector is not None and math.prod(vector.shape) != out:
                 reason = f"shape {list(vector.shape)}; '{name}' has {out} outputs"
                 raise BadTensor(tensor=vector.name, path=path, reason=reason)
-        return Module(name, kind, a.shape[0], scale, a, b, magnitude, bias)
+        return Module(name, kind, a.shape[0], scale, a, b, magnitude, bias, values)
 
     def _is_saved(self, bare: str) -> bool:
         module = bare.rpartition(".")[0].removesuffix(".base_layer")
@@ -294,17 +317,23 @@ class _Reading:
         for key, reason in _NOT_RUNNABLE.items():
             if self.config.get(key):
                 return reason
-        start = self.config.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        start = self._start()
+        if start is not None and start not in _FOLLOWS_FROM_BASE:
             return (
-                f"its initialisation '{start}' changed the base weights; save it again with "
+                f"its initialisation '{start}' changed the base weights by more than they tell; save it again with "
                 "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
             )
-        unknown = sorted(k for k, v in self.config.items() if k not in _KNOWN and k not in _NOT_RUNNABLE and v)
+        known = _KNOWN | _ADALORA if self.adalora else _KNOWN
+        unknown = sorted(k for k, v in self.config.items() if k not in known and k not in _NOT_RUNNABLE and v)
         return f"{CONFIG_FILE} sets {', '.join(unknown)[:200]}, which is not known here" if unknown else None
 
-    def _positive(self, key: str) -> int:
-        value = self.config.get(key, 8)
+    def _start(self) -> str | None:
+        """The initialisation that took a part out of the base; None where none did."""
+        start = str(self.config.get("init_lora_weights", True)).lower()
+        return start if start.startswith(_CHANGES_BASE) else None
+
+    def _positive(self, key: str, default: int) -> int:
+        value = self.config.get(key, default)
         if type(value) is not int or not 1 <= value <= 1 << 16:
             raise BadConfig(path=CONFIG_FILE, reason=f"'{key}' must be a whole number from 1 to 65536")
         return value

@@ -36,9 +36,11 @@ ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(512, frozenset({"embedding"})),
     "sglang": Engine(None, frozenset({"embedding"}), frozenset(_ATTENTION_AND_MLP | {"embed_tokens", "lm_head"})),
     "lorax": Engine(128, frozenset()),
-    "peft": Engine(None, frozenset({"bias", "dora", "embedding", "lora-bias", "modules-to-save", "token-rows"})),
+    "peft": Engine(None, frozenset({
+        "adalora", "bias", "changed-base", "dora", "embedding", "lora-bias", "modules-to-save", "token-rows",
+    })),
     "llama.cpp": Engine(None, frozenset({"embedding"})),
-}
+}  # fmt: skip
 _WORDS = {
     "bias": "trained biases",
     "dora": "DoRA magnitudes",
@@ -46,6 +48,8 @@ _WORDS = {
     "lora-bias": "biases of lora_B",
     "modules-to-save": "whole trained modules (modules_to_save)",
     "token-rows": "trained token rows",
+    "changed-base": "factors trained on a changed base (a rebase to its own base makes it plain)",
+    "adalora": "AdaLoRA's three factors (a rebase to its own base makes it plain)",
 }
 
 

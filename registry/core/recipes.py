@@ -176,7 +176,8 @@ class Rebase(Frozen):
     training: FineTune | None = None
     """warm-start and retrain: the recorded recipe on the new base, with the steps and rates of this tier."""
     suite: Sha256 | None = None
-    """warm-start: its calibration split chooses among the starts; without one the training loss does."""
+    """Its calibration split chooses. carry: among the variants that need no training; warm-start: among the starts,
+    where without one the training loss does."""
     inputs: Sha256 | None = None
     """A dataset of which only the prompts are read: unlabelled text of what the adapter is for."""
 

@@ -147,7 +147,7 @@ def test_an_unknown_type_is_stored_and_not_run() -> None:
     ("config", "word"),
     [
         ({"init_lora_weights": "pissa_niter_16"}, "changed the base weights"),
-        ({"init_lora_weights": "olora"}, "changed the base weights"),
+        ({"init_lora_weights": "lora_ga"}, "changed the base weights"),
         ({"layer_replication": [[0, 1]]}, "replicates layers"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "bare parameters"),
         ({"a_switch_of_tomorrow": True}, "a_switch_of_tomorrow"),

@@ -216,6 +216,15 @@ def test_carry_leaves_the_same_factors_bound_to_the_new_base(folders: dict[str, 
     assert read_metadata(path / "adapter_model.safetensors")["loractl.base"] == factories.BASE
 
 
+def test_a_carry_with_something_to_choose_by_says_what_it_tried(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["inputs"] = folders["dataset.0"]
+    run(rebase("carry", suite=factories.SUITE, inputs=factories.DATASET), folders, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert {"chosen", "reason", "candidates", "steps"} <= found.keys()
+    assert found["chosen"] in found["candidates"]
+    assert read_adapter(tmp_path / "out" / "adapter").patches
+
+
 @pytest.mark.parametrize("tier", ["warm-start", "retrain"])
 @pytest.mark.parametrize("suite", [factories.SUITE, None], ids=["with a suite", "without"])
 def test_the_trained_tiers_say_what_they_tried(

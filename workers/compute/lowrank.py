@@ -56,6 +56,11 @@ class LowRank:
         u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u, s, v @ q_a.T
 
+    def inner(self, other: Self) -> float:
+        """⟨B₁·A₁, B₂·A₂⟩ = ⟨B₁ᵀ·B₂, A₁·A₂ᵀ⟩."""
+        left, right = self.b_OR.double().T @ other.b_OR.double(), self.a_RI.double() @ other.a_RI.double().T
+        return float((left * right).sum())
+
     def norm(self) -> float:
         """‖B·A‖ (Frobenius), from the singular values of the core: sums that cancel give zero, not a root of noise."""
         _, r_b = torch.linalg.qr(self.b_OR.double())
@@ -107,17 +112,17 @@ def rank_for(s_K: Tensor, energy: float, total: float | None = None) -> int:
     return min(int((torch.cumsum(s_K**2, 0) < (energy - 1e-12) * whole).sum()) + 1, len(s_K))
 
 
-def leading(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(w_OI: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` leading singular triplets of a dense matrix, in float64; the same ones at every call.
 
-    A float64 SVD where the smaller side is at most 768. Of few triplets of a larger matrix,
+    A float64 SVD where the smaller side is at most 768. Of few triplets of a larger matrix, unless ``exact``,
     randomised block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477): Q spans [WΩ, WWᵀWΩ, …], and the SVD of
     QᵀW is taken; U·s·Vᵀ is then a projection of W, so that Σσ² is what it really keeps of ‖W‖², never more. Of many,
     the eigenvectors of WᵀW in float64, a fifth of an SVD's time and exact down to 1e-8 of the largest σ, which is
     below the rounding of float32.
     """
     small, block = min(w_OI.shape), rank + 8
-    few = (_DEPTH + 1) * block < small
+    few = not exact and (_DEPTH + 1) * block < small
     if small <= _EXACT or (not few and w_OI.dtype == torch.float64):
         u, s, v = torch.linalg.svd(w_OI.double(), full_matrices=False)
         return u[:, :rank], s[:rank], v[:rank]

@@ -1,10 +1,11 @@
 """Adapters as files: PEFT's format in and out, its names at this edge only.
 
 Read: rank and alpha patterns, rank-stabilised scale, DoRA magnitudes, embeddings, biases and
-``modules_to_save``. Refused by name: other kinds, and variants that change the base or need more than
-its weights. Written: the same bytes for the same adapter, with the base digest and the recipe's digest
-in the safetensors metadata (``loractl.base``, ``loractl.recipe``, for three factors ``loractl.variant``), where
-PEFT does not look.
+``modules_to_save``; AdaLoRA as the plain adapter that it is, B·(diag(E)·A) (Zhang et al. 2023, arXiv:2303.10512).
+Refused by name: other kinds, and variants that need more than its factors; what changed its base is read together with
+it (`rebase.normalise`). Written: the same bytes for the same adapter, with the base digest and the recipe's digest in
+the safetensors metadata (``loractl.base``, ``loractl.recipe``, for three factors ``loractl.variant``), where PEFT does
+not look.
 """
 
 import json
@@ -23,6 +24,7 @@ from registry.core.manifest import canonical_json
 from registry.files import atomic_write
 
 from .lora import Adapter, Patch
+from .plain import plain, targets_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -31,6 +33,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(\.weight)?"
 )
+_TRIPLET = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ABE])")
 _ELSEWHERE = {
     "layer_replication": "it repeats layers of the base",
     "megatron_config": "it is for Megatron's parallel layers",
@@ -44,6 +47,9 @@ _ELSEWHERE = {
     "velora_config": "VeLoRA projects its activations",
     "monteclora_config": "its factors are random variables",
 }
+_ADALORA = {
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+}  # fmt: skip
 _CHANGED_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,7 +61,22 @@ _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter of a PEFT folder; `NotRunnable` says which part of it has no meaning here."""
+    """The adapter of a PEFT folder; `NotRunnable` says what of it has no meaning here, or none without its base."""
+    adapter = read_unconverted(folder)
+    if start := changed_base(adapter.config):
+        reason = f"its initialisation '{start}' changed the base it was trained on; a rebase to that makes it plain"
+        raise NotRunnable(what="The adapter", reason=reason)
+    return adapter
+
+
+def changed_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took a part out of the base for the factors to train on; None where none did."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    return start if start.startswith(_CHANGED_THE_BASE) else None
+
+
+def read_unconverted(folder: Path) -> Adapter:
+    """The same, without asking whether its factors are an update of the base or of what was left of it."""
     config = _read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -64,10 +85,12 @@ def read_adapter(folder: Path) -> Adapter:
         name = key.removeprefix(_PREFIX)
         if name == key:
             raise BadTensor(path=WEIGHTS, tensor=key, reason=f"its name does not start with '{_PREFIX}'")
-        if match := _FACTOR.fullmatch(name):
+        if match := (_TRIPLET if config["peft_type"] == "ADALORA" else _FACTOR).fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = value
         else:
             replaced[name.replace(".base_layer.", ".")] = value
+    if config["peft_type"] == "ADALORA":
+        return _adalora(parts, config, replaced)
     patches = {module: _patch(module, found, config) for module, found in sorted(parts.items())}
     if not patches and not replaced:
         raise NotAnAdapter(path=str(folder), reason=f"{WEIGHTS} holds no factors")
@@ -154,11 +177,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BadConfig(path=CONFIG, reason="not a JSON object")
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise NotRunnable(what=f"An adapter of type {kind}", reason="only LoRA is computed here so far")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGED_THE_BASE):
-        raise NotRunnable(what="The adapter", reason=f"its initialisation '{start}' changed the base it was trained on")
+    if kind not in ("LORA", "ADALORA"):
+        raise NotRunnable(what=f"An adapter of type {kind}", reason="only LoRA and AdaLoRA are computed here")
     for key, reason in _ELSEWHERE.items():
         if config.get(key):
             raise NotRunnable(what="The adapter", reason=f"{reason} ({key})")
@@ -189,6 +209,33 @@ def _patch(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) 
         bias_O=parts.get("lora_B.bias"),
         embedding=embedding,
     )
+
+
+def _adalora(
+    parts: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], replaced: Mapping[str, Tensor]
+) -> Adapter:
+    """ΔW = α ⁄ (r₀ + 10⁻⁵)·B·diag(E)·A with the initial rank r₀; modules that were left no rank are not in it."""
+    rank = int(config.get("init_r", 12))
+    alpha = float(config.get("lora_alpha", 8))
+    scale = (alpha if alpha > 0 else rank) / (rank + 1e-5)
+    patches = {}
+    for module, found in sorted(parts.items()):
+        if missing := sorted({"lora_A", "lora_B", "lora_E"} - found.keys()):
+            raise BadTensor(path=WEIGHTS, tensor=f"{_PREFIX}{module}.{missing[0]}", reason="missing beside the others")
+        a_RI, b_OR, e_R1 = found["lora_A"], found["lora_B"], found["lora_E"].reshape(-1, 1)
+        if not len(a_RI) == len(e_R1) == b_OR.shape[-1]:
+            raise BadTensor(
+                path=WEIGHTS, tensor=f"{_PREFIX}{module}.lora_E",
+                reason=f"{len(e_R1)} values for A of rank {len(a_RI)} and B of rank {b_OR.shape[-1]}",
+            )  # fmt: skip
+        if len(a_RI):
+            patches[module] = Patch(a_RI.float() * e_R1.float(), b_OR.float() * scale, 1.0)
+    if not patches and not replaced:
+        raise NotAnAdapter(path=WEIGHTS, reason="no module of it was left a rank")
+    like_lora = {key: value for key, value in config.items() if key not in _ADALORA} | {"peft_type": "LORA"}
+    unpruned = Adapter(patches, like_lora)
+    targets = targets_of([unpruned], list(patches)) if len(patches) == len(parts) else sorted(patches)
+    return plain(patches, like_lora, targets, replaced)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
