@@ -149,7 +149,7 @@ def run(
         case Search():
             facts = _search(recipe, inputs, out, report, checkpoint)
         case Compare():
-            facts = asdict(compare(inputs["old"], inputs["base"], report))
+            facts = _compare(recipe, inputs, report)
     result = _stamped(recipe, facts, began, ranks.many)
     if ranks.first:
         _leave(result, out)
@@ -400,7 +400,7 @@ class _Bout:
 
 def _bout(recipe: Rebase, inputs: Inputs) -> _Bout:
     assert recipe.training is not None
-    adapter = read_adapter(inputs["adapter"])
+    adapter = normalised(inputs["adapter"], inputs["old"])
     starts = starts_of(adapter, inputs["old"], inputs["base"])
     suite = Suite.read(inputs["suite"]) if recipe.suite else None
     return _Bout(recipe, recipe.training, inputs["old"], adapter, starts, _rows(inputs), suite)
@@ -474,6 +474,11 @@ def _search(recipe: Search, inputs: Inputs, out: Path, report: Report, checkpoin
     told = {"over": recipe.over, "chosen": found.chosen, "reason": found.reason, "candidates": found.candidates}
     measured = {"metric": study.metric, "items": study.items, "found": found.recipe.model_dump(mode="json")}
     return _training_facts(found.trained, recipe.training.precision) | told | measured | found.facts
+
+
+def _compare(recipe: Compare, inputs: Inputs, report: Report) -> dict[str, Any]:
+    adapters = [normalised(inputs[f"adapter.{i}"], inputs["old"]) for i in range(len(recipe.adapters))]
+    return asdict(compare(inputs["old"], inputs["base"], report, adapters, _unlabelled(recipe, inputs)))
 
 
 def _by_name(found: Mapping[str, Kept] | Mapping[str, Other] | Mapping[str, Match]) -> dict[str, Any]:

@@ -356,6 +356,10 @@ class Compare(Frozen):
     kind: Literal["compare"] = "compare"
     old: BaseDigest
     base: BaseDigest
+    adapters: Annotated[tuple[Sha256, ...], Field(max_length=100)] = ()
+    """Adapters of ``old``: what the drift is where each of them reads and writes."""
+    inputs: Sha256 | None = None
+    """A dataset of which only the prompts are read, for what forward passes say of the adapters."""
 
 
 AnyRecipe = FineTune | FullFineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Search | Compare
@@ -420,6 +424,9 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
             found |= _training_inputs(recipe.training) | {"suite": recipe.suite}
         case Compare():
             found["old"] = recipe.old
+            found |= {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
+            if recipe.inputs is not None:
+                found["inputs"] = recipe.inputs
     return found
 
 

@@ -157,7 +157,7 @@ def _planned(
     plan = dict(words)
     kind = plan.get("kind")
     adapter = plan.get("adapter")
-    own = "old" if kind == "rebase" else "base"
+    own = "old" if kind in ("rebase", "compare") else "base"
     if kind in ("merge", "rebase", "compress") and isinstance(adapter, str) and not plan.get(own):
         version = _meant(session, caller, adapter, None)
         plan["adapter"] = version.digest
@@ -310,13 +310,13 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
             version = session.exec(select(Version).where(Version.digest == digest)).first()
             if version is not None and not version.runnable:
                 raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")
-            if version is not None and (role == "adapter" or isinstance(recipe, Combine)):
+            if version is not None and (role == "adapter" or isinstance(recipe, Combine | CompareRecipe)):
                 _check_bound(session, recipe, version)
 
 
 def _check_bound(session: Session, recipe: AnyRecipe, version: Version) -> None:
-    """Factors are read on the base that the adapter belongs to (rebase: the old one); elsewhere they mean nothing."""
-    asked = recipe.old if isinstance(recipe, Rebase) else recipe.base
+    """Factors are read on the base that the adapter belongs to, of two the old one; elsewhere they mean nothing."""
+    asked = recipe.old if isinstance(recipe, Rebase | CompareRecipe) else recipe.base
     actual = session.get_one(Base, version.base_id)
     if actual.digest != asked:
         assert actual.id is not None

@@ -73,6 +73,10 @@ def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
         (RECIPES[8], {"adapter.0": S1, "adapter.1": S2}),
         (RECIPES[9], {"adapter": S1}),
         (RECIPES[10], {"base": B1, "tuned": B2}),
+        (
+            RECIPES[7] | {"adapters": [S1, S3], "inputs": S2},
+            {"base": B2, "old": B1, "adapter.0": S1, "adapter.1": S3, "inputs": S2},
+        ),
         (RECIPES[5] | {"inputs": S2}, {"base": B2, "old": B1, "adapter": S1, "inputs": S2}),
     ],
 )

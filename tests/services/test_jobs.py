@@ -327,6 +327,10 @@ def test_an_adapter_is_merged_into_its_own_base_and_rebased_from_it(small: Shop,
     small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
     with pytest.raises(OtherBase, match="belongs to base demo@r1"):
         small.asked({"kind": "merge", "base": "demo@r2", "adapter": "team/bot@v1"}, line="merged")
+    compared = small.asked({"kind": "compare", "old": "demo@r1", "base": "demo@r2", "adapters": ["team/bot@v1"]})
+    assert list(small.do(lambda s: jobs.inputs(s, compared))) == ["base", "old", "adapter.0"]
+    with pytest.raises(OtherBase, match="a job of kind 'compare'"):
+        small.asked({"kind": "compare", "old": "demo@r2", "base": "demo@r1", "adapters": ["team/bot@v1"]})
     with pytest.raises(OtherBase):
         small.asked(
             {"kind": "rebase", "tier": "carry", "old": "demo@r2", "base": "demo@r1", "adapter": "team/bot@v1"},

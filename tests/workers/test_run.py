@@ -11,8 +11,19 @@ import pytest
 import torch
 
 from registry.core.errors import BadRequest, LoractlError
-from registry.core.recipes import Compare, Evaluate, FineTune, FullFineTune, Merge, Rebase, inputs_of, recipe_digest
+from registry.core.recipes import (
+    TIERS,
+    Compare,
+    Evaluate,
+    FineTune,
+    FullFineTune,
+    Merge,
+    Rebase,
+    inputs_of,
+    recipe_digest,
+)
 from registry.core.records import parse_records
+from registry.core.route import Signals, route
 from tests.workers import factories
 from workers.compute import snapshot
 from workers.compute.bank import attached
@@ -163,6 +174,18 @@ def test_compare_leaves_the_drift_by_tensor(folders: dict[str, Path], tmp_path: 
     assert found["median"] == 0.0
     assert found["cast"] is None
     assert set(found["drift"].values()) == {0.0}
+
+
+def test_a_comparison_tells_the_signals_of_adapters(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = Compare(
+        old=factories.OTHER_BASE, base=factories.BASE, adapters=(factories.ADAPTER,), inputs=factories.DATASET
+    )
+    run(recipe, folders | {"inputs": folders["dataset.0"]}, tmp_path / "out", silent)
+    [found] = result(tmp_path / "out")["adapters"]
+    assert len(found.pop("modules")) == 4
+    signals = Signals.model_validate(found)
+    assert (signals.drift, signals.most, signals.inside, signals.alpha) == (0.0, 0.0, 0.0, 1.0)
+    assert route(signals, TIERS).start == "carry"
 
 
 def rebase(tier: str, **options: Any) -> Rebase:
