@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .gate import Verdict, Zone, smallest_n, tier_alpha
+from .gate import Verdict, Zone, shares, smallest_n
 from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
@@ -183,8 +183,13 @@ class Facts(Frozen):
         )
 
     def under(self, rules: str) -> "Facts":
-        """These facts without verdicts of other gates or suites than ``rules``, and what a person said to them."""
-        stale = {mine.tier for mine in self.tiers if mine.verdict and mine.rules != rules}
+        """These facts without verdicts of other rules or another share of α, and what a person said to them."""
+        alphas = tier_alphas(self)
+        stale = {
+            mine.tier
+            for mine in self.tiers
+            if mine.verdict and (mine.rules != rules or mine.verdict.alpha != alphas.get(mine.tier, mine.verdict.alpha))
+        }
         if not stale:
             return self
         kept = tuple(
@@ -450,7 +455,7 @@ def _one_tier(facts: Facts, mine: TierFacts, policy: Policy) -> tuple[Action, ..
     references = [facts.serving_scores, facts.bare_scores, *([facts.bare_old_scores] if _needs_gain(policy) else [])]
     if not all(progress.done for progress in references):
         return (Wait("the evaluation of what it is compared with is not done"),)
-    return (Judge(mine.tier, tier_alpha(policy)),)
+    return (Judge(mine.tier, tier_alphas(facts)[mine.tier]),)
 
 
 def _needs_gain(policy: Policy) -> bool:
@@ -508,6 +513,12 @@ def possible_tiers(facts: Facts) -> tuple[Tier, ...]:
     return tuple(tier for tier in facts.policy.tiers if not _missing_for(tier, facts))
 
 
+def tier_alphas(facts: Facts) -> dict[Tier, float]:
+    """What each tier that can be run may spend of the policy's α; of all the policy's tiers, where none can."""
+    policy = facts.policy
+    return shares(policy.alpha, possible_tiers(facts) or policy.tiers) if policy else {}
+
+
 def _missing_for(tier: Tier, facts: Facts) -> str | None:
     """Why ``tier`` cannot be run, with the command that helps."""
     if tier in RESHAPES and facts.fit == "unknown":
@@ -533,8 +544,9 @@ def _blockers(facts: Facts) -> tuple[str, ...]:
     if not facts.runnable:
         found.append("adapters of this kind are stored, but cannot be computed with here")
     sizes = {suite.suite: suite.gate_n for suite in facts.suites}
+    alpha = max(tier_alphas(facts).values())
     for gate in (*policy.gates, *([policy.guard] if policy.guard else [])):
-        n, needed = sizes.get(gate.suite), smallest_n(gate, policy)
+        n, needed = sizes.get(gate.suite), smallest_n(gate, policy, alpha=alpha)
         if n is None:
             found.append(f"suite {gate.suite} is not there: loractl suite push FILE {gate.suite}")
         elif needed is None or n < needed:
@@ -588,7 +600,11 @@ def plan_line(facts: Facts) -> PlanLine:
         tiers=() if blockers else possible_tiers(facts),
         action="frozen" if policy is None else policy.action,
         missing=blockers + (lacking if not blockers or possible_tiers(facts) else ()),
-        suites=tuple((gate.suite, sizes.get(gate.suite), smallest_n(gate, policy)) for gate in gates if policy),
+        suites=tuple(
+            (gate.suite, sizes.get(gate.suite), smallest_n(gate, policy, alpha=max(tier_alphas(facts).values())))
+            for gate in gates
+            if policy
+        ),
         retrain_steps=facts.trained_steps,
         retrain_seconds=facts.trained_seconds,
     )

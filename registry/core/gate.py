@@ -8,7 +8,7 @@ each wrong with probability α, a criterion "at least b" is
     UNRESOLVED  otherwise    this suite cannot tell; nothing moves
 
 A verdict passes when every criterion does (an intersection-union test: each at α, all together at α), and
-fails when one of them fails. The tiers that an upgrade tries share the policy's α equally (Bonferroni).
+fails when one of them fails. The tiers that an upgrade may try share the policy's α (`shares`).
 
 Right-or-wrong metrics: the score interval for paired proportions (Tango 1998, Stat. Med. 17:891), kept from
 excluding zero where the exact sign test does not. It never collapses: without a single discordant pair
@@ -29,6 +29,7 @@ from .errors import GateImpossible, GateIncomplete, ItemsDiffer
 from .manifest import Frozen
 from .metrics import Metric, is_binary, is_share
 from .policy import Gate, Policy
+from .recipes import Tier
 from .records import Record
 
 PARSE_MARGIN = 0.005
@@ -268,9 +269,16 @@ def _root(falling: Callable[[float], float], low: float, high: float) -> float:
 # ── the verdict ──────────────────────────────────────────────────────────────
 
 
-def tier_alpha(policy: Policy) -> float:
-    """The error that one tier may spend: the policy's, shared by its tiers."""
-    return policy.alpha / len(policy.tiers)
+def shares(alpha: float, tiers: Sequence[Tier]) -> dict[Tier, float]:
+    """What each of ``tiers`` may spend of ``alpha``: the first one half, the others equal parts of the other half.
+
+    The first that passes is promoted, so whatever the candidates have in common, P(a worse one is) ≤ Σ αᵢ = α
+    (Bonferroni). The first has most because it is the cheapest: what it cannot show costs a training.
+    """
+    first, *others = tiers
+    if not others:
+        return {first: alpha}
+    return {first: alpha / 2} | {tier: alpha / 2 / len(others) for tier in others}
 
 
 def mean_gain(adapted: Sequence[Record], bare: Sequence[Record], gate: Gate) -> float:
@@ -430,10 +438,11 @@ def smallest_n(gate: Gate, policy: Policy, *, alpha: float | None = None, discor
     """Items in the gate split from which a candidate as good as what serves passes; None where no number is enough.
 
     ``discordance`` is the share of items on which the two differ, half for the better and half for the worse;
-    at 0 nothing flips at all. A margin of gain is taken at the largest that a gain can be, 1. For continuous
-    metrics the spread is not known beforehand: the floor is all that can be said.
+    at 0 nothing flips at all. ``alpha`` is what the first of the policy's tiers has, unless given. A margin of
+    gain is taken at the largest that a gain can be, 1. For continuous metrics the spread is not known beforehand:
+    the floor is all that can be said.
     """
-    alpha = tier_alpha(policy) if alpha is None else alpha
+    alpha = shares(policy.alpha, policy.tiers)[policy.tiers[0]] if alpha is None else alpha
     if not is_binary(gate.metric):
         return MIN_CONTINUOUS
     z = NormalDist().inv_cdf(1 - alpha)

@@ -35,7 +35,7 @@ from registry.core.errors import (
     Unavailable,
     WorkFailed,
 )
-from registry.core.gate import Verdict, tier_alpha
+from registry.core.gate import Verdict
 from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
@@ -637,7 +637,6 @@ def _facts(
     assert adapter.id is not None and old.id is not None and new.id is not None
     policy = policies.effective(session, adapter.namespace, adapter.name)
     suites = _suites(session, policy)
-    known = known.under(_rules(policy, suites)) if known else None
     serving = session.get_one(Version, item.serving_id)
     source = _original(session, serving)
     now_old = queries.alias_row(session, adapter.id, old.id, item.alias)
@@ -672,9 +671,10 @@ def _facts(
         approved=known.approved if known else None,
         decided_by=known.decided_by if known else "",
     )
+    rules = _rules(policy, suites)
     if any(suite.gate_n is None for suite in facts.suites):  # the machine freezes it with the reason
-        return facts.model_copy(update={"tiers": known.tiers if known else ()})
-    return facts.model_copy(
+        return facts.model_copy(update={"tiers": known.tiers if known else ()}).under(rules)
+    found = facts.model_copy(
         update={
             "serving_scores": _progress(session, campaign, old, serving.digest, suites),
             "bare_scores": _progress(session, campaign, new, None, suites),
@@ -687,6 +687,7 @@ def _facts(
             else (),
         }
     )
+    return found.under(rules)
 
 
 def _original(session: Session, version: Version) -> Version:
@@ -724,9 +725,9 @@ def _suites(session: Session, policy: Policy | None) -> list[DatasetVersion]:
 
 
 def _rules(policy: Policy, suites: Sequence[DatasetVersion]) -> str:
-    """Digest of what a verdict rests on besides the records: gates, guard, limits, a tier's share of α, the suites."""
+    """Digest of what a verdict rests on besides the records and its share of α: gates, guard, limits, the suites."""
     words = policy.model_dump(mode="json", include={"gates", "guard", "max_negative_flips"})
-    return str(Digest.sha256(canonical_json([words, tier_alpha(policy), [suite.digest for suite in suites]])))
+    return str(Digest.sha256(canonical_json([words, [suite.digest for suite in suites]])))
 
 
 def _all_there(session: Session, actor: Caller, digests: Sequence[str]) -> bool:

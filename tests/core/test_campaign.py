@@ -108,7 +108,7 @@ def test_what_was_made_is_evaluated_then_judged_then_promoted_then_settled() -> 
     made = TierFacts(tier="carry", produce=DONE, version=MADE["carry"])
     assert only(next_actions(State.RUNNING, having(made))) == EvaluateCandidate("carry", MADE["carry"], NEW)
     scored = made.model_copy(update={"evaluate": DONE})
-    assert only(next_actions(State.RUNNING, having(scored))) == Judge("carry", 0.02 / 3)
+    assert only(next_actions(State.RUNNING, having(scored))) == Judge("carry", 0.01)
     passed = having(judged("carry", verdict(Zone.PASS)))
     assert only(next_actions(State.RUNNING, passed)) == Promote("carry", MADE["carry"], "prod", 0, SERVING)
     moved = passed.model_copy(update={"new_alias": MADE["carry"], "generation": 1})
@@ -176,7 +176,7 @@ def test_when_nothing_could_be_judged_it_failed() -> None:
         ({"policy": Policy()}, "loractl policy set team/bot --suite"),
         ({"policy": POLICY.model_copy(update={"action": "frozen"})}, "the policy says frozen"),
         ({"suites": ()}, "suite team/suite is not there: loractl suite push FILE team/suite"),
-        ({"suites": (SuiteFacts(suite="team/suite", gate_n=606),)}, "nothing can pass below 607"),
+        ({"suites": (SuiteFacts(suite="team/suite", gate_n=535),)}, "nothing can pass below 536"),
         ({"runnable": False}, "cannot be computed with here"),
         ({"new_weights": False}, "loractl base push DIR --line demo"),
         ({"old_weights": False}, "loractl base push DIR --line demo"),
@@ -440,7 +440,7 @@ def test_the_plan_says_what_the_campaign_does_first(policy: Policy | None, chang
 def test_the_plan_shows_route_sizes_and_what_retraining_costs() -> None:
     plan = plan_line(FACTS.model_copy(update={"trained_steps": 400, "trained_seconds": 610.0}))
     assert plan.route == "carry → warm-start → retrain"
-    assert plan.suites == (("team/suite", 1000, 607),)
+    assert plan.suites == (("team/suite", 1000, 536),)
     assert (plan.action, plan.missing, plan.retrain_steps, plan.retrain_seconds) == ("auto", (), 400, 610.0)
 
 
