@@ -634,13 +634,21 @@ def told_rows(counted: dict[str, int]) -> str:
     return ", ".join(words) + longer
 
 
+def _but(job: "JobInfo") -> str:
+    if job.cancel_requested and job.state == "running":
+        return " (cancelling)"
+    if job.held_by is not None and job.state in ("queued", "running"):
+        return f" (held by the paused upgrade {job.held_by})"
+    return ""
+
+
 def _job(job: "JobInfo") -> None:
     result = job.result or {}
     made = ", ".join(str(item.get("ref") or short(item.get("digest"))) for item in result.get("made", []))
     fields({
         "job": job.id,
         "kind": job.kind,
-        "state": job.state + (" (cancelling)" if job.cancel_requested and job.state == "running" else ""),
+        "state": job.state + _but(job),
         "queue": job.queue,
         "made": made,
         "steps": str(result.get("steps") or ""),

@@ -1,7 +1,11 @@
 """Commands about base upgrades and schedules."""
 
+import csv
+import json
+import sys
 import time
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +16,19 @@ from registry.core.names import SeriesName, check_name
 
 from . import bases, config
 from .jobs import FILE, load_recipe
-from .output import Output, ago, command, fields, markdown, number, table
+from .output import Output, ago, command, fields, markdown, number, short, table
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
-    from registry.schemas import CampaignInfo, CampaignItemInfo, UpgradeRequest
+    from registry.schemas import CampaignInfo, CampaignItemInfo, DecisionInfo, UpgradeRequest
 
+WHEN = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%z"])
 FINAL = {"finished", "aborted"}
+_ID = click.argument("campaign", metavar="ID")
 POLL_S = 1.0
 
 
-@click.group("upgrade", short_help="Base upgrades: plan, start, status, approve, abort, report.")
+@click.group("upgrade", short_help="Base upgrades: plan, start, status, pause, approve, abort, report, ledger.")
 def upgrade() -> None:
     """Carry every adapter of a line to new base weights, each as far as its gate allows."""
 
@@ -65,16 +71,25 @@ def plan(out: Output, line: str, new: str, old: str | None, namespaces: tuple[st
 @click.argument("what", metavar="LINE|ID")
 @click.option("--to", "new", metavar="BASE", help="The new weights; without it, the ID of a planned campaign.")
 @upgrade_options
+@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Adapters worked on at once; default: all.")
+@click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="Device seconds in all; once spent, no further tier is begun.")
+@click.option("--deadline", type=WHEN, metavar="TIME", help="What is not final by then (local time) is frozen.")
 @click.option("--no-wait", is_flag=True, help="Give the campaign's id, and leave.")
 def start(
-    out: Output, what: str, new: str | None, old: str | None, namespaces: tuple[str, ...], queue: str, no_wait: bool
-) -> None:
+    out: Output, what: str, new: str | None, old: str | None, namespaces: tuple[str, ...], queue: str,
+    parallel: int | None, budget: float | None, deadline: datetime | None, no_wait: bool,
+) -> None:  # fmt: skip
     """Start an upgrade, and wait for it."""
+    bounds = {
+        "parallel": parallel, "budget_seconds": budget, "deadline": deadline.astimezone() if deadline else None,
+    }  # fmt: skip
     with config.connect() as client:
         if new is not None:
-            what = client.create_upgrade(_request(out, what, new, old, namespaces, queue)).id
-        elif old or namespaces:
-            raise click.UsageError("--from and --namespace need --to BASE.")
+            request = _request(out, what, new, old, namespaces, queue)
+            what = client.create_upgrade(request.model_copy(update=bounds)).id
+        elif old or namespaces or any(bounds.values()):
+            raise click.UsageError("--from, --namespace, --parallel, --budget and --deadline need --to BASE.")
         info = client.start_upgrade(what)
         if no_wait:
             out.emit(info, lambda: click.echo(info.id))
@@ -105,7 +120,7 @@ def status(out: Output, campaign: str | None, watch: bool) -> None:
     "loractl upgrade approve c0123 team/bot --alias prod",
     "loractl upgrade approve c0123 team/bot --decline",
 )
-@click.argument("campaign", metavar="ID")
+@_ID
 @click.argument("name", metavar="ADAPTER")
 @click.option("--alias", "alias_name", default="prod", show_default=True, help="The alias that waits.")
 @click.option("--decline", is_flag=True, help="Say no: the alias stays on the old base.")
@@ -119,8 +134,46 @@ def approve(out: Output, campaign: str, name: str, alias_name: str, decline: boo
     out.emit(info, lambda: _status(info))
 
 
+@command(upgrade, "loractl upgrade pause c0123", "loractl upgrade pause c0123 --now")
+@_ID
+@click.option("--now", "running", is_flag=True, help="Stop running jobs too; they go on from their checkpoints.")
+def pause(out: Output, campaign: str, running: bool) -> None:
+    """Let nothing further begin; jobs that run go on to their end."""
+    with config.connect() as client:
+        info = client.pause_upgrade(campaign, running=running)
+    out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade resume c0123")
+@_ID
+def resume(out: Output, campaign: str) -> None:
+    """Go on with a paused upgrade."""
+    with config.connect() as client:
+        info = client.resume_upgrade(campaign)
+    out.emit(info, lambda: _status(info))
+
+
+@command(
+    upgrade,
+    "loractl upgrade rollback c0123 -m 'wrong answers in production'",
+    "loractl upgrade rollback c0123 --adapter team/bot",
+)
+@_ID
+@click.option("--adapter", metavar="NAME", help="Only this one; default: all that the upgrade promoted.")
+@click.option("--alias", "alias_name", default="prod", show_default=True, help="With --adapter: its alias.")
+@click.option("--reason", "-m", default="", help="Why, for the log.")
+def rollback(out: Output, campaign: str, adapter: str | None, alias_name: str, reason: str) -> None:
+    """Take promotions back: aliases on the new base go, the old base keeps serving. One that runs is ended."""
+    from registry.schemas import UndoRequest
+
+    series = str(SeriesName.parse(adapter)) if adapter else None
+    with config.connect() as client:
+        info = client.roll_back_upgrade(campaign, UndoRequest(adapter=series, alias=alias_name, reason=reason))
+    out.emit(info, lambda: _status(info))
+
+
 @command(upgrade, "loractl upgrade abort c0123")
-@click.argument("campaign", metavar="ID")
+@_ID
 def abort(out: Output, campaign: str) -> None:
     """End an upgrade; what was promoted stays, the rest stays on the old base."""
     with config.connect() as client:
@@ -135,6 +188,68 @@ def report(out: Output, campaign: str | None) -> None:
     with config.connect() as client:
         info = client.upgrade(campaign) if campaign else _newest(client)
     out.emit(info, lambda: click.echo(report_text(info)))
+
+
+@command(
+    upgrade,
+    "loractl upgrade ledger c0123",
+    "loractl upgrade ledger --adapter team/bot",
+    "loractl upgrade ledger --csv > ledger.csv",
+)
+@click.argument("campaign", metavar="ID", required=False)
+@click.option("--line", help="Only upgrades of this line.")
+@click.option("--adapter", metavar="NAME", help="Only this adapter.")
+@click.option("--csv", "as_csv", is_flag=True, help="Comma-separated, the facts as JSON in the last column.")
+def ledger(out: Output, campaign: str | None, line: str | None, adapter: str | None, as_csv: bool) -> None:
+    """Print every decision of upgrades: signals, tiers tried, verdicts, costs, outcomes."""
+    from registry.client import every
+
+    with config.connect() as client:
+        found = list(every(
+            lambda cursor: client.decisions(campaign=campaign, line=line, adapter=adapter, cursor=cursor)
+        ))  # fmt: skip
+    out.emit(found, lambda: _csv(found) if as_csv else _ledger(found))
+
+
+_DECIDED = ["at", "campaign", "adapter", "alias", "kind", "tier", "actor"]
+
+
+def _csv(found: Iterable["DecisionInfo"]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*_DECIDED, "data"])
+    for row in found:
+        facts = row.model_dump(mode="json")
+        writer.writerow([*(facts[name] for name in _DECIDED), json.dumps(facts["data"], ensure_ascii=False)])
+
+
+def _ledger(found: Iterable["DecisionInfo"]) -> None:
+    table(
+        ["at", "upgrade", "adapter", "decision", "tier", "by", "because"],
+        (
+            [f"{row.at:%Y-%m-%d %H:%M:%S}", row.campaign, row.adapter, row.kind, row.tier, row.actor, _because(row)]
+            for row in found
+        ),
+        empty="No decisions. They are written while an upgrade runs: loractl upgrade start LINE --to BASE",
+    )
+
+
+def _because(row: "DecisionInfo") -> str:
+    data = row.data
+    match row.kind:
+        case "route":
+            signals = ", ".join(f"{name} {number(value)}" for name, value in data["signals"].items())
+            return f"{data['fit']}{f' ({signals})' if signals else ''}: {' → '.join(data['tiers']) or 'freeze'}"
+        case "verdict":
+            return f"{data['steps']} steps, {data['seconds']:.0f} s: {data['verdict']['reason']}"
+        case "outcome" | "rolled-back":
+            return f"{data['state']}: {data['reason']}"
+        case "lost":
+            return str(data["error"])
+        case "replanned":
+            return f"{short(data['to'])} serves in place of {short(data['from'])}"
+        case "paused":
+            return "running jobs stopped too" if data["running"] else ""
+    return str(data.get("reason", ""))
 
 
 def _request(
@@ -167,6 +282,9 @@ def _follow(out: Output, client: "RegistryClient", info: "CampaignInfo") -> "Cam
             open_items = [item for item in info.items if item.state in ("planned", "running")]
             doing = ", ".join(f"{item.adapter}: {item.tier or item.state}" for item in open_items[:3])
             bar.count("upgrade", len(info.items) - len(open_items), len(info.items), doing)
+            if info.state == "paused":
+                out.say(f"It is paused. Go on: loractl upgrade resume {info.id}")
+                return info
             if not open_items and any(item.state == "waiting" for item in info.items):
                 waiting = True
                 break
@@ -198,9 +316,17 @@ def _heading(info: "CampaignInfo") -> None:
         "line": f"{info.line}: {info.old_ref} → {info.new_ref}",
         "state": info.state + (f" ({info.reason})" if info.reason else ""),
         "adapters": _counts(info),
+        "at once": info.parallel,
+        "device time": _spent(info),
+        "deadline": f"{info.deadline:%Y-%m-%d %H:%M} UTC" if info.deadline else "",
         "took": _took(info),
     })  # fmt: skip
     click.echo()
+
+
+def _spent(info: "CampaignInfo") -> str:
+    of = f" of {info.budget_seconds:.0f}" if info.budget_seconds else ""
+    return f"{info.spent_seconds:.0f}{of} s" if info.spent_seconds or of else ""
 
 
 def _took(info: "CampaignInfo") -> str:

@@ -358,6 +358,23 @@ class RegistryClient:
         """Let a planned campaign run."""
         return self._post(_path("upgrades", campaign_id, "start"), wire.CampaignInfo)
 
+    def pause_upgrade(self, campaign_id: str, *, running: bool = False) -> wire.CampaignInfo:
+        """Let nothing further begin; with ``running`` also stop the jobs that run."""
+        request = wire.PauseRequest(running=running)
+        return self._post(_path("upgrades", campaign_id, "pause"), wire.CampaignInfo, request)
+
+    def resume_upgrade(self, campaign_id: str) -> wire.CampaignInfo:
+        """Go on with a paused campaign."""
+        return self._post(_path("upgrades", campaign_id, "resume"), wire.CampaignInfo)
+
+    def roll_back_upgrade(self, campaign_id: str, request: wire.UndoRequest) -> wire.CampaignInfo:
+        """Take promotions back: one adapter's, or all of the campaign."""
+        return self._post(_path("upgrades", campaign_id, "rollback"), wire.CampaignInfo, request)
+
+    def decisions(self, **filters: Any) -> wire.Page[wire.DecisionInfo]:
+        """A page of the ledger; filters: campaign, line, adapter, limit, cursor."""
+        return self._get("/v1/upgrades/ledger", wire.Page[wire.DecisionInfo], **filters)
+
     def abort_upgrade(self, campaign_id: str) -> wire.CampaignInfo:
         """End a campaign; what was promoted stays."""
         return self._post(_path("upgrades", campaign_id, "abort"), wire.CampaignInfo)

@@ -27,14 +27,15 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST/GET /v1/jobs`` · ``GET /v1/jobs/{id}`` · ``/events`` (SSE) · ``POST …/cancel`` · ``…/retry`` | `JobRequest` → `JobInfo` |
 | ``POST /v1/jobs/claim`` · ``/{id}/heartbeat`` · ``/{id}/pushes`` · ``/{id}/finish`` · ``/{id}/fail`` · ``/{id}/inputs`` | a worker's side: `ClaimRequest` → `ClaimInfo` … |
 | ``POST/GET /v1/jobs/{id}/checkpoint`` · ``POST /v1/jobs/checkpoints`` | `CheckpointRequest` → `CheckpointUploads`; → `CheckpointInfo` · `CheckpointsRequest` |
-| ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/abort`` · ``/approve`` | `UpgradeRequest` → `CampaignInfo` |
+| ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/pause`` · ``/resume`` · ``/abort`` · ``/approve`` · ``/rollback`` | `UpgradeRequest` … → `CampaignInfo` |
+| ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
 
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from .core.manifest import BaseDigest, FileEntry, Sha256
 from .core.policy import Policy
@@ -483,6 +484,8 @@ class JobInfo(Answer):
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     campaign: str | None
+    held_by: str | None = None
+    """A paused campaign, until which is resumed nobody claims it."""
     reused: bool = False
     created_at: datetime
     started_at: datetime | None
@@ -604,6 +607,12 @@ class UpgradeRequest(Request):
     """None: the revision before it in the line."""
     namespaces: list[str] | None = None
     queue: str = "cpu"
+    parallel: Annotated[int, Field(ge=1)] | None = None
+    """How many adapters are worked on at once; None: all."""
+    budget_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Device seconds of all its jobs together, after which no further tier is begun."""
+    deadline: AwareDatetime | None = None
+    """What is not final by then is frozen."""
 
 
 class CampaignItemInfo(Answer):
@@ -622,6 +631,8 @@ class CampaignItemInfo(Answer):
     cost: dict[str, Any]
     """tier -> {steps, seconds}; and of the retraining, measured or estimated"""
     verdicts: dict[str, Any]
+    report: list[dict[str, Any]]
+    """Once promoted, per gate: before, after and bare on the report split, the difference's bounds, n"""
 
 
 class CampaignInfo(Answer):
@@ -632,7 +643,13 @@ class CampaignInfo(Answer):
     old_ref: str
     new_ref: str
     state: str
+    """planned, running, paused, finished or aborted"""
     reason: str
+    parallel: int | None
+    budget_seconds: float | None
+    spent_seconds: float
+    """Device seconds of its jobs so far."""
+    deadline: datetime | None
     items: list[CampaignItemInfo]
     created_by: str
     created_at: datetime
@@ -645,6 +662,32 @@ class ApproveRequest(Request):
     alias: str = "prod"
     approved: bool = True
     """False: the old base keeps serving."""
+
+
+class PauseRequest(Request):
+    running: bool = False
+    """Whether jobs that run are stopped too, to go on from their checkpoints."""
+
+
+class UndoRequest(Request):
+    adapter: str | None = None
+    """None: everything that the campaign promoted; one that still runs is ended first."""
+    alias: str = "prod"
+    reason: Annotated[str, Field(max_length=2000)] = ""
+
+
+class DecisionInfo(Answer):
+    """A row of the ledger (`registry.core.ledger`)."""
+
+    id: int
+    campaign: str
+    adapter: str | None
+    alias: str | None
+    kind: str
+    tier: str | None
+    data: dict[str, Any]
+    actor: str | None
+    at: datetime
 
 
 class ScheduleRequest(Request):

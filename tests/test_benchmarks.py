@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import run
-from benchmarks.rebase import exactness
+from benchmarks.rebase import exactness, gate
 from benchmarks.table import Row, at_least, at_most
 
 TINY = 0.002
@@ -31,6 +31,15 @@ def test_the_exactness_of_aligning_is_measured_family_by_family() -> None:
     assert {"width, clones", "every shape"} <= {cell.rewrite for cell in found}
     assert all(abs(cell.aligned - cell.before) <= exactness.LIMIT for cell in found)
     assert exactness.table(found) != exactness.table([replace(found[0], aligned=found[0].before + 1), *found[1:]])
+
+
+@pytest.mark.parametrize("cell", [gate.WORSE[1], gate.WORSE[5], *gate.AS_GOOD[1:]])
+def test_simulated_campaigns_open_rarely_for_what_is_worse_and_mostly_for_what_is_as_good(cell: gate.Cell) -> None:
+    found = gate.simulate(cell, campaigns=1500)
+    assert found.met, found
+    if cell.n == 100:
+        assert found.bootstrap > 0.15, "the naive gate looks as careful as ours: what is simulated here?"
+    assert gate.table([found]) != gate.table([replace(found, tiers=0.5)])
 
 
 def test_every_row_is_in_the_table_with_its_verdict() -> None:

@@ -113,6 +113,10 @@ class Upgrade:
     def begin(self, who: Caller = ADMIN, folder: Path | None = None, **request: Any) -> str:
         """Push the new base, plan and start; the campaign's id."""
         self.world.push_base(folder or self.v2, line="demo")
+        return self.begin_again(who, **request)
+
+    def begin_again(self, who: Caller = ADMIN, **request: Any) -> str:
+        """Plan and start on the bases that are there."""
         self.world.grant(who)
         with self.world.database.write() as session:
             asked = UpgradeRequest(line="demo", to="demo", **request)
@@ -150,7 +154,7 @@ class Upgrade:
                     now=self.world.now,
                 )  # fmt: skip
             return job
-        request_ = self._results(job)
+        request_ = self.results(job)
         with self.world.database.write() as session:
             jobs.finish(session, self.world.store, WORKER, job.id, request_, self.world.now)
         return job
@@ -171,7 +175,8 @@ class Upgrade:
                 break
         self.tick()
 
-    def _results(self, job: Job) -> FinishRequest:
+    def results(self, job: Job) -> FinishRequest:
+        """What the worker finishes a job with."""
         match job.kind:
             case "compare":
                 return FinishRequest(attempt=job.attempt, result={"cast": None, "drift": {}, "median": 0.1})

@@ -174,7 +174,7 @@ def heartbeat(identity: str, request: HeartbeatRequest, parts: Parts, caller: Wo
             now=parts.clock(),
         )
         assert job.lease_until is not None
-        return HeartbeatInfo(cancel=job.cancel_requested, lease_until=job.lease_until)
+        return HeartbeatInfo(cancel=job.cancel_requested or job.held_by is not None, lease_until=job.lease_until)
 
 
 @router.get("/{identity}/inputs")

@@ -1,14 +1,22 @@
-"""Routes of upgrade campaigns: plan, create, start, abort, approve, look."""
+"""Routes of upgrade campaigns: plan, create, start, pause, resume, abort, approve, roll back, look; their ledger."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Query
 
-from registry.schemas import ApproveRequest, CampaignInfo, Page, UpgradeRequest
-from registry.services import campaigns
+from registry.schemas import (
+    ApproveRequest,
+    CampaignInfo,
+    DecisionInfo,
+    Page,
+    PauseRequest,
+    UndoRequest,
+    UpgradeRequest,
+)
+from registry.services import campaigns, ledger
 
 from .deps import Parts, User
-from .pages import Limit
+from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/upgrades", tags=["upgrades"])
 
@@ -36,6 +44,25 @@ def list_upgrades(parts: Parts, caller: User, line: str | None = None, limit: Li
         return Page(items=[campaigns.info(session, caller, row) for row in rows])
 
 
+@router.get("/ledger")
+def list_decisions(
+    parts: Parts,
+    caller: User,
+    campaign: str | None = None,
+    line: str | None = None,
+    adapter: str | None = None,
+    limit: Limit = 200,
+    after: Annotated[str | None, Query(alias="cursor")] = None,
+) -> Page[DecisionInfo]:
+    """The ledger: every decision of campaigns, in the order in which they were made."""
+    (start,) = behind(after, (0,))
+    with parts.database.read() as session:
+        rows = ledger.page(
+            session, caller, campaign=campaign, line=line, adapter=adapter, after=start, limit=limit
+        )
+        return Page(items=rows, cursor=cursor(rows[-1].id) if len(rows) == limit else None)
+
+
 @router.get("/{identity}")
 def show_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
     """A campaign with every adapter's state, scores, cost and verdicts."""
@@ -51,6 +78,33 @@ def start_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
         info = campaigns.info(session, caller, campaign)
     parts.broker.wake(campaign.queue)
     return info
+
+
+@router.post("/{identity}/pause")
+def pause_upgrade(identity: str, request: PauseRequest, parts: Parts, caller: User) -> CampaignInfo:
+    """Let nothing further begin; with ``running`` also stop the jobs that run, to go on from their checkpoints."""
+    with parts.database.write() as session:
+        campaign = campaigns.pause(session, caller, identity, parts.clock(), running=request.running)
+        return campaigns.info(session, caller, campaign)
+
+
+@router.post("/{identity}/resume")
+def resume_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
+    """Go on with a paused campaign."""
+    with parts.database.write() as session:
+        campaign, queues = campaigns.resume(session, caller, identity, parts.clock())
+        info = campaigns.info(session, caller, campaign)
+    for queue in queues:
+        parts.broker.wake(queue)
+    return info
+
+
+@router.post("/{identity}/rollback")
+def roll_back_upgrade(identity: str, request: UndoRequest, parts: Parts, caller: User) -> CampaignInfo:
+    """Take promotions back: one adapter's, or all of the campaign."""
+    with parts.database.write() as session:
+        campaign = campaigns.roll_back(session, caller, identity, parts.clock(), **request.model_dump())
+        return campaigns.info(session, caller, campaign)
 
 
 @router.post("/{identity}/abort")

@@ -11,8 +11,8 @@ cheapest first. What ends it:
 
 promoted   a tier's verdict is PASS and the alias on the new base points to its version
 frozen     the old base keeps serving: nothing passed, the gate is missing or can never pass, the policy or a
-           person says so, or the budget is spent. An unresolved tier never promotes: the next one is tried, and
-           when none is left the reason is that of the tier that came nearest
+           person says so, the budget is spent, or the deadline has passed. An unresolved tier never promotes: the next
+           one is tried, and when none is left the reason is that of the tier that came nearest
 retired    the bare new base is shown to be no worse than what serves (rule 1 of the gate), and no tier so far
            is shown to add value over it: an adapter that costs something and shows nothing. Tried before a
            dearer tier, because what a person would gain by training on is not what the gate asks for
@@ -26,11 +26,11 @@ A verdict counts for the gates and suites that gave it; when the policy or a sui
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .gate import Verdict, Zone, shares, smallest_n
+from .gate import Quoted, Verdict, Zone, shares, smallest_n
 from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
@@ -94,6 +94,8 @@ class TierFacts(Frozen):
     steps: Annotated[int, Field(ge=0)] = 0
     seconds: Annotated[float, Field(ge=0)] = 0.0
     """Device seconds of its jobs, evaluation included."""
+    told: dict[str, Any] = Field(default_factory=dict)
+    """What its job said of how it went: where it started, its candidates, its signals."""
 
 
 class SuiteFacts(Frozen):
@@ -128,6 +130,10 @@ class Facts(Frozen):
     fit: FitClass = "unknown"
     """How the serving version stands to the new base."""
     fit_reason: str = ""
+    signals: dict[str, Any] = Field(default_factory=dict)
+    """What was measured between the two bases for what this adapter patches; routing starts from it, nothing more."""
+    shape: str = ""
+    """What costs are alike for: the new base's architecture and size, the adapter's targets and rank."""
     runnable: bool = True
     """Whether adapters of this kind can be computed with."""
     old_weights: bool = True
@@ -151,6 +157,12 @@ class Facts(Frozen):
     approved: bool | None = None
     """With the action ``ask``: what a person said."""
     decided_by: str = ""
+    quoted: tuple[Quoted, ...] = ()
+    """Once promoted: per gate, what the report split says."""
+    overdue: str | None = None
+    """The deadline that has passed."""
+    exhausted: str | None = None
+    """Why the campaign may begin no further tier."""
     superseded_by: str | None = None
     """A newer revision of the line."""
     aborted_because: str | None = None
@@ -399,6 +411,8 @@ def _cascade(facts: Facts) -> Step:
         return _promotion(facts, policy, passed)
     if any(facts.tier(tier).verdict for tier in policy.tiers) and (reason := _retirement(facts)):
         return Step(State.RETIRED, (Retire(reason),))
+    if facts.overdue is not None:
+        return Step(State.FROZEN, (Freeze(f"the deadline {facts.overdue} has passed; {_nearest(facts)}"),))
     references, lost = _references(facts, policy)
     if lost:
         return Step(State.FAILED, (Fail(lost),))
@@ -406,9 +420,8 @@ def _cascade(facts: Facts) -> Step:
         mine = facts.tier(tier)
         if mine.verdict or mine.produce.lost or mine.evaluate.lost:
             continue
-        if mine.produce.job is None and policy.budget_seconds is not None and facts.spent >= policy.budget_seconds:
-            spent = f"{facts.spent:.0f} of {policy.budget_seconds:.0f} seconds are spent before {tier}"
-            return Step(State.FROZEN, (Freeze(f"budget: {spent}; {_nearest(facts)}"),))
+        if mine.produce.job is None and (spent := _spent(facts, policy)):
+            return Step(State.FROZEN, (Freeze(f"budget: {spent} before {tier}; {_nearest(facts)}"),))
         actions = (*references, *_one_tier(facts, mine, policy))
         working = tuple(action for action in actions if not isinstance(action, Wait))
         return Step(State.RUNNING, working or actions[:1])
@@ -417,10 +430,20 @@ def _cascade(facts: Facts) -> Step:
     return Step(State.FAILED, (Fail(f"no tier could be judged; {_nearest(facts)}"),))
 
 
+def _spent(facts: Facts, policy: Policy) -> str | None:
+    """Why nothing more may be begun for this adapter."""
+    if policy.budget_seconds is not None and facts.spent >= policy.budget_seconds:
+        return f"{facts.spent:.0f} of {policy.budget_seconds:.0f} seconds are spent"
+    return facts.exhausted
+
+
 def _promotion(facts: Facts, policy: Policy, passed: TierFacts) -> Step:
     version, why = str(passed.version), _reason(passed)
     if policy.action == "frozen":
         return Step(State.FROZEN, (Freeze(f"the policy says frozen, although {passed.tier} passed: {why}"),))
+    if policy.action == "ask" and facts.approved is None and facts.overdue is not None:
+        nobody = f"nobody approved it before the deadline {facts.overdue}"
+        return Step(State.FROZEN, (Freeze(f"{nobody}, although {passed.tier} passed: {why}"),))
     if policy.action == "ask" and facts.approved is None:
         return Step(State.WAITING, (WaitForApproval(passed.tier, version, f"{passed.tier} passed: {why}"),))
     if policy.action == "ask" and facts.approved is False:

@@ -30,7 +30,7 @@ from .manifest import Frozen
 from .metrics import Metric, is_binary, is_share
 from .policy import Gate, Policy
 from .recipes import Tier
-from .records import Record
+from .records import Record, Split
 
 PARSE_MARGIN = 0.005
 """How much the share of parsed outputs may fall."""
@@ -117,6 +117,21 @@ class Verdict(Frozen):
     def bare_suffices(self) -> bool:
         """Whether the bare base is shown to be no worse than what serves, on every suite."""
         return bool(self.bare) and all(criterion.zone is Zone.PASS for criterion in self.bare)
+
+
+class Quoted(Frozen):
+    """Scores before and after on the report split, which nothing was chosen or judged by, and their difference."""
+
+    suite: str
+    metric: Metric
+    n: int
+    before: float
+    after: float
+    bare: float
+    """The new base alone."""
+    lower: float
+    upper: float
+    """Of after − before, each side wrong with the policy's α."""
 
 
 # ── intervals ────────────────────────────────────────────────────────────────
@@ -335,6 +350,25 @@ def judge(
     return _verdict(criteria, alone, alpha)
 
 
+def quote(
+    candidate: Sequence[Record], serving: Sequence[Record], bare: Sequence[Record], *, gate: Gate, alpha: float
+) -> Quoted | None:
+    """What the report split says of a candidate that was promoted; None where the suite has no item there."""
+    if not any(record.split == "report" for record in candidate):
+        return None
+    pairs = _pairs(candidate, serving, gate, ("the candidate", "the serving version"), "report")
+    over_bare = _pairs(candidate, bare, gate, ("the candidate", "the bare base"), "report")
+    found = _difference("not-worse", pairs, gate, 0.0, alpha, None)
+    before, after, alone = (
+        math.fsum(record.metrics[gate.metric] for record in side) / len(pairs)
+        for side in ([b for _, b in pairs], [a for a, _ in pairs], [b for _, b in over_bare])
+    )
+    return Quoted(
+        suite=gate.suite, metric=gate.metric, n=len(pairs), before=before, after=after, bare=alone,
+        lower=found.lower, upper=found.upper,
+    )  # fmt: skip
+
+
 def together(verdicts: Sequence[Verdict]) -> Verdict:
     """One verdict from those of several suites: all must pass, one failure fails."""
     criteria = [criterion for verdict in verdicts for criterion in verdict.criteria]
@@ -362,13 +396,15 @@ def _margin(gate: Gate, gain: float | None) -> float:
 Pair = tuple[Record, Record]
 
 
-def _pairs(left: Sequence[Record], right: Sequence[Record], gate: Gate, names: tuple[str, str]) -> list[Pair]:
-    """Records of the gate split that stand for the same item, in order of item."""
+def _pairs(
+    left: Sequence[Record], right: Sequence[Record], gate: Gate, names: tuple[str, str], split: Split = "gate"
+) -> list[Pair]:
+    """Records of a split that stand for the same item, in order of item."""
     sides = []
     for records, name in zip((left, right), names, strict=True):
-        side = {record.item: record for record in records if record.split == "gate"}
+        side = {record.item: record for record in records if record.split == split}
         if not side:
-            raise GateIncomplete(suite=gate.suite, missing=f"{name} has no record in the gate split")
+            raise GateIncomplete(suite=gate.suite, missing=f"{name} has no record in the {split} split")
         without = sum(gate.metric not in record.metrics for record in side.values())
         if without:
             raise GateIncomplete(suite=gate.suite, missing=f"{without} records of {name} lack '{gate.metric}'")

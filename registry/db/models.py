@@ -368,7 +368,7 @@ class AliasMove(SQLModel, table=True):
     name: str = Field(max_length=64)
     generation: int
     from_version_id: int | None = Field(default=None, foreign_key="versions.id")
-    to_version_id: int = Field(foreign_key="versions.id")
+    to_version_id: int | None = _to("versions.id", "NULL: the alias was taken away", nullable=True)
     actor: str = Field(max_length=16)
     reason: str = Field(max_length=2000)
     verdict: dict[str, Any] | None = _json("the gate's verdict, when it was gated", nullable=True)
@@ -489,6 +489,9 @@ class Job(SQLModel, table=True):
     result: dict[str, Any] | None = _json("what the worker reported, and what was made of it", nullable=True)
     error: dict[str, Any] | None = _json("problem of the last attempt", nullable=True)
     campaign_id: str | None = Field(default=None, max_length=32)
+    held_by: str | None = Field(
+        default=None, max_length=32, sa_column_kwargs={"comment": "the paused campaign that keeps it from being claimed"}
+    )
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was asked for")
     started_at: datetime | None = _time("when the last attempt began", nullable=True)
@@ -542,6 +545,10 @@ class Campaign(SQLModel, table=True):
     state: str = Field(max_length=10)
     reason: str = Field(default="", max_length=2000)
     queue: str = Field(max_length=32)
+    parallel: int | None = Field(default=None, sa_column_kwargs={"comment": "adapters worked on at once; NULL: all"})
+    budget_seconds: float | None = Field(default=None, sa_column_kwargs={"comment": "device seconds of all its jobs"})
+    deadline: datetime | None = _time("what is not final by then is frozen", nullable=True)
+    paused_at: datetime | None = _time("since when it is paused", nullable=True)
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was planned")
     started_at: datetime | None = _time("when it was started", nullable=True)
@@ -564,6 +571,26 @@ class CampaignItem(SQLModel, table=True):
     final_id: int | None = _to("versions.id", "what was promoted", nullable=True)
     reason: str = Field(default="", sa_column=Column(Text, nullable=False))
     changed_at: datetime = _time("when it last changed")
+
+
+class Decision(SQLModel, table=True):
+    """The ledger of campaigns: written once, with the decision itself; never changed."""
+
+    __tablename__ = "decisions"
+    __table_args__ = (
+        Index("ix_decisions_campaign_id", "campaign_id", "id"),
+        Index("ix_decisions_adapter_id", "adapter_id", "id"),
+        Index("ix_decisions_tier", "tier", "id"),
+    )
+    id: int | None = Field(default=None, primary_key=True)
+    campaign_id: str = Field(foreign_key="campaigns.id", max_length=32)
+    adapter_id: int | None = Field(default=None, foreign_key="adapters.id")
+    alias: str | None = Field(default=None, max_length=64)
+    kind: str = Field(max_length=12, sa_column_kwargs={"comment": "registry.core.ledger"})
+    tier: str | None = Field(default=None, max_length=12)
+    data: dict[str, Any] = _json("what the decision rested on")
+    actor: str | None = Field(default=None, max_length=16, sa_column_kwargs={"comment": "the token; NULL: by itself"})
+    at: datetime = _time("when it was made")
 
 
 class Schedule(SQLModel, table=True):

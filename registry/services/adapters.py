@@ -386,7 +386,7 @@ def history(
             event="alias",
             detail=f"{moved.name} on {called[moved.base_id][1]}: "
             + (f"v{numbers[moved.from_version_id]}" if moved.from_version_id else "unset")
-            + f" → v{numbers[moved.to_version_id]}"
+            + (f" → v{numbers[moved.to_version_id]}" if moved.to_version_id else " → unset")
             + (f" ({moved.reason})" if moved.reason else ""),
             facts={"verdict": moved.verdict, "campaign": moved.campaign_id, "generation": moved.generation},
         )

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, select
+from sqlmodel import Session, func, select
 
 from registry.core.errors import (
     AliasMoved,
@@ -72,7 +72,7 @@ def move(
             name=alias,
             version_id=version.id,
             target_set_id=version.target_set_id,
-            generation=1,
+            generation=_last_generation(session, adapter, base, alias) + 1,
         )
         try:
             with session.begin_nested():
@@ -101,6 +101,34 @@ def move(
     )
     session.flush()
     return row
+
+
+def take_away(
+    session: Session, row: Alias, *, actor: str, reason: str, now: datetime, campaign_id: str | None = None
+) -> None:
+    """Remove a locked alias: it was not there before what is undone. Its history stays, and its generations go on."""
+    gone = AliasMove(
+        adapter_id=row.adapter_id,
+        base_id=row.base_id,
+        name=row.name,
+        generation=row.generation + 1,
+        from_version_id=row.version_id,
+        to_version_id=None,
+        actor=actor,
+        reason=reason[:_REASON],
+        campaign_id=campaign_id,
+        at=now,
+    )
+    session.add(gone)
+    session.delete(row)
+    session.flush()
+
+
+def _last_generation(session: Session, adapter: Adapter, base: Base, alias: str) -> int:
+    query = select(func.max(AliasMove.generation)).where(
+        AliasMove.adapter_id == adapter.id, AliasMove.base_id == base.id, AliasMove.name == alias
+    )
+    return session.exec(query).one() or 0
 
 
 def set_alias(

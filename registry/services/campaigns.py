@@ -35,7 +35,7 @@ from registry.core.errors import (
     Unavailable,
     WorkFailed,
 )
-from registry.core.gate import Verdict
+from registry.core.gate import Quoted, Verdict
 from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
@@ -54,12 +54,13 @@ from registry.db.models import (
     Job,
     Line,
     Revision,
+    TargetSet,
     Version,
 )
 from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, Scope, UpgradeRequest
 from registry.storage.base import BlobStore
 
-from . import aliases, bases, gates, jobs, policies
+from . import aliases, bases, gates, jobs, ledger, policies
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import nearest
@@ -71,6 +72,7 @@ _SCORINGS = 3
 """How often one thing is scored for a campaign before its differing harnesses are given up."""
 _STUMBLES = 10
 """Steps of one item that may break in a row, on what nobody foresaw, before the item is given up."""
+_TAKEN_BACK = "rolled back"
 _NEEDED: tuple[Scope, ...] = ("run", "promote")
 """What a campaign does in a namespace in its creator's name."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
@@ -104,9 +106,14 @@ def plan(
         new_id=new.id,
         state=CampaignState.PLANNED,
         queue=request.queue,
+        parallel=request.parallel,
+        budget_seconds=request.budget_seconds,
+        deadline=request.deadline,
         created_by=caller.token_id,
         created_at=now,
     )
+    if request.deadline is not None and request.deadline <= now:
+        raise BadRequest(problems=f"deadline: {request.deadline:%Y-%m-%d %H:%M %Z} has passed already")
     items = []
     for adapter, alias in _gated(session, old):
         if request.namespaces is not None and adapter.namespace not in request.namespaces:
@@ -191,7 +198,17 @@ def create(session: Session, caller: Caller, request: UpgradeRequest, now: datet
         raise _exists(session, active) from error
     session.add_all(items)
     session.flush()
+    for item in items:
+        if State(item.state).final:
+            unplanned = _look(item)
+            ledger.note_step(
+                session, campaign, item, unplanned.model_copy(update={"state": State.PLANNED}), unplanned, now
+            )
     return campaign
+
+
+def _look(item: CampaignItem) -> machine.Item:
+    return machine.Item(state=State(item.state), reason=item.reason, facts=Facts.model_validate(item.facts))
 
 
 def _active(session: Session, line_id: int) -> Campaign | None:
@@ -251,8 +268,87 @@ def start(session: Session, caller: Caller, identity: str, now: datetime) -> Cam
     campaign.state = CAMPAIGN.after("start", campaign.state, identity)
     campaign.started_at = now
     session.add(campaign)
+    ledger.note(session, campaign, "started", now, by=caller)
     _measure_drift(session, campaign, now)
     return campaign
+
+
+def pause(session: Session, caller: Caller, identity: str, now: datetime, *, running: bool = False) -> Campaign:
+    """Let nothing further begin: no step is taken, queued jobs wait. Jobs that run go on to their end.
+
+    With ``running`` they too are stopped, and go on from their checkpoints when it is resumed. Pausing again is fine.
+    """
+    campaign = _locked(session, caller, identity)
+    if campaign.state != CampaignState.RUNNING:
+        raise MoveNotAllowed(
+            noun="campaign", id=identity, state=campaign.state, move="pause", allowed=CampaignState.RUNNING
+        )
+    if campaign.paused_at is None:
+        campaign.paused_at = now
+        session.add(campaign)
+        ledger.note(session, campaign, "paused", now, by=caller, running=running)
+    jobs.hold(session, identity, now, running=running)
+    return campaign
+
+
+def resume(session: Session, caller: Caller, identity: str, now: datetime) -> tuple[Campaign, set[str]]:
+    """Go on with a paused campaign; queues that have work again. Resuming a running one is fine."""
+    campaign = _locked(session, caller, identity)
+    if campaign.state != CampaignState.RUNNING:
+        raise MoveNotAllowed(
+            noun="campaign", id=identity, state=campaign.state, move="resume", allowed=CampaignState.RUNNING
+        )
+    if campaign.paused_at is not None:
+        campaign.paused_at = None
+        session.add(campaign)
+        ledger.note(session, campaign, "resumed", now, by=caller)
+    return campaign, jobs.let_go(session, identity, now)
+
+
+def roll_back(
+    session: Session, caller: Caller, identity: str, now: datetime, *, adapter: str | None, alias: str, reason: str
+) -> Campaign:
+    """Take promotions back, one adapter's or all: the alias on the new base goes, the old base keeps serving.
+
+    A campaign that is not over is aborted first when all are taken back. An alias that somebody moved since stays where
+    it is, and the item says so. Taking back again changes nothing.
+    """
+    if adapter is None:
+        campaign = _locked(session, caller, identity)
+        if campaign.state in (CampaignState.PLANNED, CampaignState.RUNNING):
+            _end(session, campaign, reason or "rolled back", now, told=f"ended by hand: {reason or 'rolled back'}")
+            ledger.note(session, campaign, "aborted", now, by=caller, reason=reason or "rolled back")
+        items = [item for item in _items(session, campaign, lock=True) if item.state == State.PROMOTED]
+    else:
+        campaign = get(session, caller, identity)
+        items = [_named_item(session, caller, identity, adapter, alias)]
+        if items[0].state != State.PROMOTED and items[0].reason.startswith(_TAKEN_BACK):
+            return campaign
+        if items[0].state != State.PROMOTED:
+            raise MoveNotAllowed(
+                noun="adapter", id=adapter, state=items[0].state, move="roll back", allowed=State.PROMOTED
+            )
+    for item in items:
+        _take_back(session, caller, campaign, item, reason, now)
+    return campaign
+
+
+def _take_back(
+    session: Session, caller: Caller, campaign: Campaign, item: CampaignItem, reason: str, now: datetime
+) -> None:
+    adapter, new = session.get_one(Adapter, item.adapter_id), session.get_one(Base, campaign.new_id)
+    row = aliases.locked(session, adapter, new, item.alias)
+    why = f"{_TAKEN_BACK} by {caller.name}{f': {reason}' if reason else ''}"
+    if row is not None and row.version_id == item.final_id:
+        told = f"rollback of campaign {campaign.id}{f': {reason}' if reason else ''}"
+        aliases.take_away(session, row, actor=caller.token_id, reason=told, now=now, campaign_id=campaign.id)
+        item.state, item.reason = State.FROZEN, why
+    else:
+        item.reason = f"not rolled back: somebody moved '{item.alias}' on the new base since"
+    item.changed_at = now
+    item.revision += 1
+    session.add(item)
+    ledger.note(session, campaign, "rolled-back", now, by=caller, item=item, state=item.state, reason=item.reason)
 
 
 def abort(session: Session, caller: Caller, identity: str, reason: str, now: datetime) -> Campaign:
@@ -261,6 +357,7 @@ def abort(session: Session, caller: Caller, identity: str, reason: str, now: dat
     if campaign.state == CampaignState.ABORTED:
         return campaign
     _end(session, campaign, reason or "by hand", now, told=f"ended by hand: {reason or 'by hand'}")
+    ledger.note(session, campaign, "aborted", now, by=caller, reason=campaign.reason)
     return campaign
 
 
@@ -269,9 +366,11 @@ def _end(session: Session, campaign: Campaign, reason: str, now: datetime, *, to
     campaign.finished_at, campaign.reason = now, reason
     for item in _items(session, campaign, lock=True):
         if not State(item.state).final:
+            before = _look(item)
             item.state, item.reason, item.changed_at = State.ABORTED, told or reason, now
             item.revision += 1
             session.add(item)
+            ledger.note_step(session, campaign, item, before, _look(item), now)
     query = select(Job.id).where(Job.campaign_id == campaign.id, col(Job.state).in_(_ACTIVE))
     for job in session.exec(query.order_by(col(Job.id))).all():
         jobs.withdraw(session, campaign.id, job, now)
@@ -283,6 +382,20 @@ def approve(
 ) -> Campaign:
     """Say yes or no to an adapter whose policy asks."""
     campaign = get(session, caller, identity)
+    item = _named_item(session, caller, identity, adapter, alias)
+    if item.state != State.WAITING:
+        raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=State.WAITING)
+    facts = Facts.model_validate(item.facts)
+    item.facts = facts.model_copy(update={"approved": approved, "decided_by": caller.name}).model_dump(mode="json")
+    item.revision += 1
+    item.changed_at = now
+    session.add(item)
+    ledger.note(session, campaign, "approved" if approved else "declined", now, by=caller, item=item)
+    return campaign
+
+
+def _named_item(session: Session, caller: Caller, identity: str, adapter: str, alias: str) -> CampaignItem:
+    """An adapter's part of a campaign, locked, for who may promote it."""
     series = SeriesName.parse(adapter)
     caller.require("promote", series.namespace)
     row = queries.adapter_by_name(session, series.namespace, series.name)
@@ -291,17 +404,10 @@ def approve(
         CampaignItem.adapter_id == (row.id if row else None),
         CampaignItem.alias == alias,
     )
-    item = session.exec(query.with_for_update()).first()
+    item = session.exec(query.with_for_update().execution_options(populate_existing=True)).first()
     if item is None:
         raise BadRequest(problems=f"{adapter}:{alias} is not in campaign {identity}")
-    if item.state != State.WAITING:
-        raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=State.WAITING)
-    facts = Facts.model_validate(item.facts)
-    item.facts = facts.model_copy(update={"approved": approved, "decided_by": caller.name}).model_dump(mode="json")
-    item.revision += 1
-    item.changed_at = now
-    session.add(item)
-    return campaign
+    return item
 
 
 def _locked(session: Session, caller: Caller, identity: str) -> Campaign:
@@ -331,11 +437,21 @@ def _items(session: Session, campaign: Campaign, *, lock: bool = False) -> Seque
 
 
 def unfinished(session: Session) -> list[tuple[str, int]]:
-    """(campaign, item) of running campaigns that are not final, and (campaign, 0) where all items are."""
+    """(campaign, item) of running campaigns that are not final, and (campaign, 0) where all items are.
+
+    Of a campaign that works on so many adapters at once, no more are begun than have ended; one that waits for a
+    person's word takes up no place. A paused campaign is left alone.
+    """
     found = []
-    for campaign in session.exec(select(Campaign).where(Campaign.state == CampaignState.RUNNING)):
+    going = select(Campaign).where(Campaign.state == CampaignState.RUNNING, col(Campaign.paused_at).is_(None))
+    for campaign in session.exec(going):
         items = [item for item in _items(session, campaign) if not State(item.state).final]
-        found += [(campaign.id, item.id or 0) for item in items] or [(campaign.id, 0)]
+        planned = [item for item in items if item.state == State.PLANNED]
+        begun = [item for item in items if item.state != State.PLANNED]
+        if campaign.parallel is not None:
+            free = campaign.parallel - sum(item.state == State.RUNNING for item in begun)
+            planned = planned[: max(free, 0)]
+        found += [(campaign.id, item.id or 0) for item in (*begun, *planned)] or ([] if items else [(campaign.id, 0)])
     return found
 
 
@@ -343,22 +459,26 @@ def finish(session: Session, identity: str, now: datetime) -> None:
     """End a running campaign whose items are all final."""
     campaign = session.exec(select(Campaign).where(Campaign.id == identity).with_for_update()).one()
     items = _items(session, campaign)
-    if campaign.state != CampaignState.RUNNING or any(not State(item.state).final for item in items):
+    if campaign.state != CampaignState.RUNNING or campaign.paused_at is not None:
+        return
+    if any(not State(item.state).final for item in items):
         return
     campaign.state = CAMPAIGN.after("finish", campaign.state, identity)
     campaign.finished_at = now
     counts = {state: sum(item.state == state for item in items) for state in State if state.final}
     campaign.reason = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "no adapter was served there"
     session.add(campaign)
+    ledger.note(session, campaign, "finished", now, reason=campaign.reason)
 
 
 def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set[str]:
     """Bring one item as far as it goes without waiting; queues that got work."""
     item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
     campaign = session.get_one(Campaign, item.campaign_id)
-    if campaign.state != CampaignState.RUNNING or State(item.state).final:
+    if campaign.state != CampaignState.RUNNING or campaign.paused_at is not None or State(item.state).final:
         return set()
     before = (item.state, item.facts, item.reason)
+    was = _look(item)
     work = _Work(session, store, campaign, item, now)
     for _ in range(_STEPS_AT_ONCE):
         if not work.once():
@@ -369,6 +489,7 @@ def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set
         item.revision += 1
         item.changed_at = now
         session.add(item)
+        ledger.note_step(session, campaign, item, was, _look(item), now)
     return {campaign.queue} if work.asked else set()
 
 
@@ -380,6 +501,7 @@ def stumble(session: Session, item_id: int, error: Exception, now: datetime) -> 
     item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
     if State(item.state).final:
         return
+    was = _look(item)
     known = item.facts.get("stumbled")
     stumbled = (known if isinstance(known, int) else 0) + 1
     item.facts = {**item.facts, "stumbled": stumbled}
@@ -388,6 +510,7 @@ def stumble(session: Session, item_id: int, error: Exception, now: datetime) -> 
     item.revision += 1
     item.changed_at = now
     session.add(item)
+    ledger.note_step(session, session.get_one(Campaign, item.campaign_id), item, was, _look(item), now)
 
 
 class _Work:
@@ -409,7 +532,7 @@ class _Work:
     def once(self) -> bool:
         """Take one step; whether another may follow at once."""
         facts = _facts(self.session, self.actor, self.campaign, self.item, Facts.model_validate(self.item.facts))
-        facts = facts.model_copy(update={"revoked": self.revoked})
+        facts = facts.model_copy(update={"revoked": self.revoked, **_bounds(self.session, self.campaign, self.now)})
         step = machine.next_actions(State(self.item.state), facts)
         self.item.state, self.item.reason = step.state, step.reason
         follow = False
@@ -460,7 +583,9 @@ class _Work:
                 self.item.serving_id = self._version(action.serving).id or 0
                 return facts.replanned(), True
             case machine.Settle():
-                self.item.final_id = self._version(action.version).id
+                version = self._version(action.version)
+                self.item.final_id = version.id
+                return facts.model_copy(update={"quoted": self._quoted(facts, version)}), False
             case _:  # Wait, WaitForApproval, Freeze, Retire, Fail, Abort: the state says it all
                 pass
         return facts, False
@@ -557,6 +682,12 @@ class _Work:
         closed = Progress(job=JobState.SUCCEEDED)
         return facts.with_tier(mine.model_copy(update={"produce": closed, "evaluate": lost})), True
 
+    def _quoted(self, facts: Facts, version: Version) -> tuple[Quoted, ...]:
+        assert facts.policy is not None
+        serving = Scored(self.old, self.session.get_one(Version, self.item.serving_id))
+        candidate = Scored(self.new, version)
+        return gates.quoted(self.session, self.store, facts.policy, candidate=candidate, serving=serving)
+
     def _score_again(self, found: Lacking) -> None:
         """Old records are of another harness than the candidate's: score them anew."""
         for scored, suite in found.evaluations:
@@ -594,6 +725,25 @@ class _Work:
         except EvidenceTooWeak as error:
             self.item.state, self.item.reason = State.FROZEN, error.message
         return facts, True
+
+
+def _bounds(session: Session, campaign: Campaign, now: datetime) -> dict[str, str | None]:
+    """Why a campaign may begin nothing more: its deadline, and its budget."""
+    late = campaign.deadline is not None and now >= campaign.deadline
+    found: dict[str, str | None] = {
+        "overdue": f"{campaign.deadline:%Y-%m-%d %H:%M} UTC" if late else None,
+        "exhausted": None,
+    }
+    if campaign.budget_seconds is not None and (spent := _spent(session, campaign)) >= campaign.budget_seconds:
+        found["exhausted"] = f"{spent:.0f} of the campaign's {campaign.budget_seconds:.0f} seconds are spent"
+    return found
+
+
+def _spent(session: Session, campaign: Campaign) -> float:
+    """Device seconds of all the campaign's jobs that came to a result."""
+    seconds = col(Job.result)["seconds"].as_float()
+    query = select(func.sum(seconds)).where(Job.campaign_id == campaign.id, Job.state == JobState.SUCCEEDED)
+    return session.exec(query).one() or 0.0
 
 
 def _things(facts: Facts) -> set[str]:
@@ -659,6 +809,8 @@ def _facts(
         policy=policy,
         fit=fit.fit,
         fit_reason="; ".join(f"{r['subject']} {r['text']}".strip() for r in fit.reasons[:2]),
+        signals={"drift": fit.drift} if fit.drift is not None else {},
+        shape=f"{new.model_type} {new.parameters} {_targets(session, source)} r{source.rank}",
         runnable=serving.runnable,
         old_weights=old.weights == "full",
         new_weights=new.weights == "full",
@@ -703,6 +855,11 @@ def _original(session: Session, version: Version) -> Version:
             return version
         version = parent
     return version
+
+
+def _targets(session: Session, version: Version) -> str:
+    found = session.get(TargetSet, version.target_set_id) if version.target_set_id else None
+    return found.digest[7:19] if found else "none"
 
 
 def _suite_facts(session: Session, gate: Gate) -> SuiteFacts:
@@ -820,6 +977,7 @@ def _tier_facts(
             "label": f"@v{version.number}" if version else digest[:19],
             "evaluate": evaluate,
             "steps": int(_number(result.get("steps"))),
+            "told": {key: result[key] for key in ("start", "candidates", "signals") if key in result},
             "seconds": _number(result.get("seconds")) + _scoring_seconds(session, new, digest, suites),
         }
     )
@@ -853,8 +1011,12 @@ def info(
         new=names[campaign.new_id][0],
         old_ref=names[campaign.old_id][1],
         new_ref=names[campaign.new_id][1],
-        state=campaign.state,
+        state="paused" if campaign.paused_at and campaign.state == CampaignState.RUNNING else campaign.state,
         reason=campaign.reason,
+        parallel=campaign.parallel,
+        budget_seconds=campaign.budget_seconds,
+        spent_seconds=round(_spent(session, campaign), 2),
+        deadline=campaign.deadline,
         items=[
             _item_info(session, campaign, row)
             for row, adapter in shown
@@ -891,6 +1053,7 @@ def _item_info(session: Session, campaign: Campaign, item: CampaignItem) -> Camp
             "reference_seconds": round(facts.reference_seconds, 2),
         },
         verdicts={mine.tier: mine.verdict.model_dump(mode="json") for mine in facts.tiers if mine.verdict},
+        report=[quoted.model_dump(mode="json") for quoted in facts.quoted],
     )
 
 

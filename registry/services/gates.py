@@ -111,6 +111,20 @@ def verdict(
     return gates.together(verdicts)
 
 
+def quoted(
+    session: Session, store: BlobStore, policy: Policy, *, candidate: Scored, serving: Scored
+) -> tuple[gates.Quoted, ...]:
+    """Per gate, what the report split says of a candidate whose verdict is given: its records are there."""
+    ledger, bare = _Ledger(session, store, candidate), Scored(candidate.base, None)
+    found = []
+    for gate in policy.gates:
+        suite = suite_of(session, gate)
+        if all(ledger.has(scored, suite) for scored in (candidate, serving, bare)):
+            sides = [ledger.read(scored, suite) for scored in (candidate, serving, bare)]
+            found.append(gates.quote(sides[0], sides[1], sides[2], gate=gate, alpha=policy.alpha))
+    return tuple(one for one in found if one)
+
+
 def _lacking(absent: list[tuple[Scored, DatasetVersion]], suites: dict[str, DatasetVersion]) -> Lacking:
     called = {suite.id: name for name, suite in suites.items()}
     told = "; ".join(f"{scored} has no evaluation on {called[suite.id]} in one harness" for scored, suite in absent)

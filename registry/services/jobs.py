@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import case, func
+from sqlalchemy import ColumnElement, case, func
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, delete, select
 
@@ -83,6 +83,7 @@ _FIRST_ATTEMPTS = 3
 _LOOKED_AT = 256
 """How many of a queue's jobs on one base are looked at for those that can be trained together."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
+_CLAIMABLE = (col(Job.state) == JobState.QUEUED, col(Job.held_by).is_(None))
 
 
 # ── asking for work ──────────────────────────────────────────────────────────
@@ -141,6 +142,9 @@ def submit(
             continue
         _note(session, job, "queued", {"by": caller.name}, now)
         return job, False
+    if found.held_by not in (None, campaign_id):  # who pauses a campaign keeps nobody else waiting
+        found.held_by = None
+        session.add(found)
     return found, True
 
 
@@ -386,7 +390,7 @@ def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: floa
         raise NotYourJob(id=f"queue {request.queue[:64]}")
     here = select(Base.digest).where(col(Base.manifest).in_(request.cached))
     turn = case((col(Job.created_at) < now - PATIENCE, 0), (col(Job.base).in_(here), 1), else_=2)
-    query = select(Job).where(Job.queue == request.queue, Job.state == JobState.QUEUED)
+    query = select(Job).where(Job.queue == request.queue, *_CLAIMABLE)
     query = query.order_by(col(Job.priority).desc(), turn, col(Job.created_at), col(Job.id)).limit(1)
     job = session.exec(query.with_for_update(skip_locked=True)).first()
     if job is not None:
@@ -415,7 +419,7 @@ def claim_beside(
     """
     if request.group == 1 or _shares(first) is None or first.attempt >= first.max_attempts:
         return []
-    query = select(Job).where(Job.queue == first.queue, Job.state == JobState.QUEUED)
+    query = select(Job).where(Job.queue == first.queue, *_CLAIMABLE)
     query = query.where(Job.kind == first.kind, Job.base == first.base)
     query = query.order_by(col(Job.priority).desc(), col(Job.created_at), col(Job.id)).limit(_LOOKED_AT)
     found = session.exec(query.with_for_update(skip_locked=True)).all()
@@ -606,9 +610,16 @@ def fail(
     cancelled: bool,
     now: datetime,
 ) -> Job:
-    """The attempt ended without a result: queued again while attempts are left, else failed; or cancelled."""
+    """The attempt ended without a result: queued again while attempts are left, else failed; or cancelled.
+
+    A worker that stopped because a paused campaign held its job has used up no attempt: the job goes on later,
+    from its checkpoint.
+    """
     job = held(session, caller, identity, attempt)
-    _ended(session, job, problem, now, retryable=retryable, cancelled=cancelled or job.cancel_requested)
+    if cancelled and not job.cancel_requested:
+        job.max_attempts += 1
+        retryable = True
+    _ended(session, job, problem, now, retryable=retryable, cancelled=job.cancel_requested)
     return job
 
 
@@ -639,6 +650,30 @@ def withdraw(session: Session, campaign_id: str, identity: str, now: datetime) -
         _stopped(session, job, f"campaign {campaign_id}", now)
 
 
+def hold(session: Session, campaign_id: str, now: datetime, *, running: bool) -> None:
+    """Keep a campaign's queued jobs from being claimed; with ``running`` also stop those that run, to go on later."""
+    states = _ACTIVE if running else (JobState.QUEUED,)
+    for job in _of_campaign(session, campaign_id, col(Job.state).in_(states)):
+        job.held_by = campaign_id
+        session.add(job)
+        _note(session, job, "held", {"by": f"campaign {campaign_id}"}, now)
+
+
+def let_go(session: Session, campaign_id: str, now: datetime) -> set[str]:
+    """Undo `hold`; queues that have work again."""
+    found = _of_campaign(session, campaign_id, col(Job.held_by) == campaign_id)
+    for job in found:
+        job.held_by = None
+        session.add(job)
+        _note(session, job, "let-go", {"by": f"campaign {campaign_id}"}, now)
+    return {job.queue for job in found}
+
+
+def _of_campaign(session: Session, campaign_id: str, which: ColumnElement[bool]) -> Sequence[Job]:
+    query = select(Job).where(Job.campaign_id == campaign_id, which).order_by(col(Job.id))
+    return session.exec(query.with_for_update().execution_options(populate_existing=True)).all()
+
+
 def _stopped(session: Session, job: Job, by: str, now: datetime) -> Job:
     if job.state == JobState.CANCELLED or (job.state == JobState.RUNNING and job.cancel_requested):
         return job
@@ -666,7 +701,7 @@ def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job
         )
     job.state = JOB.after("retry", job.state, identity)
     job.max_attempts = job.attempt + _FIRST_ATTEMPTS
-    job.cancel_requested, job.finished_at = False, None
+    job.cancel_requested, job.finished_at, job.held_by = False, None, None
     session.add(job)
     session.flush()
     _note(session, job, "queued", {"by": caller.name}, now)
@@ -702,7 +737,7 @@ def requeue_expired(session: Session, now: datetime, limit: int = 100) -> list[J
 
 def waiting(session: Session) -> dict[str, int]:
     """Queues that have work, and how many jobs wait there."""
-    query = select(Job.queue, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.queue)
+    query = select(Job.queue, func.count()).where(*_CLAIMABLE).group_by(Job.queue)
     return dict(session.exec(query).all())
 
 

@@ -195,11 +195,12 @@ def _act(
 ) -> tuple[dict[str, Any], set[str]]:
     caller = acting(session, schedule.created_by, now)
     if "upgrade" in schedule.action:
+        asked = schedule.action["upgrade"] or {}
         request = UpgradeRequest(
             line=schedule.subject,
             to=facts["base"],
             namespaces=[schedule.namespace],
-            queue=(schedule.action["upgrade"] or {}).get("queue", "cpu"),
+            **{key: asked[key] for key in ("queue", "parallel", "budget_seconds") if key in asked},
         )
         campaign = campaigns.create(session, caller, request, now)
         campaigns.start(session, caller, campaign.id, now)

@@ -129,6 +129,12 @@ ROWS: dict[str, Row] = {
     "GET /v1/upgrades": Row("user", named=False),
     "GET /v1/upgrades/{identity}": read(),
     "POST /v1/upgrades/{identity}/start": Row("user", REFUSED),
+    "GET /v1/upgrades/ledger": Row("user", named=False),
+    "POST /v1/upgrades/{identity}/pause": Row("user", REFUSED, lambda _: {}),
+    "POST /v1/upgrades/{identity}/resume": Row("user", REFUSED),
+    "POST /v1/upgrades/{identity}/rollback": Row(
+        "user", REFUSED, lambda f: {"adapter": f"{f['namespace']}/{f['name']}"}
+    ),
     "POST /v1/upgrades/{identity}/abort": Row("user", REFUSED, lambda _: {}),
     "POST /v1/upgrades/{identity}/approve": Row(
         "user", REFUSED, lambda f: {"adapter": f"{f['namespace']}/{f['name']}"}

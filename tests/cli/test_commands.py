@@ -1,5 +1,7 @@
 """The commands against a real registry: what is typed, what comes out, on stdout one document and nothing else."""
 
+import csv
+import io
 import json
 import stat
 from collections.abc import Callable, Iterator
@@ -345,6 +347,18 @@ def test_an_upgrade_is_planned_started_reported_and_aborted(
     assert "upgraded/bot" in told("upgrade", "status", started["id"])
     assert f"# Upgrade {started['id']}: upgraded, upgraded@r1 → upgraded@r2" in told("upgrade", "report", started["id"])
     assert call("upgrade", "report")["id"] == started["id"]
+    assert call("upgrade", "pause", started["id"], "--now")["state"] == "paused"
+    assert "paused" in told("upgrade", "status", started["id"])
+    held = next(job for job in call("jobs", "list") if job["held_by"] == started["id"])
+    assert f"held by the paused upgrade {started['id']}" in told("jobs", "show", held["id"])
+    assert call("upgrade", "resume", started["id"])["state"] == "running"
+    kinds = [row["kind"] for row in call("upgrade", "ledger", started["id"])]
+    assert kinds[0] == "started"
+    assert {"paused", "resumed"} <= set(kinds)
+    assert "running jobs stopped too" in told("upgrade", "ledger", "--line", "upgraded")
+    lines = list(csv.reader(io.StringIO(told("upgrade", "ledger", started["id"], "--csv"))))
+    assert [line[4] for line in lines] == ["kind", *kinds]
+    assert json.loads(lines[1][-1]) == {}
 
 
 @pytest.mark.parametrize("decline", [False, True])

@@ -3,6 +3,7 @@
 import json
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sqlmodel import Session, col, select
 
 from registry.core.campaign import Facts, Promote, State
 from registry.core.errors import (
+    BadRequest,
     BaseNotFound,
     CampaignExists,
     CampaignNotFound,
@@ -21,14 +23,14 @@ from registry.core.manifest import Lineage
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.core.recipes import FineTune
-from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Evaluation, Token, Version
+from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Evaluation, Job, Token, Version
 from registry.files import scan_folder
-from registry.schemas import JobRequest, UpgradeRequest
+from registry.schemas import ClaimRequest, JobRequest, UpgradeRequest
 from registry.services import aliases, campaigns, jobs
 from registry.services.references import find_adapter
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
-from tests.upgrade import GATE, HARNESS, OTHER_HARNESS, POLICY, ROWS, Upgrade
+from tests.upgrade import GATE, HARNESS, OTHER_HARNESS, POLICY, ROWS, WORKER, Upgrade
 from tests.world import ADMIN, World, caller, request_of
 
 GOOD = {"serving": 1.0, "bare-old": 0.0, "bare": 0.0}
@@ -742,3 +744,254 @@ def test_the_seconds_of_shared_references_are_told_and_counted_once(upgrade: Upg
     cost = upgrade.item().cost
     assert cost["reference_seconds"] == 3.0  # what serves on the old base, and the two bare bases
     assert cost["tiers"]["carry"]["seconds"] == 3.0
+
+
+# ── pausing ──────────────────────────────────────────────────────────────────
+
+
+def _pause(upgrade: Upgrade, campaign: str, *, running: bool = False) -> None:
+    with upgrade.world.database.write() as session:
+        campaigns.pause(session, ADMIN, campaign, upgrade.world.now, running=running)
+
+
+def _resume(upgrade: Upgrade, campaign: str) -> set[str]:
+    with upgrade.world.database.write() as session:
+        return campaigns.resume(session, ADMIN, campaign, upgrade.world.now)[1]
+
+
+def test_a_paused_campaign_begins_nothing_and_ends_the_same_when_it_goes_on(upgrade: Upgrade) -> None:
+    upgrade.skills |= {"carry": 0.5, "warm-start": 1.0}
+    campaign = upgrade.begin()
+    upgrade.tick()
+    _pause(upgrade, campaign)
+    _pause(upgrade, campaign)  # twice is once
+    assert upgrade.info(campaign).state == "paused"
+    waiting = len(upgrade.jobs("queued"))
+    assert waiting
+    upgrade.run(3)
+    assert (len(upgrade.jobs("queued")), upgrade.state()) == (waiting, "running")
+    assert _resume(upgrade, campaign) == {"cpu"}
+    assert _resume(upgrade, campaign) == set()
+    upgrade.run()
+    assert (upgrade.state(), upgrade.info(campaign).state) == ("promoted", "finished")
+
+
+def _claimed(upgrade: Upgrade) -> Job:
+    with upgrade.world.database.write() as session:
+        request = ClaimRequest(queue="cpu", worker="w")
+        job = jobs.claim(session, WORKER, request, upgrade.world.settings.lease_s, upgrade.world.now)
+    assert job is not None
+    return job
+
+
+def test_a_running_job_goes_on_to_its_end_in_a_paused_campaign(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    job = _claimed(upgrade)
+    _pause(upgrade, campaign)
+    with upgrade.world.database.write() as session:
+        jobs.finish(session, upgrade.world.store, WORKER, job.id, upgrade.results(job), upgrade.world.now)
+    assert [found.state for found in upgrade.jobs() if found.id == job.id] == ["succeeded"]
+    assert upgrade.work_one() is None
+
+
+def test_a_job_that_a_pause_stopped_goes_on_later_and_has_used_up_no_attempt(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    campaign = upgrade.begin()
+    upgrade.tick()
+    for round_ in range(4):  # as often as one likes
+        job = _claimed(upgrade)
+        _pause(upgrade, campaign, running=True)
+        _stops(upgrade, job)
+        assert upgrade.work_one() is None, round_
+        _resume(upgrade, campaign)
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "carry")
+
+
+def _stops(upgrade: Upgrade, job: Job) -> None:
+    """The worker heard that it is to stop."""
+    with upgrade.world.database.write() as session:
+        jobs.fail(
+            session, WORKER, job.id, attempt=job.attempt, problem={"code": "work-failed", "detail": "cancelled"},
+            retryable=False, cancelled=True, now=upgrade.world.now,
+        )  # fmt: skip
+
+
+def test_a_campaign_that_goes_on_before_its_worker_stopped_loses_nothing(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    campaign = upgrade.begin()
+    upgrade.tick()
+    job = _claimed(upgrade)
+    _pause(upgrade, campaign, running=True)
+    _resume(upgrade, campaign)
+    _stops(upgrade, job)
+    upgrade.run()
+    assert upgrade.state() == "promoted"
+
+
+def test_a_job_that_a_person_cancels_is_cancelled_in_a_paused_campaign_too(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    job = _claimed(upgrade)
+    _pause(upgrade, campaign, running=True)
+    with upgrade.world.database.write() as session:
+        jobs.cancel(session, ADMIN, job.id, upgrade.world.now)
+    _stops(upgrade, job)
+    assert [found.state for found in upgrade.jobs() if found.id == job.id] == ["cancelled"]
+
+
+def test_who_asks_for_the_same_work_is_not_kept_waiting_by_a_pause(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    _pause(upgrade, campaign)
+    scoring = next(job for job in upgrade.jobs("queued") if job.kind == "evaluate")
+    with upgrade.world.database.write() as session:
+        request = JobRequest(recipe=scoring.recipe, namespace=scoring.namespace)
+        assert jobs.submit(session, ADMIN, request, upgrade.world.now)[0].id == scoring.id
+    done = upgrade.work_one()
+    assert done is not None
+    assert done.id == scoring.id
+
+
+def test_a_paused_campaign_can_be_ended_and_one_that_is_not_running_not_paused(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    _pause(upgrade, campaign)
+    with pytest.raises(CampaignExists):
+        upgrade.begin()
+    with upgrade.world.database.write() as session:
+        campaigns.abort(session, ADMIN, campaign, "", upgrade.world.now)
+    assert (upgrade.info(campaign).state, upgrade.state()) == ("aborted", "aborted")
+    for move in (_pause, _resume):
+        with pytest.raises(MoveNotAllowed, match="aborted"):
+            move(upgrade, campaign)
+
+
+# ── bounds ───────────────────────────────────────────────────────────────────
+
+
+def test_no_more_adapters_are_begun_at_once_than_asked_for(upgrade: Upgrade) -> None:
+    upgrade.serve("team/second", seed=1)
+    upgrade.serve("team/third", seed=2)
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin(parallel=2)
+    upgrade.tick()
+    assert sorted(item.state for item in upgrade.items()) == ["planned", "running", "running"]
+    upgrade.run()
+    assert {item.state for item in upgrade.items()} == {"promoted"}
+
+
+def test_who_waits_for_a_word_takes_no_place(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY.model_copy(update={"action": "ask"}))
+    upgrade.serve("team/second", seed=1)
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin(parallel=1)
+    upgrade.run()
+    assert {item.state for item in upgrade.items()} == {"waiting"}
+
+
+def test_what_is_not_final_at_the_deadline_is_frozen(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin(deadline=upgrade.world.now + timedelta(minutes=5))
+    upgrade.tick()
+    upgrade.world.later(minutes=6)
+    upgrade.tick()
+    assert upgrade.state() == "frozen"
+    assert "the deadline" in upgrade.item().reason
+    assert not [job for job in upgrade.jobs("queued") if job.kind != "compare"]
+    upgrade.tick()
+    assert upgrade.info(campaign).state == "finished"
+
+
+def test_a_promotion_that_nobody_approved_by_the_deadline_is_frozen(upgrade: Upgrade) -> None:
+    upgrade.policy(POLICY.model_copy(update={"action": "ask"}))
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin(deadline=upgrade.world.now + timedelta(minutes=5))
+    upgrade.run()
+    assert upgrade.state() == "waiting"
+    upgrade.world.later(minutes=6)
+    upgrade.tick()
+    assert "nobody approved it before the deadline" in upgrade.item().reason
+
+
+def test_a_deadline_that_has_passed_is_refused(upgrade: Upgrade) -> None:
+    with pytest.raises(BadRequest, match="has passed already"):
+        upgrade.begin(deadline=upgrade.world.now)
+
+
+def test_a_campaign_whose_budget_is_spent_begins_no_further_tier(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin(budget_seconds=2.0)
+    upgrade.run()
+    assert upgrade.state() == "frozen"
+    assert "of the campaign's 2 seconds are spent before warm-start" in upgrade.item().reason
+    assert upgrade.info(campaign).spent_seconds >= 2
+
+
+# ── taking back ──────────────────────────────────────────────────────────────
+
+
+def _roll_back(upgrade: Upgrade, campaign: str, adapter: str | None = None, who: Caller = ADMIN) -> None:
+    with upgrade.world.database.write() as session:
+        campaigns.roll_back(
+            session, who, campaign, upgrade.world.now, adapter=adapter, alias="prod", reason="wrong answers"
+        )
+
+
+def _promoted(upgrade: Upgrade) -> str:
+    upgrade.serve("team/second", seed=1)
+    upgrade.skills["carry"] = 1.0
+    campaign = upgrade.begin()
+    upgrade.run()
+    assert {item.state for item in upgrade.items()} == {"promoted"}
+    return campaign
+
+
+def test_one_adapter_is_taken_back_and_the_others_stay(upgrade: Upgrade) -> None:
+    campaign = _promoted(upgrade)
+    _roll_back(upgrade, campaign, "team/bot")
+    _roll_back(upgrade, campaign, "team/bot")  # twice is once
+    assert (upgrade.prod(upgrade.new), upgrade.prod(upgrade.old)) == (None, "serving")
+    assert upgrade.prod(upgrade.new, "team/second") == "carry"
+    assert upgrade.item().state == "frozen"
+    assert upgrade.item().reason == "rolled back by admin: wrong answers"
+    moves = upgrade.world.all(select(AliasMove).where(col(AliasMove.to_version_id).is_(None)))
+    assert [(move.campaign_id, move.generation) for move in moves] == [(campaign, 2)]
+
+
+def test_a_whole_campaign_is_taken_back_in_one_call_but_what_somebody_moved_since(upgrade: Upgrade) -> None:
+    campaign = _promoted(upgrade)
+    newer = upgrade.push("team/second", seed=9, base=upgrade.v2)
+    upgrade.set_alias(newer, "team/second")
+    _roll_back(upgrade, campaign)
+    assert (upgrade.prod(upgrade.new), upgrade.state()) == (None, "frozen")
+    assert upgrade.prod(upgrade.new, "team/second") == "serving"
+    assert "somebody moved 'prod'" in upgrade.item("team/second").reason
+
+
+def test_an_alias_that_was_taken_back_can_be_set_again_and_its_history_goes_on(upgrade: Upgrade) -> None:
+    campaign = _promoted(upgrade)
+    _roll_back(upgrade, campaign)
+    upgrade.begin_again()
+    upgrade.run()
+    assert {item.state for item in upgrade.items()[-2:]} == {"promoted"}
+    assert upgrade.prod(upgrade.new) == "carry"
+    generations = select(AliasMove.generation).where(AliasMove.base_id == upgrade.world.one(
+        select(Base.id).where(Base.digest == upgrade.new)
+    ), AliasMove.adapter_id == 1).order_by(col(AliasMove.generation))  # fmt: skip
+    assert upgrade.world.all(generations) == [1, 2, 3]
+
+
+def test_a_campaign_that_runs_is_ended_before_all_of_it_is_taken_back(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    _roll_back(upgrade, campaign)
+    assert (upgrade.info(campaign).state, upgrade.state()) == ("aborted", "aborted")
+    with pytest.raises(MoveNotAllowed, match="roll back"):
+        _roll_back(upgrade, campaign, "team/bot")
+
+
+def test_taking_back_needs_the_right_to_promote(upgrade: Upgrade) -> None:
+    campaign = _promoted(upgrade)
+    for adapter in ("team/bot", None):
+        with pytest.raises(ScopeMissing):
+            _roll_back(upgrade, campaign, adapter, caller("reader", team=["read", "publish"]))

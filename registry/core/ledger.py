@@ -1,0 +1,94 @@
+"""The ledger of upgrades: each decision as it is made, with what it rested on; written once, never changed.
+
+Of a campaign    started · paused · resumed · aborted · finished
+Of an adapter    route        what may be tried, in which order, and the signals that say so
+                 replanned    another version serves: what was compared with the old one is forgotten
+                 verdict      a tier's candidate before the gate: intervals, steps, device seconds
+                 lost         a tier's job failed: why
+                 approved, declined
+                 outcome      how it ended, what it cost, and its score on the split that nothing was chosen by
+                 rolled-back  a promotion taken back
+
+What an adapter's step decided is the difference between two looks at its item, so a step that is repeated after a crash
+writes nothing twice. Expected costs (`registry.services.ledger`) and the thresholds of routing are read from here.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .campaign import Item, State, TierFacts, cost, possible_tiers, tier_alphas
+from .manifest import Frozen
+from .recipes import Tier
+
+Kind = Literal[
+    "started", "paused", "resumed", "aborted", "finished", "route", "replanned", "verdict", "lost", "approved",
+    "declined", "outcome", "rolled-back",
+]  # fmt: skip
+
+
+class Entry(Frozen):
+    """One decision."""
+
+    kind: Kind
+    tier: Tier | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+def decided(before: Item, after: Item) -> list[Entry]:
+    """What was decided about one adapter between two looks at it, in order."""
+    entries = []
+    if before.facts.serving != after.facts.serving:
+        entries.append(Entry(kind="replanned", data={"from": before.facts.serving, "to": after.facts.serving}))
+    if before.state is State.PLANNED and after.state not in (State.PLANNED, State.ABORTED):
+        entries.append(Entry(kind="route", data=_route(after)))
+    for mine in after.facts.tiers:
+        was = before.facts.tier(mine.tier)
+        if mine.verdict and mine.verdict != was.verdict:
+            entries.append(Entry(kind="verdict", tier=mine.tier, data=_tried(mine, after)))
+        elif (mine.produce.lost or mine.evaluate.lost) and not (was.produce.lost or was.evaluate.lost):
+            entries.append(Entry(kind="lost", tier=mine.tier, data=_tried(mine, after)))
+    if after.state.final and not before.state.final:
+        entries.append(Entry(kind="outcome", data=outcome(after)))
+    return entries
+
+
+def outcome(item: Item) -> dict[str, Any]:
+    """How an adapter ended."""
+    spent = cost(item.facts)
+    return {
+        "state": str(item.state),
+        "reason": item.reason,
+        "cost": spent.model_dump(mode="json"),
+        "report": [quoted.model_dump(mode="json") for quoted in item.facts.quoted],
+    }
+
+
+def _route(item: Item) -> dict[str, Any]:
+    facts = item.facts
+    return {
+        "old": facts.old,
+        "new": facts.new,
+        "serving": facts.serving,
+        "source": facts.source or facts.serving,
+        "fit": facts.fit,
+        "why": facts.fit_reason,
+        "signals": facts.signals,
+        "tiers": list(possible_tiers(facts)),
+        "alpha": tier_alphas(facts),
+        "suites": {suite.suite: suite.gate_n for suite in facts.suites},
+    }
+
+
+def _tried(mine: TierFacts, item: Item) -> dict[str, Any]:
+    return {
+        "base": item.facts.new,
+        "shape": item.facts.shape,
+        "version": mine.version,
+        "label": mine.label,
+        "steps": mine.steps,
+        "seconds": round(mine.seconds, 3),
+        "told": mine.told,
+        "verdict": mine.verdict.model_dump(mode="json") if mine.verdict else None,
+        "error": mine.produce.error or mine.evaluate.error,
+    }
