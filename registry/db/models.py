@@ -407,6 +407,9 @@ class DatasetVersion(SQLModel, table=True):
     digest: str = _digest("digest of its manifest")
     rows: int
     gate_rows: int = Field(default=0, sa_column_kwargs={"comment": "suites: items in the gate split"})
+    calibration_rows: int | None = Field(
+        default=None, sa_column_kwargs={"comment": "suites: items in the calibration split, None: not counted yet then"}
+    )
     spec: dict[str, Any] = _json("metrics and settings of a suite")
     size: int = Field(sa_type=BigInteger)
     created_by: str = Field(max_length=16)

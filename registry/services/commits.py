@@ -373,6 +373,7 @@ def _commit_dataset(
             digest=push.manifest_digest,
             rows=facts["rows"],
             gate_rows=facts["gate_rows"],
+            calibration_rows=facts.get("calibration_rows"),  # not in facts of a push that the release before verified
             spec=manifest.config,
             size=manifest.size,
             created_by=_author(session, push),

@@ -23,14 +23,14 @@ def count_rows(
     tasks: bool = False,
     scored: bool = True,
     seen: dict[str, str] | None = None,
-) -> tuple[int, int]:
-    """Rows, and rows in the gate split, of one JSONL file that arrives in chunks.
+) -> tuple[int, int, int]:
+    """Rows, and rows in the gate and in the calibration split, of one JSONL file that arrives in chunks.
 
     ``tasks``: the suite is one of tasks of lm-eval, whose rows are any objects; and where they are not ``scored``, but
     examples in front of others, they do not count. ``seen`` collects a suite's items over its files: an item that
     occurs twice would be scored twice. `BadDataset` names the line.
     """
-    rows = gate = 0
+    rows = gate = calibration = 0
     items = seen if seen is not None else {}
     for number, line in enumerate(_lines(chunks, path), start=1):
         if not line.strip():
@@ -47,7 +47,8 @@ def count_rows(
                 raise BadDataset(path=path, line=number, reason=f"it is the same item as {items[item]}")
             items[item] = f"{path}, line {number}"
             gate += split_of(item) == "gate"
-    return rows, gate
+            calibration += split_of(item) == "calibration"
+    return rows, gate, calibration
 
 
 def _lines(chunks: Iterable[bytes], path: str) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from sqlalchemy import ColumnElement, case, func
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, delete, select
 
+from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
 from registry.core.errors import (
     BadRequest,
@@ -29,6 +30,7 @@ from registry.core.errors import (
     NotRunnable,
     NotYourJob,
     OtherBase,
+    SuiteTooSmall,
     WeightsAbsent,
     WorkFailed,
 )
@@ -37,25 +39,30 @@ from registry.core.manifest import canonical_json
 from registry.core.names import Reference, SeriesName, check_name
 from registry.core.recipes import (
     BASE_ROLES,
+    LEAST_ITEMS,
     TRAINED,
     UNLABELLED,
     AnyRecipe,
     Combine,
     Evaluate,
     FineTune,
+    FullFineTune,
     MakesAdapter,
     MakesBase,
     Rebase,
+    Search,
     inputs_of,
     parse_recipe,
     recipe_digest,
 )
 from registry.core.recipes import Compare as CompareRecipe
 from registry.core.records import parse_records
+from registry.core.targets import check_parameters, check_targets, modules_of, names_of
 from registry.db import queries
 from registry.db.models import (
     Adapter,
     Base,
+    BaseTable,
     Checkpoint,
     Dataset,
     DatasetVersion,
@@ -114,6 +121,7 @@ def submit(
     caller.require("run", namespace)
     _check_output(caller, request, recipe)
     _check_runnable(session, recipe)
+    _check_sensible(session, recipe)
     output = request.output.model_dump(mode="json")
     where = {"adapter": output["adapter"], "line": output["line"], "aliases": sorted(set(output["aliases"]))}
     digest = recipe_digest(recipe)
@@ -316,6 +324,35 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
                 raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")
             if version is not None and (role == "adapter" or isinstance(recipe, Combine | CompareRecipe)):
                 _check_bound(session, recipe, version)
+
+
+def _check_sensible(session: Session, recipe: AnyRecipe) -> None:
+    """Refuse what a base's tensor table and a suite's counts show to be wrong: a worker would find it after an hour."""
+    match recipe:
+        case FineTune(start=None):
+            _check_targets(session, recipe)
+        case Search(training=training):
+            suite = session.exec(select(DatasetVersion).where(DatasetVersion.digest == recipe.suite)).first()
+            if suite is not None:
+                n = suite.rows - suite.gate_rows if suite.calibration_rows is None else suite.calibration_rows
+                if n < LEAST_ITEMS:
+                    metric = (suite.spec.get("metrics") or ["its metric"])[0]
+                    raise SuiteTooSmall(n=n, metric=metric, needed=LEAST_ITEMS)
+            if recipe.over != "targets":  # which tries groups of its own
+                _check_targets(session, training)
+        case FullFineTune(parameters=parameters) if parameters and (names := names_of(_table(session, recipe.base))):
+            check_parameters(parameters, names)
+
+
+def _check_targets(session: Session, recipe: FineTune) -> None:
+    named = (*(() if recipe.targets == ("all-linear",) else recipe.targets), *recipe.whole)
+    if modules := modules_of(_table(session, recipe.base)):
+        check_targets(named, modules)
+
+
+def _table(session: Session, digest: str) -> BaseModel:
+    query = select(BaseTable.body).join(Base).where(Base.digest == digest)
+    return BaseModel.from_compressed(session.exec(query).one())
 
 
 def _check_bound(session: Session, recipe: AnyRecipe, version: Version) -> None:

@@ -656,7 +656,7 @@ def _damaged(database: Database, store: BlobStore, manifest: Manifest, claim: Cl
 
 
 def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
-    rows = gate = 0
+    rows = gate = calibration = 0
     seen: dict[str, str] = {}
     tasks = parse_tasks(reading.manifest.config) if suite else []
     scored = require_files(tasks, (entry.path for entry in reading.manifest.files))
@@ -666,11 +666,11 @@ def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
         with reading.open(entry) as reader:
             sniff(reader.read(0, min(64, entry.size)), entry)
             stream = Stream(reader, entry, reading.tick)
-            more, gated = datasets.count_rows(
+            more, gated, calibrating = datasets.count_rows(
                 stream.chunks(), entry.path, suite=suite, tasks=bool(tasks), scored=entry.path in scored, seen=seen
             )
             stream.finish()
-        rows, gate = rows + more, gate + gated
+        rows, gate, calibration = rows + more, gate + gated, calibration + calibrating
     if not rows:
         raise BadDataset(path=reading.manifest.files[0].path, line=0, reason="there are no rows")
-    return {"rows": rows, "gate_rows": gate}
+    return {"rows": rows, "gate_rows": gate, "calibration_rows": calibration}

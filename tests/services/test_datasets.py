@@ -27,9 +27,9 @@ def test_counting_does_not_depend_on_how_the_bytes_arrive(prompts: list[str], si
     rows = [{"prompt": prompt, "completion": "x"} for prompt in prompts]
     data = lines(*rows)
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
-    gate = sum(split_of(item_id(row)) == "gate" for row in rows)
-    assert datasets.count_rows(chunks, "data.jsonl", suite=True) == (len(rows), gate)
-    assert datasets.count_rows([data.rstrip(b"\n")], "data.jsonl", suite=False) == (len(rows), 0)
+    gate, calibration = (sum(split_of(item_id(row)) == split for row in rows) for split in ("gate", "calibration"))
+    assert datasets.count_rows(chunks, "data.jsonl", suite=True) == (len(rows), gate, calibration)
+    assert datasets.count_rows([data.rstrip(b"\n")], "data.jsonl", suite=False) == (len(rows), 0, 0)
 
 
 def test_a_dataset_and_a_suite_are_numbered_series_of_their_own(world: World) -> None:

@@ -23,14 +23,16 @@ from registry.core.errors import (
     NotYourJob,
     OtherBase,
     ScopeMissing,
+    SuiteTooSmall,
+    UnknownTargets,
     WeightsAbsent,
 )
 from registry.core.manifest import Lineage
 from registry.core.policy import Policy
 from registry.core.recipes import FineTune
-from registry.core.records import Record, split_of, to_jsonl
+from registry.core.records import Record, item_id, split_of, to_jsonl
 from registry.db.engine import Database
-from registry.db.models import Alias, Evaluation, Job, JobEvent, Version
+from registry.db.models import Alias, DatasetVersion, Evaluation, Job, JobEvent, Version
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, FinishRequest, JobRequest, Output, ScoredInfo
 from registry.services import jobs, policies
@@ -256,6 +258,46 @@ def test_a_base_without_weights_and_an_adapter_that_is_no_lora_run_nowhere(small
     )
     with pytest.raises(NotRunnable):
         small.asked({"kind": "merge", "adapter": "team/odd"}, line="merged")
+
+
+FULL = {"kind": "full-finetune", "base": "demo", "datasets": ["team/rows"], "steps": 2}
+
+
+def test_what_the_tensor_table_of_a_base_shows_to_be_wrong_is_refused_when_it_is_asked_for(small: Shop) -> None:
+    with pytest.raises(UnknownTargets, match=r"'q_prj' match no module of the base\. Did you mean 'q_proj'"):
+        small.submit(recipe={"targets": ["v_proj", "q_prj"]})
+    with pytest.raises(UnknownTargets, match="'norms'"):
+        small.submit(recipe={"whole": ["norms"]})
+    with pytest.raises(UnknownTargets, match="'nothing'"):
+        small.asked(FULL | {"parameters": ["q_proj", "nothing"]}, line="tuned")
+    assert small.world.all(select(Job)) == []
+    for targets in (["layers.0.mlp.up_proj", "lm_head", "embed_tokens"], ["all-linear"]):
+        small.submit(recipe={"targets": targets})
+    small.asked(FULL | {"parameters": ["q_proj", "model.norm", "layers.1", "lm_head"]}, line="tuned")
+
+
+def test_a_base_of_an_unknown_type_is_looked_at_by_the_worker(small: Shop, tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "strange", seed=9)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
+    small.world.push_base(folder, line="strange")
+    assert small.submit(recipe={"base": "strange", "targets": ["whatever"]})[0].state == "queued"
+
+
+def test_a_suite_whose_calibration_split_chooses_nothing_is_refused_when_a_search_asks_for_it(small: Shop) -> None:
+    search = {"kind": "search", "over": "rank", "base": "demo", "training": {"datasets": ["team/rows"], "steps": 2}}
+    items = b"".join(b'{"prompt": "%d+1=", "completion": " %d"}\n' % (i, i + 1) for i in range(300))
+    small.world.push_rows("suite", "team/small", ITEMS)
+    small.world.push_rows("suite", "team/large", items)
+    n = sum(split_of(item_id(json.loads(line))) == "calibration" for line in ITEMS.splitlines())
+    with pytest.raises(SuiteTooSmall, match=f"has {n} items"):
+        small.asked(search | {"suite": "team/small"}, adapter="team/bot")
+    with small.world.database.write() as session:  # from before they were counted: at most all but the gate's
+        for version in session.exec(select(DatasetVersion)):
+            version.calibration_rows = None
+    with pytest.raises(SuiteTooSmall):
+        small.asked(search | {"suite": "team/small"}, adapter="team/bot")
+    assert small.asked(search | {"suite": "team/large"}, adapter="team/bot").state == "queued"
 
 
 def test_a_retraining_takes_the_policys_recipe_where_none_is_recorded(small: Shop, tmp_path: Path) -> None:

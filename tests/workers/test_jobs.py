@@ -236,7 +236,7 @@ def test_a_killed_attempt_is_gone_on_with_to_the_same_bytes(home: House) -> None
 
 
 def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(home: House) -> None:
-    short, wrong = home.train("team/short", steps=3), home.train("team/wrong", targets=["nothing_proj"])
+    short, wrong = home.train("team/short", steps=3), home.train("team/wrong", rank=4096)
     stopped, long = home.train("team/stopped", steps=100_000), home.train("team/long", steps=150, checkpoint_every=1)
     with home.working():
         home.await_state(short, "succeeded")  # while the others go on
@@ -248,7 +248,7 @@ def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(hom
         home.await_state(long, "succeeded")
     assert (failed := home.client.job(wrong.id)).state == "failed"
     assert failed.error is not None
-    assert failed.error["code"] == "unknown-targets"
+    assert failed.error["code"] == "rank-too-high"
     made = [home.client.job(job.id) for job in (short, long)]
     assert [(job.result or {})["made"][0]["ref"] for job in made] == ["team/short@v1", "team/long@v1"]
     assert [home.logged(job, 1, "progress")[-1]["step"] for job in (short, long)] == [3, 150]
@@ -352,12 +352,12 @@ def test_a_damaged_checkpoint_is_not_used_and_the_job_begins_again(home: House, 
 
 
 def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home: House) -> None:
-    wrong = home.train("team/wrong", targets=["nothing_proj"])
+    wrong = home.train("team/wrong", rank=4096)
     with home.working():
         failed = home.await_state(wrong, "failed")
         assert failed.attempt == 1
         assert failed.error is not None
-        assert failed.error["code"] == "unknown-targets"
+        assert failed.error["code"] == "rank-too-high"
     long = home.train("team/long", steps=100_000)
     with home.working():
         home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from registry.core.errors import NotRunnable, TrainingFailed, Unchanged, UnknownTargets
+from registry.core.errors import NotRunnable, TrainingFailed, Unchanged
 from registry.core.recipes import FullFineTune, recipe_digest
+from registry.core.targets import check_parameters, runs
 
 from . import checkpoint
 from .checkpoint import State
@@ -26,7 +27,6 @@ from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, 
 from .data import Example, Packed, Row, asked_of, pack
 from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of
 from .finetune import Report, silent
-from .lora import listed, nearest
 from .loss import Loss
 from .merge import OUT_TYPES, Form, Merged, rewrite
 from .model import Model, dtype_for, keeps_apart, load, whole
@@ -167,13 +167,8 @@ def _trained(model: Model, recipe: FullFineTune) -> list[str]:
     spelled: dict[str, set[str]] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied one is meant by either name
-        parts = name.split(".")
-        ends = {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
-        spelled.setdefault(first[id(parameter)], set()).update(ends)
-    unknown = [target for target in recipe.parameters if not any(target in ends for ends in spelled.values())]
-    if unknown:
-        words = {part for name in spelled for part in name.split(".")[:-1] if not part.isdecimal()}
-        raise UnknownTargets(targets=listed(unknown), nearest=nearest(unknown, words))
+        spelled.setdefault(first[id(parameter)], set()).update(runs(name))
+    check_parameters(recipe.parameters, [name for name, _ in model.named_parameters(remove_duplicate=False)])
     return [name for name, ends in spelled.items() if not recipe.parameters or ends & set(recipe.parameters)]
 
 

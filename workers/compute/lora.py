@@ -5,9 +5,8 @@
 What carries it, alone or with others, is `bank`. Legend: R rank, I inputs, O outputs; an embedding has I = vocabulary.
 """
 
-import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from registry.core.errors import NotRunnable, RankTooHigh, UnknownTargets
+from registry.core.errors import NotRunnable, RankTooHigh
 from registry.core.recipes import FineTune
+from registry.core.targets import check_targets, means
 
 from .lowrank import LowRank
 from .model import Model, module_name, whole
@@ -166,32 +166,13 @@ def target_modules(model: Model, targets: Sequence[str], but: Sequence[str] = ()
 def modules_called(model: Model, targets: Sequence[str]) -> list[str]:
     """The linear modules and embeddings whose names end so, in the model's order."""
     named = [name for name, module in model.named_modules() if takes_factors(module)]
-    unknown = [target for target in targets if not any(_means(target, name) for name in named)]
-    if unknown:
-        ends = {name.rpartition(".")[2] for name in named}
-        raise UnknownTargets(targets=listed(unknown), nearest=nearest(unknown, ends))
-    return [name for name in named if any(_means(target, name) for target in targets)]
+    check_targets(targets, named)
+    return [name for name in named if any(means(target, name) for target in targets)]
 
 
 def takes_factors(module: nn.Module) -> bool:
     """Whether it can be a target: a linear module or an embedding."""
     return isinstance(module, LINEAR) or type(module) is nn.Embedding
-
-
-def _means(target: str, name: str) -> bool:
-    return f".{name}".endswith(f".{target}")
-
-
-def nearest(unknown: Sequence[str], names: Collection[str]) -> str:
-    """What may have been meant by names that are not there, or all that are, as the end of a refusal."""
-    ends = sorted(names)
-    near = [close for name in unknown for close in difflib.get_close_matches(name, ends, n=3, cutoff=0.5)]
-    return f" Did you mean {listed(near)}?" if near else f" There are {listed(ends)}."
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in quotes, each once."""
-    return ", ".join(f"'{name}'" for name in dict.fromkeys(names))
 
 
 def fresh(model: Model, recipe: FineTune) -> Adapter:

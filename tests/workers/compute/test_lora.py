@@ -1,10 +1,15 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from registry.core.errors import NotRunnable, RankTooHigh, UnknownTargets
+from registry.core.targets import modules_of, names_of
+from tests.factories import base_of
 from tests.workers import factories
 from workers.compute.bank import Bank, attached
-from workers.compute.lora import Adapter, fresh, target_modules
+from workers.compute.lora import Adapter, fresh, takes_factors, target_modules
 from workers.compute.model import Model
 
 
@@ -90,3 +95,12 @@ def test_names_without_the_base_prefix_find_their_modules() -> None:
 def test_a_rank_above_the_smaller_side_is_refused_with_the_highest_that_fits() -> None:
     with pytest.raises(RankTooHigh, match=r"Rank 17 .*k_proj.*16×32; at most 16"):
         fresh(factories.llama(), factories.recipe(rank=17, targets=("q_proj", "k_proj")))
+
+
+@pytest.mark.parametrize("make", [factories.llama, lambda: factories.llama(tied=False), factories.gpt2])
+def test_a_tensor_table_tells_the_names_that_the_loaded_model_has(make: Callable[[], Model], tmp_path: Path) -> None:
+    made = make()
+    table = base_of(factories.saved(made, tmp_path / "base"))
+    modules = {name for name, module in made.named_modules() if takes_factors(module)}
+    assert set(modules_of(table)) == modules
+    assert set(names_of(table)) == {name for name, _ in made.named_parameters(remove_duplicate=False)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.core.gate import mean_interval
+from registry.core.recipes import LEAST_ITEMS
 
 from ..data import Row
 from ..evaluate import Suite, evaluate
@@ -21,7 +22,6 @@ from ..finetune import Report, silent
 from ..lora import Adapter
 from ..metrics import ALPHA, Difference, difference
 from ..model import Model, Tokenizer, load
-from ..search.study import LEAST
 from .carry import carry, expressed, shifted
 from .starts import score_of
 from .text import Seen, divergence, likelihoods, seen_by, texts_of
@@ -57,8 +57,8 @@ def best_carried(
     calibration = suite.only("calibration") if suite is not None else None
     rows = inputs or (calibration.rows if calibration is not None and not calibration.questions else ())
     items = len(calibration.rows) if calibration is not None else len(rows)
-    if items < LEAST:
-        return Carried(plain[PLAIN], PLAIN, f"{items} items choose nothing; {LEAST} may", {PLAIN: {}})
+    if items < LEAST_ITEMS:
+        return Carried(plain[PLAIN], PLAIN, f"{items} items choose nothing; {LEAST_ITEMS} may", {PLAIN: {}})
     seen = seen_by(*load(old), rows, adapter) if rows else None
     model, tokenizer = load(base)
     if seen is not None and texts_of(model, tokenizer, rows) != seen.texts:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from registry.core.errors import SuiteTooSmall, TrainingFailed
-from registry.core.recipes import FineTune, Search
+from registry.core.recipes import LEAST_ITEMS, FineTune, Search
 from registry.core.records import Record, Split, item_id, parse_records, split_of, to_jsonl
 
 from ..bank import attached
@@ -25,10 +25,6 @@ from ..metrics import ALPHA, Difference, difference, mean
 from ..model import Model, Tokenizer, context_of
 from ..panel import MAX_LENGTH
 from ..weights import write_file
-
-LEAST = 20
-"""Items of the calibration split below which nothing is chosen by it: 5 items that all changed for the better are the
-fewest that tell at 5 % (½⁵ < 0.05), and it is rarely more than a quarter of the items that changes."""
 
 Records = dict[str, tuple[Record, ...]]
 
@@ -71,8 +67,8 @@ class Study:
         for row in looked_at:
             scored = self.metric != "accuracy" or "choices" in row.value
             self.items[split_of(item_id(row.value))] += scored
-        if self.items["calibration"] < LEAST:
-            raise SuiteTooSmall(n=self.items["calibration"], metric=self.metric, needed=LEAST)
+        if self.items["calibration"] < LEAST_ITEMS:
+            raise SuiteTooSmall(n=self.items["calibration"], metric=self.metric, needed=LEAST_ITEMS)
 
     # ── training ──
 
