@@ -181,14 +181,13 @@ def texts() -> tuple[list[str], list[tuple[str, str]]]:
 def made(folder: Path, scale: float) -> tuple[Path, list[Task]]:
     """A Llama of 0.2 million parameters that was trained on short stories, and three tasks of the same words."""
     chance = random.Random(1)
-    stories = [", and ".join(_sentence(chance)[0] for _ in range(2)) for _ in range(600)]
+    rows = stories(chance, 600, ", and ")
     raw = factories.saved(factories.llama(hidden_size=64, intermediate_size=172, num_hidden_layers=4,
                                           initializer_range=0.05), folder / "raw")  # fmt: skip
     recipe = FullFineTune(
         base=factories.BASE, datasets=(factories.DATASET,), steps=max(4, round(400 * scale)), batch_tokens=1024,
         max_length=128, learning_rate=4e-3, warmup_steps=2, precision="fp32",
     )  # fmt: skip
-    rows = rows_of([{"prompt": story[:4], "completion": story[4:]} for story in stories])
     write_tuned(raw, tune(raw, recipe, rows), folder / "base")
     told = [_sentence(chance) for _ in range(1500)]
     kinds = [(text, kind) for text, kind, *_ in told]
@@ -198,6 +197,12 @@ def made(folder: Path, scale: float) -> tuple[Path, list[Task]]:
              _written("made: facts in words", facts[500:], facts[:500]),
              _written("made: sums", *_halves(sums))]  # fmt: skip
     return folder / "base", tasks
+
+
+def stories(chance: random.Random, many: int, between: str) -> list[Row]:
+    """Of two sentences each, with these words between them."""
+    told = [between.join(_sentence(chance)[0] for _ in range(2)) for _ in range(many)]
+    return rows_of([{"prompt": story[:4], "completion": story[4:]} for story in told])
 
 
 def _sentence(chance: random.Random) -> tuple[str, str, str, str]:

@@ -315,6 +315,7 @@ def merge(
     "loractl rebase team/bot:prod --to llama@r2 --suite team/reviews-test --inputs team/questions",
     "loractl rebase team/bot@v3 --to llama@r2 --tier warm-start --suite team/reviews-test",
     "loractl rebase team/bot:prod --to llama-wide@r1 --tier transport --inputs team/reviews",
+    "loractl rebase team/bot:prod --to llama@r2 --tier distil --inputs team/questions",
 )
 @click.argument("ref", metavar="REF")
 @click.option("--to", "base_text", required=True, metavar="BASE", help="The new weights.")
@@ -334,7 +335,7 @@ def rebase(
 
     reference = Reference.parse(ref)
     recipe: dict[str, Any] = {"kind": "rebase", "tier": tier, "adapter": str(reference), "base": _base(out, base_text)}
-    if suite_ref and tier not in ("align", "transport"):
+    if suite_ref and tier not in ("align", "transport", "distil"):
         recipe["suite"] = str(Reference.parse(suite_ref, "suite"))
     if inputs_ref:
         recipe["inputs"] = str(Reference.parse(inputs_ref, "dataset"))
@@ -675,6 +676,26 @@ def _job(job: "JobInfo") -> None:
     if spaces := _spaces(result.get("matches") or {}):
         click.echo()
         table(["space", "layers", "alike before", "alike by the map found", "taken in"], spaces)
+    if job.kind == "rebase" and result.get("candidates"):
+        click.echo()
+        table(["candidate", "steps", "rate", "score", "over scratch", "agreement", ""], tried(result))
+
+
+def tried(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of what a warm start, a distillation or a retraining knew of every start, and of every candidate."""
+    starts = [(name, {"steps": 0} | found, "") for name, found in (result.get("starts") or {}).items()]
+    taken = {result.get("candidate"): "taken"}
+    trained = [(name, found, taken.get(name, "")) for name, found in result["candidates"].items()]
+    return [
+        [name, str(found.get("steps", "")), number(found.get("learning_rate")), number(found.get("score")),
+         _interval(found.get("over_scratch")), number(found.get("agreement")),
+         found.get("refused") or found.get("dropped") or word]
+        for name, found, word in (*starts, *trained)
+    ]  # fmt: skip
+
+
+def _interval(found: list[float] | None) -> str:
+    return f"{number(found[0])} ({number(found[1])} to {number(found[2])})" if found else ""
 
 
 def _spaces(matches: dict[str, dict[str, Any]]) -> list[list[str]]:

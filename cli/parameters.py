@@ -24,7 +24,7 @@ class MetricName(click.ParamType[str]):
 
 
 METRIC = MetricName()
-TIER = click.Choice(["carry", "align", "transport", "warm-start", "retrain"])
+TIER = click.Choice(["carry", "align", "transport", "warm-start", "distil", "retrain"])
 """As in registry.core.recipes."""
 
 _SIZE = re.compile(r"(?P<count>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")

@@ -361,7 +361,7 @@ def _cost_of_retraining(found: dict[str, Any]) -> str:
     return _cost({"steps": steps, "seconds": seconds}) if steps or seconds else ""
 
 
-SCORES = ["bare_old", "serving_old", "bare_new", "carry", "align", "transport", "warm-start", "retrain",
+SCORES = ["bare_old", "serving_old", "bare_new", "carry", "align", "transport", "warm-start", "distil", "retrain",
           "final"]  # fmt: skip
 
 

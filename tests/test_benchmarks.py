@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import run
-from benchmarks.rebase import exactness, gate
+from benchmarks.rebase import exactness, gate, labelfree
 from benchmarks.table import Row, at_least, at_most
 
 TINY = 0.002
@@ -40,6 +40,14 @@ def test_simulated_campaigns_open_rarely_for_what_is_worse_and_mostly_for_what_i
     if cell.n == 100:
         assert found.bootstrap > 0.15, "the naive gate looks as careful as ours: what is simulated here?"
     assert gate.table([found]) != gate.table([replace(found, tiers=0.5)])
+
+
+def test_recovery_without_labels_is_measured_by_upgrade_and_task() -> None:
+    found = list(labelfree.cells(TINY, {"short": 20}))
+    assert len(found) == 3
+    assert all(cell.scores.keys() == {"bare", "carry", "inputs", "texts", "retrained"} for cell in found)
+    good = replace(found[0], scores={"bare": 0.0, "carry": 0.5, "inputs": 0.98, "texts": 0.8, "retrained": 1.0})
+    assert "| median | | | | | 0.50 | 0.98 (≥ 0.97: met) | 0.80 (≥ 0.9: **missed**) | |" in labelfree.table([good])
 
 
 def test_every_row_is_in_the_table_with_its_verdict() -> None:

@@ -190,7 +190,7 @@ class Upgrade:
                 return FinishRequest(attempt=job.attempt, result={"seconds": 1.0}, evaluations=scored)
             case _:
                 push = self._make(job)
-                steps = {"carry": 0, "warm-start": 20, "retrain": 40}[job.recipe["tier"]]
+                steps = {"carry": 0, "warm-start": 20, "distil": 30, "retrain": 40}[job.recipe["tier"]]
                 return FinishRequest(attempt=job.attempt, result={"steps": steps, "seconds": 2.0}, pushes=[push])
 
     def _skill(self, job: Job, digest: str | None) -> Skill:

@@ -43,6 +43,7 @@ from registry.core.manifest import Lineage, canonical_json
 from registry.core.recipes import (
     Combine,
     Compress,
+    Distil,
     Evaluate,
     Extract,
     FineTune,
@@ -513,6 +514,9 @@ def _with_checkpoints(recipe: Recipe) -> Recipe:
     match recipe:
         case FineTune(checkpoint_every=0) | FullFineTune(checkpoint_every=0):
             return recipe.model_copy(update={"checkpoint_every": _CHECKPOINT_EVERY})
+        case Rebase(distil=Distil(checkpoint_every=0) as asked):
+            often = asked.model_copy(update={"checkpoint_every": _CHECKPOINT_EVERY})
+            return recipe.model_copy(update={"distil": often})
         case Rebase(training=FineTune() as training) | Search(training=training):
             return recipe.model_copy(update={"training": _with_checkpoints(training)})
     return recipe

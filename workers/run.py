@@ -29,6 +29,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,7 @@ from registry.core.recipes import (
     Combine,
     Compare,
     Compress,
+    Distil,
     Evaluate,
     Extract,
     FineTune,
@@ -81,6 +83,7 @@ from .compute.plain import Kept
 from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
+from .compute.rebase.distil import distil, is_written, write_lesson
 from .compute.rebase.free import best_carried
 from .compute.rebase.normalise import normalised
 from .compute.rebase.race import Chosen, Race, as_raced, raced
@@ -378,6 +381,8 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
     if recipe.tier == "carry":
         _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}
+    if recipe.distil is not None:
+        return _distilled(recipe, recipe.distil, inputs, adapter, out, report, checkpoint)
     bout = _bout(recipe, inputs)
     [before] = _befores([bout])
     model, tokenizer = load(inputs["base"], bout.training.precision, bout.training.quantised)
@@ -439,10 +444,39 @@ def _race(model: Model, tokenizer: Tokenizer, bout: _Bout, before: float | Lorac
 def _rebased(model: Model, recipe: Rebase, chosen: Chosen, out: Path) -> dict[str, Any]:
     assert recipe.training is not None
     _write(chosen.trained.adapter, out, recipe.base, recipe)
-    facts = {"tier": recipe.tier, "base": loaded(model)} | {
-        name: getattr(chosen, name) for name in ("start", "candidate", "candidates", "starts")
-    }
-    return _training_facts(chosen.trained, recipe.training.precision) | facts | {"steps": chosen.steps}
+    return _training_facts(chosen.trained, recipe.training.precision) | _told(model, recipe, chosen)
+
+
+def _told(model: Model, recipe: Rebase, chosen: Chosen) -> dict[str, Any]:
+    names = ("start", "candidate", "candidates", "starts", "steps")
+    return {"tier": recipe.tier, "base": loaded(model)} | {name: getattr(chosen, name) for name in names}
+
+
+def _distilled(
+    recipe: Rebase,
+    asked: Distil,
+    inputs: Inputs,
+    adapter: Adapter,
+    out: Path,
+    report: Report,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """One base is in memory at a time: the old one teaches by what it left."""
+    with contextlib.ExitStack() as stack:
+        folder = checkpoint / "lesson" if checkpoint else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not is_written(folder):
+            write_lesson(
+                *load(inputs["old"], asked.precision, asked.quantised),
+                asked, adapter, _unlabelled(recipe, inputs), folder, report,
+            )  # fmt: skip
+        starts = starts_of(adapter, inputs["old"], inputs["base"])
+        model, tokenizer = load(inputs["base"], asked.precision, asked.quantised)
+        race, lesson = distil(model, tokenizer, recipe, folder, starts)
+        chosen = raced(model, tokenizer, race, report, checkpoint)
+    _write(chosen.trained.adapter, out, recipe.base, recipe)
+    source = {"source": "inputs" if recipe.inputs else "texts of the teacher's own"}
+    facts = _training_facts(chosen.trained, asked.precision) | _told(model, recipe, chosen)
+    return facts | {"lesson": lesson.dump() | source}
 
 
 def _combine(recipe: Combine, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:

@@ -142,6 +142,8 @@ class Facts(Frozen):
     """Whether there is a training recipe: the version's own, or the policy's."""
     datasets: bool = False
     """Whether the recipe's datasets are there, and the campaign's creator may read them."""
+    retained: bool | None = None
+    """Whether the inputs that the policy retains are there for the campaign's creator; None: it retains none."""
     suites: tuple[SuiteFacts, ...] = ()
     """One for each of the policy's gates, then the guard."""
 
@@ -553,6 +555,10 @@ def _missing_for(tier: Tier, facts: Facts) -> str | None:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"
     if tier in TRAINED and not facts.datasets:
         return f"{tier} needs the recipe's datasets: loractl dataset push FILE NAME, or the right to read them"
+    if tier == "distil" and not facts.old_weights:
+        return f"{tier} needs the old weights, which teach: loractl base push DIR --line {facts.line or 'LINE'}"
+    if tier == "distil" and facts.retained is False and facts.policy:
+        return f"{tier} needs the retained inputs {facts.policy.retained}: loractl dataset push FILE NAME, or none"
     return None
 
 

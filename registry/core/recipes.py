@@ -15,7 +15,7 @@ from .manifest import BaseDigest, Frozen, Sha256, canonical_json
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
-Tier = Literal["carry", "align", "transport", "warm-start", "retrain"]
+Tier = Literal["carry", "align", "transport", "warm-start", "distil", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
 Variant = Literal["plain", "dora", "three-factor"]
@@ -26,7 +26,7 @@ TRAINED: frozenset[Tier] = frozenset({"warm-start", "retrain"})
 """Those that take steps, and so a training recipe."""
 RESHAPES: frozenset[Tier] = frozenset({"transport"})
 """Those that bring an adapter to a base of other shapes."""
-UNLABELLED: frozenset[Tier] = frozenset({"transport"})
+UNLABELLED: frozenset[Tier] = frozenset({"transport", "distil"})
 """Those that read unlabelled text, where there is some."""
 HOW = {"checkpoint_every", "activation_checkpointing"}
 """Fields that say how work is done, and change nothing about what comes out."""
@@ -41,11 +41,9 @@ def _not_blank(value: str) -> str:
 Target = Annotated[str, AfterValidator(_not_blank)]
 
 
-class Training(Frozen):
-    """What every training says: on which rows, at which rates, for how long; loss on completions only."""
+class Steps(Frozen):
+    """How any training goes: at which rates, on how many tokens at once, for how long."""
 
-    base: BaseDigest
-    datasets: Annotated[tuple[Sha256, ...], Field(min_length=1)]
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """At its highest; None: it follows from the share of matrices that are targeted (`workers.compute.rate`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -67,6 +65,13 @@ class Training(Frozen):
     activation_checkpointing: bool = False
     """Keep only what goes into each decoder layer and compute the rest again on the way back: less memory, about a
     third more time, the same bits. Not a part of the result."""
+
+
+class Training(Steps):
+    """What every training says: on which rows, at which rates, for how long; loss on completions only."""
+
+    base: BaseDigest
+    datasets: Annotated[tuple[Sha256, ...], Field(min_length=1)]
     sharded: bool = False
     """Divide the base and the rows of each step among all GPUs of the worker's machine, for a base that outgrows one
     of them (FSDP2); without several GPUs it changes nothing. The result is the same within rounding."""
@@ -165,6 +170,27 @@ class Merge(Frozen):
     """Run base and adapter, and the result, on the same tokens, and report how far their logits are apart."""
 
 
+class Distil(Steps):
+    """How the new base is taught what the old one says with its adapter (tier distil)."""
+
+    steps: Annotated[int, Field(ge=1)] = 100
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """The share of the teacher's texts by which candidates are compared, and on which none is trained; equal texts are
+    on one side, and where all are equal, on both."""
+    quantised: Quantisation | None = None
+    """Hold both bases' linear weights in 8 or 4 bits."""
+    pull: Annotated[float, Field(ge=0)] = 0.0
+    """As in a training with ``start``."""
+    texts: Annotated[int, Field(ge=2)] = 512
+    """That the teacher writes: to each of ``inputs`` one, or several where it has fewer and a temperature."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Of a text, at most."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """That the teacher writes at; 0: its likeliest token each time."""
+    likeliest: Annotated[int, Field(ge=1)] = 64
+    """Tokens whose probabilities are taught, at each place; all others count as one."""
+
+
 class Rebase(Frozen):
     """Carry ``adapter`` from ``old`` to ``base`` by one tier of the cascade (docs: rebase)."""
 
@@ -180,6 +206,8 @@ class Rebase(Frozen):
     where without one the training loss does."""
     inputs: Sha256 | None = None
     """A dataset of which only the prompts are read: unlabelled text of what the adapter is for."""
+    distil: Distil | None = None
+    """distil: how; the old base with the adapter completes ``inputs``, or writes texts from nothing."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -187,6 +215,8 @@ class Rebase(Frozen):
             raise ValueError(f"tier '{self.tier}' {'takes no' if self.training else 'needs a'} training recipe")
         if self.training is not None and self.training.base != self.base:
             raise ValueError("the training recipe is for another base")
+        if (self.tier == "distil") != (self.distil is not None):
+            raise ValueError(f"tier '{self.tier}' {'takes no' if self.distil else 'needs a'} 'distil'")
         return self
 
 

@@ -63,7 +63,7 @@ from registry.storage.base import BlobStore
 from . import aliases, bases, gates, jobs, ledger, policies
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
-from .references import nearest
+from .references import find_data, nearest
 from .tokens import EVERYWHERE, Caller, acting
 
 _STEPS_AT_ONCE = 8
@@ -816,6 +816,7 @@ def _facts(
         new_weights=new.weights == "full",
         recipe=training is not None,
         datasets=training is not None and _all_there(session, actor, training.datasets),
+        retained=_is_there(session, actor, policy.retained) if policy.retained else None,
         suites=tuple(_suite_facts(session, gate) for gate in every_gate(policy)),
         superseded_by=_superseded(session, campaign),
         trained_steps=int(_number(made.result.get("steps"))) if made and made.result else None,
@@ -885,6 +886,15 @@ def _rules(policy: Policy, suites: Sequence[DatasetVersion]) -> str:
     """Digest of what a verdict rests on besides the records and its share of α: gates, guard, limits, the suites."""
     words = policy.model_dump(mode="json", include={"gates", "guard", "max_negative_flips"})
     return str(Digest.sha256(canonical_json([words, [suite.digest for suite in suites]])))
+
+
+def _is_there(session: Session, actor: Caller, dataset: str) -> bool:
+    """Whether ``actor`` can read this dataset."""
+    try:
+        find_data(session, actor, "dataset", dataset)
+    except LoractlError:
+        return False
+    return True
 
 
 def _all_there(session: Session, actor: Caller, digests: Sequence[str]) -> bool:

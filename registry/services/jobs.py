@@ -87,6 +87,8 @@ MAX_EVENT_BYTES = 4096
 PATIENCE = timedelta(hours=1)
 """How long a job may be overtaken by others whose base is cached."""
 _FIRST_ATTEMPTS = 3
+_TAUGHT_AS_TRAINED = {"learning_rate", "batch_tokens", "max_length", "precision", "quantised", "seed"}
+"""What a distillation takes over from the recorded recipe."""
 _LOOKED_AT = 256
 """How many of a queue's jobs on one base are looked at for those that can be trained together."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
@@ -196,6 +198,8 @@ def _planned(
         plan["suite"] = find_data(session, caller, "suite", plan["suite"]).digest
     if kind == "rebase" and plan.get("tier") in TRAINED:
         plan["training"] = _training(session, caller, plan)
+    if kind == "rebase" and plan.get("tier") == "distil":
+        plan["distil"] = _distillation(session, caller, plan)
     if kind == "search" and isinstance(plan.get("training"), dict):
         plan["training"] = _written(session, caller, plan, plan["training"])
     return parse_recipe(plan)
@@ -269,6 +273,13 @@ def _unlabelled(session: Session, caller: Caller, plan: dict[str, Any]) -> str |
     with suppress(BadRequest):
         return find_data(session, caller, "dataset", training.datasets[0]).digest if training else None
     return None
+
+
+def _distillation(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:
+    """How to distil: as asked, else as the adapter was trained."""
+    recorded = training_of(session, _meant(session, caller, str(plan["adapter"]), None), str(plan.get("base")))
+    found = recorded.model_dump(mode="json", include=_TAUGHT_AS_TRAINED) if recorded else {}
+    return found | _words(plan.get("distil"))
 
 
 def _written(session: Session, caller: Caller, plan: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

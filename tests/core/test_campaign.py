@@ -234,6 +234,25 @@ def test_a_base_of_other_shapes_is_reached_by_transport_where_the_policy_names_i
     assert "transport needs to know both bases' shapes" in plan_line(unknown).missing[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"recipe": False, "datasets": False}, None),
+        ({"recipe": False, "retained": True}, None),
+        ({"retained": False}, "distil needs the retained inputs team/questions: loractl dataset push"),
+        ({"old_weights": False, "serving_scores": DONE}, "distil needs the old weights, which teach: loractl base"),
+        ({"fit": "incompatible"}, "distil needs a base of the same shapes"),
+    ],
+)
+def test_distilling_needs_the_old_weights_and_neither_recipe_nor_labels(
+    changes: dict[str, object], missing: str | None
+) -> None:
+    policy = POLICY.model_copy(update={"tiers": ("carry", "distil"), "retained": "team/questions"})
+    facts = READY.model_copy(update={"policy": policy, **changes})
+    assert ("distil" in possible_tiers(facts)) is (missing is None)
+    assert missing is None or any(missing in told for told in plan_line(facts).missing)
+
+
 def test_it_retires_when_the_new_base_is_as_good_and_no_tier_adds_to_it() -> None:
     shown = verdict(Zone.UNRESOLVED, adds=Zone.UNRESOLVED, bare=Zone.PASS)
     step = next_actions(State.RUNNING, having(judged("carry", shown)))

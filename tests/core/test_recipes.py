@@ -32,6 +32,7 @@ RECIPES: list[dict[str, Any]] = [
     {"kind": "merge", "base": B1, "adapter": S1},
     {"kind": "rebase", "tier": "carry", "adapter": S1, "old": B1, "base": B2},
     {"kind": "rebase", "tier": "warm-start", "adapter": S1, "old": B1, "base": B2, "training": TRAIN, "suite": S3},
+    {"kind": "rebase", "tier": "distil", "adapter": S1, "old": B1, "base": B2, "inputs": S3, "distil": {"texts": 9}},
     {"kind": "compare", "old": B1, "base": B2},
     {"kind": "combine", "base": B1, "adapters": [S1, S2], "method": "ties", "density": 0.2, "weights": [1, -0.5]},
     {"kind": "compress", "base": B1, "adapter": S1, "bytes": 1000},
@@ -69,12 +70,13 @@ def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
         (RECIPES[4], {"base": B1, "adapter": S1}),
         (RECIPES[5], {"base": B2, "old": B1, "adapter": S1}),
         (RECIPES[6], {"base": B2, "old": B1, "adapter": S1, "dataset.0": S1, "suite": S3}),
-        (RECIPES[7], {"base": B2, "old": B1}),
-        (RECIPES[8], {"adapter.0": S1, "adapter.1": S2}),
-        (RECIPES[9], {"adapter": S1}),
-        (RECIPES[10], {"base": B1, "tuned": B2}),
+        (RECIPES[7], {"base": B2, "old": B1, "adapter": S1, "inputs": S3}),
+        (RECIPES[8], {"base": B2, "old": B1}),
+        (RECIPES[9], {"adapter.0": S1, "adapter.1": S2}),
+        (RECIPES[10], {"adapter": S1}),
+        (RECIPES[11], {"base": B1, "tuned": B2}),
         (
-            RECIPES[7] | {"adapters": [S1, S3], "inputs": S2},
+            RECIPES[8] | {"adapters": [S1, S3], "inputs": S2},
             {"base": B2, "old": B1, "adapter.0": S1, "adapter.1": S3, "inputs": S2},
         ),
         (RECIPES[5] | {"inputs": S2}, {"base": B2, "old": B1, "adapter": S1, "inputs": S2}),
@@ -103,6 +105,9 @@ def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[
         (RECIPES[5] | {"training": TRAIN}, "takes no training recipe"),
         (RECIPES[5] | {"tier": "retrain"}, "needs a training recipe"),
         (RECIPES[6] | {"training": TRAIN | {"base": B1}}, "for another base"),
+        (RECIPES[5] | {"tier": "distil"}, "needs a 'distil'"),
+        (RECIPES[5] | {"distil": {}}, "takes no 'distil'"),
+        (RECIPES[7] | {"distil": {"texts": 1}}, "texts"),
         (COMBINE | {"adapters": [S1]}, "adapters"),
         (COMBINE | {"weights": [1.0]}, "1 weights for 2 adapters"),
         (COMBINE | {"weights": [0, 0]}, "not be zero"),
@@ -111,7 +116,7 @@ def test_a_recipe_says_what_a_worker_needs(recipe: dict[str, Any], inputs: dict[
         (COMBINE | {"method": "svd"}, "takes no density"),
         (COMBINE | {"method": "concat", "density": None, "rank": 3}, "neither rank nor energy"),
         (COMBINE | {"rank": 3, "energy": 0.5}, "exclude each other"),
-        (RECIPES[9] | {"rank": 3}, "exclude each other"),
+        (RECIPES[10] | {"rank": 3}, "exclude each other"),
         (EXTRACT | {"rank": 3, "energy": 0.5}, "exclude each other"),
         (EXTRACT | {"tuned": B1}, "the same weights"),
     ],
@@ -124,7 +129,7 @@ def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> 
 def test_kinds_are_told_apart() -> None:
     kinds = [type(parse_recipe(recipe)) for recipe in RECIPES]
     assert kinds[:6] == [FineTune, FineTune, FullFineTune, Evaluate, Merge, Rebase]
-    assert kinds[6:] == [Rebase, Compare, Combine, Compress, Extract]
+    assert kinds[6:] == [Rebase, Rebase, Compare, Combine, Compress, Extract]
 
 
 SEARCH = {"kind": "search", "over": "rank", "base": B2, "training": TRAIN, "suite": S3}

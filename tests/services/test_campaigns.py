@@ -97,6 +97,22 @@ def test_nothing_passes_so_the_old_base_keeps_serving(upgrade: Upgrade) -> None:
     assert upgrade.prod(upgrade.new) is None
 
 
+def test_an_adapter_without_a_recipe_is_distilled_on_the_inputs_that_its_policy_retains(upgrade: Upgrade) -> None:
+    changes = {"tiers": ("carry", "distil"), "retained": "team/questions"}
+    upgrade.policy(POLICY.model_copy(update=changes), name="bot")
+    upgrade.skills["distil"] = 1.0
+    upgrade.set_alias(upgrade.push(seed=5, recipe=False))
+    upgrade.begin()
+    assert upgrade.item().plan["route"] == "carry"
+    assert any("retained inputs team/questions" in missing for missing in upgrade.item().plan["missing"])
+    upgrade.world.push_rows("dataset", "team/questions", b'{"prompt": "1+1=", "completion": " ?"}\n')
+    upgrade.run()
+    assert (upgrade.state(), upgrade.prod(upgrade.new)) == ("promoted", "distil")
+    distilled = next(job for job in upgrade.jobs() if job.recipe.get("tier") == "distil")
+    assert distilled.recipe["inputs"] is not None
+    assert distilled.recipe["suite"] is None
+
+
 def test_a_base_that_needs_no_adapter_retires_it(upgrade: Upgrade) -> None:
     upgrade.skills |= {"bare": 1.0, "carry": 1.0}
     upgrade.begin()

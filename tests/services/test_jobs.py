@@ -333,6 +333,26 @@ def test_a_transport_reads_what_the_policy_retains_else_what_the_adapter_was_tra
     assert small.do(lambda s: jobs.inputs(s, job))["inputs"] == kept
 
 
+def test_a_distillation_is_asked_as_the_adapter_was_trained_on_the_inputs_that_its_policy_retains(
+    small: Shop, tmp_path: Path
+) -> None:
+    small.world.push_adapter(small.adapter, "team/bot", small.base)
+    small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
+    asked = {"kind": "rebase", "tier": "distil", "adapter": "team/bot", "base": "demo@r2"}
+    alone = small.asked(asked, adapter="team/bot").recipe
+    assert (alone["inputs"], alone["training"], alone["distil"]["learning_rate"]) == (None, None, None)
+    kept = small.world.push_rows("dataset", "team/questions", b'{"prompt": "p", "completion": " s"}\n')["digest"]
+    other = small.world.push_rows("dataset", "team/others", b'{"prompt": "q", "completion": " s"}\n')["digest"]
+    recipe = small.submit(recipe={"base": "demo@r1", "learning_rate": 3e-3, "batch_tokens": 64})[0].recipe
+    policy = Policy(recipe=json.dumps(recipe), retained="team/questions")
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", policy, small.world.now))
+    job = small.asked(asked | {"distil": {"texts": 9, "batch_tokens": 32}}, adapter="team/bot")
+    assert job.recipe["inputs"] == small.do(lambda s: jobs.inputs(s, job))["inputs"] == kept
+    told = job.recipe["distil"]
+    assert (told["learning_rate"], told["batch_tokens"], told["texts"]) == (3e-3, 32, 9)
+    assert small.asked(asked | {"inputs": "team/others"}, adapter="team/bot").recipe["inputs"] == other
+
+
 def test_recorded_datasets_are_trained_on_by_those_who_may_read_them(small: Shop, tmp_path: Path) -> None:
     """A digest in a manifest or a policy is its author's word, and gives no right."""
     secret = small.world.push_rows("dataset", "secret/rows", b'{"prompt": "p", "completion": " s"}\n')["digest"]

@@ -263,6 +263,45 @@ def test_the_trained_tiers_say_what_they_tried(
     assert read_adapter(tmp_path / "out" / "adapter").patches
 
 
+DISTIL = {"texts": 24, "max_new_tokens": 4, "steps": 6, "precision": "fp32", "max_length": 64, "checkpoint_every": 2}
+
+
+@pytest.mark.parametrize("inputs", [factories.DATASET, None], ids=["inputs", "texts of its own"])
+def test_a_distillation_says_what_was_taught_and_how_near_the_student_came(
+    inputs: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {**folders, "inputs": folders["dataset.0"]} if inputs else folders
+    run(rebase("distil", distil=DISTIL, inputs=inputs), given, tmp_path / "out", silent)
+    found = result(tmp_path / "out")
+    assert found["lesson"]["source"] == ("inputs" if inputs else "texts of the teacher's own")
+    assert found["lesson"]["texts"] == 24
+    assert found["lesson"]["through"] == "likeliest tokens"
+    assert {"divergence", "agreement"} <= found["starts"]["carry"].keys()
+    assert found["steps"] == 6 * len(found["candidates"])
+    assert read_adapter(tmp_path / "out" / "adapter").patches
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6], ids=["while the teacher writes", "while students learn", "near the end"])
+def test_a_distillation_that_was_stopped_ends_in_the_same_bytes(
+    stop: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def report(now: dict[str, Any]) -> None:
+        told.append(now)
+        if len(told) == stop:
+            raise KeyboardInterrupt
+
+    factories.saved(factories.llama(seed=1), folders["old"])
+    recipe = rebase("distil", distil=DISTIL)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folders, tmp_path / "out", report, tmp_path / "checkpoint")
+    run(recipe, folders, tmp_path / "out", silent, tmp_path / "checkpoint")
+    run(recipe, folders, tmp_path / "whole", silent)
+    resumed, whole = (tmp_path / out / "adapter" / "adapter_model.safetensors" for out in ("out", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
 def test_a_missing_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     del folders["dataset.0"]
     with pytest.raises(BadRequest, match=r"needs --in dataset\.0"):

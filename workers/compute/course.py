@@ -104,11 +104,14 @@ class Course:
 
 
 def laid_out(
-    model: Model, tokenizer: Tokenizer, recipe: Training, rows: Sequence[Row]
+    model: Model, tokenizer: Tokenizer, recipe: Training, rows: Sequence[Row | Example]
 ) -> tuple[Iterator[list[Example]], list[list[Example]], Counted]:
-    """The batches of a training, without end; its rows held out, in batches; and what became of all rows."""
+    """The batches of a training, without end; its rows held out, in batches; and what became of all rows.
+
+    Rows may be in tokens already.
+    """
     limit = min(recipe.max_length, context_of(model) or recipe.max_length)
-    kept, held = ([encoded(tokenizer, _trainable(row)) for row in some] for some in hold_out(rows, recipe.held_out))
+    kept, held = ([_in_tokens(tokenizer, row) for row in some] for some in hold_out(rows, recipe.held_out))
     long = sum(len(example.ids) > limit for example in (*kept, *held))
     kept, held = ([_fitted(one, limit, recipe) for one in some if _stays(one, limit, recipe)] for some in (kept, held))
     if not kept or (recipe.held_out and not held):
@@ -130,16 +133,18 @@ def _fitted(example: Example, limit: int, recipe: Training) -> Example:
     return shortened(example, limit)
 
 
-def _nothing_left(rows: Sequence[Row], limit: int) -> str:
+def _nothing_left(rows: Sequence[Row | Example], limit: int) -> str:
     if not rows:
         return "there are no rows"
     return f"with rows of more than {limit} tokens dropped, none of {len(rows)} is left to train on, or held out"
 
 
-def _trainable(row: Row) -> Row:
+def _in_tokens(tokenizer: Tokenizer, row: Row | Example) -> Example:
+    if isinstance(row, Example):
+        return row
     if "choices" in row.value:
         raise row.refuse("rows with 'choices' are for suites; training needs one completion")
-    return row
+    return encoded(tokenizer, row)
 
 
 def learning_rate(recipe: Training, step: int) -> float:

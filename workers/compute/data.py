@@ -11,14 +11,16 @@ last turn, the assistant's, is the completion, and the template's own end of tur
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from registry.core.errors import BadDataset
 from registry.core.records import item_id
@@ -43,6 +45,14 @@ class Row:
         return BadDataset(path=self.path, line=self.line, reason=reason)
 
 
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """What a teacher found likely for each of T tokens: K tokens, the likeliest first, and ln p of each."""
+
+    top_TK: Tensor
+    log_p_TK: Tensor
+
+
 @dataclass(frozen=True)
 class Example:
     """A row in tokens."""
@@ -57,6 +67,18 @@ class Example:
     """The index of the right choice; None when there was nothing to choose from."""
     end: tuple[int, ...] = ()
     """What follows a completion in training: the end of sequence, or the template's end of turn."""
+    taught: Taught | None = field(default=None, compare=False)
+    """What a teacher says of completion and end, token by token; None where these themselves are the target."""
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The row's."""
+        return self.row.value
+
+    @property
+    def path(self) -> str:
+        """Where the row stands."""
+        return self.row.path
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -94,18 +116,27 @@ def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
 
 def encoded(tokenizer: Tokenizer, row: Row) -> Example:
     """The row in tokens, however many; one whose completion gives none is refused."""
+    prompt = prompt_of(tokenizer, row)
     if "messages" in row.value:
-        prompt, texts, end = _chat(tokenizer, row)
+        texts, end = _chat(tokenizer, row)
         answer = None
     else:
-        prompt = _leading(tokenizer, row.value["prompt"])
         texts = tuple(row.value.get("choices") or [row.value["completion"]])
         answer = row.value.get("answer") if "choices" in row.value else None
         end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     completions = tuple(_encode(tokenizer, text) for text in texts)
     if min(map(len, completions)) == 0:
         raise row.refuse("a completion gives no tokens")
-    return Example(row, prompt or _beginning(tokenizer, row), completions, texts, answer, end)
+    return Example(row, prompt, completions, texts, answer, end)
+
+
+def prompt_of(tokenizer: Tokenizer, row: Row) -> tuple[int, ...]:
+    """What stands before the row's completion, in tokens: at least one."""
+    if "messages" in row.value:
+        found = _encode(tokenizer, _before(tokenizer, row))
+    else:
+        found = _leading(tokenizer, row.value["prompt"])
+    return found or _beginning(tokenizer, row)
 
 
 def shortened(example: Example, max_length: int) -> Example:
@@ -135,26 +166,36 @@ def _beginning(tokenizer: Tokenizer, row: Row) -> tuple[int, ...]:
     raise row.refuse("the prompt gives no tokens, and the tokenizer has no token to begin with")
 
 
-def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
-    """Prompt tokens, the assistant's last text, and the tokens of the template's end of turn."""
+def _before(tokenizer: Tokenizer, row: Row) -> str:
+    """All messages but the last, and what the template puts in front of an answer."""
     if not tokenizer.chat_template:
         raise row.refuse("the base's tokenizer has no chat template, which 'messages' need")
+    messages = row.value["messages"][:-1]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The assistant's last text, and the tokens of the template's end of turn."""
     messages = row.value["messages"]
     text = messages[-1]["content"]
-    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    before = _before(tokenizer, row)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(before + text):
         text = text.strip()
         if not text or not whole.startswith(before + text):
             raise row.refuse("the chat template does not put the last message behind the generation prompt unchanged")
-    return _encode(tokenizer, before), (text,), _encode(tokenizer, whole[len(before) + len(text) :].rstrip("\n"))
+    return (text,), _encode(tokenizer, whole[len(before) + len(text) :].rstrip("\n"))
 
 
-def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+_Given = TypeVar("_Given", bound=Row | Example)
+
+
+def hold_out(rows: Sequence[_Given], share: float) -> tuple[list[_Given], list[_Given]]:
     """Rows to train on and rows held out, drawn by their content: a row that is there twice is on one side."""
     if not share:
         return list(rows), []
-    sides: tuple[list[Row], list[Row]] = ([], [])
+    sides: tuple[list[_Given], list[_Given]] = ([], [])
     for row in rows:
         drawn = hashlib.sha256(b"loractl/1 held out\0" + item_id(row.value).encode()).digest()
         sides[int.from_bytes(drawn[:8], "big") < share * (1 << 64)].append(row)
@@ -217,6 +258,10 @@ class Packed:
     """The batch that each belongs to."""
     rows: tuple[int, ...]
     """Rows per batch, in order."""
+    top_NK: Tensor | None = None
+    """Where an example of theirs is taught: the teacher's likeliest tokens at each of these positions, and ln p of
+    each, −∞ where there are fewer; of an example that is not, its own token for sure."""
+    log_p_NK: Tensor | None = None
 
     def to(self, device: torch.device) -> "Packed":
         """The same on a device."""
@@ -257,7 +302,26 @@ def pack(many: Sequence[Sequence[Example]], *, together: bool = True, asked: Seq
     owner_N = owner_B[:, None].expand(shape)[asked_BT]
     weights_N = 1 / torch.tensor(asked)[owner_N].float()
     targets_N = ids_BT.roll(-1, dims=1)[asked_BT]
-    return Packed(ids_BT, positions_BT, asked_BT, targets_N, weights_N, owner_N, tuple(map(len, lines)))
+    taught = _taught([example for batch_lines in lines for line in batch_lines for example in line])
+    return Packed(ids_BT, positions_BT, asked_BT, targets_N, weights_N, owner_N, tuple(map(len, lines)), *taught)
+
+
+def _taught(examples: Sequence[Example]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What teachers say of these examples' tokens; nothing where there is no teacher."""
+    if all(example.taught is None for example in examples):
+        return None, None
+    said = [example.taught or _certain(example) for example in examples]
+    most = max(each.top_TK.shape[1] for each in said)
+    tops, log_ps = (
+        [F.pad(x_TK, (0, most - x_TK.shape[1]), value=fill) for x_TK in found]
+        for found, fill in (([each.top_TK for each in said], 0), ([each.log_p_TK for each in said], -math.inf))
+    )
+    return torch.cat(tops).long(), torch.cat(log_ps)
+
+
+def _certain(example: Example) -> Taught:
+    asked_T1 = torch.tensor(example.ids[len(example.prompt) :], dtype=torch.int32)[:, None]
+    return Taught(asked_T1, torch.zeros(asked_T1.shape))
 
 
 def asked_of(batch: Sequence[Example]) -> int:

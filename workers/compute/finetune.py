@@ -52,7 +52,7 @@ class Task:
     """One adapter to be trained: how, on what, and from where (None: A random, B = 0)."""
 
     recipe: FineTune
-    rows: Sequence[Row]
+    rows: Sequence[Row | Example]
     start: Adapter | None = None
     owner: str = ""
     """In front of what a checkpoint is found by, for one of several trainings that belong together."""
@@ -83,7 +83,7 @@ def finetune(
     model: Model,
     tokenizer: Tokenizer,
     recipe: FineTune,
-    rows: Sequence[Row],
+    rows: Sequence[Row | Example],
     *,
     start: Adapter | None = None,
     report: Report = silent,

@@ -4,8 +4,10 @@ Rows of like length are put together, and one pass through the base answers them
 `bank`). `evaluate` asks what a suite asks, `lm_eval` what tasks of that harness ask.
 """
 
+import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -55,6 +57,8 @@ class Text:
 
     text: str
     ended: bool
+    ids: tuple[int, ...] = ()
+    """Its tokens, that of its end among them."""
 
 
 class Panel:
@@ -105,18 +109,36 @@ class Panel:
         return {name: [own[i] for i in range(len(queries))] for name, own in found.items()}
 
     def continuations(
-        self, prompts: Sequence[Sequence[int]], length: int, until: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        until: Sequence[str] = (),
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        at_least: int = 0,
     ) -> dict[str, list[Text]]:
-        """What each member writes, greedily, up to ``length`` tokens, its own end, or one of the texts ``until``."""
+        """What each member writes, up to ``length`` tokens, its own end, or one of the texts ``until``.
+
+        Greedily, or at a ``temperature`` by chance that is drawn from the seed and the number of the batch. Its own end
+        does not come before ``at_least`` tokens.
+        """
         found: dict[str, dict[int, Text]] = {name: {} for name in self.names}
         self._shelf.use([(None, 1)])
         mixed = len(set(map(len, prompts))) > 1 and takes_padding(self.model)
+        numbers = itertools.count()
+        how: dict[str, Any] = {"max_new_tokens": length, "do_sample": False}
+        if temperature:  # else the model's own generation_config would cut its distribution
+            how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        if at_least:
+            how["min_new_tokens"] = at_least
         for company in _parts(self.names, _TOGETHER):
             for batch in _prompts(prompts, len(company), mixed):
                 rows = [prompts[i] for i in batch]
                 for some in _parts(company, max(1, _GENERATED_TOKENS // (len(rows) * len(rows[-1])))):
                     self._seat(some, len(rows))
-                    made = _generate(self.model, self.tokenizer, rows * len(some), length, until)
+                    with _chance(self.model, f"{seed}/{next(numbers)}") if temperature else nullcontext():
+                        made = _generate(self.model, self.tokenizer, rows * len(some), until, how)
                     for place, name in enumerate(some):
                         own = made[place * len(rows) : (place + 1) * len(rows)]
                         found[name].update(zip(batch, own, strict=True))
@@ -183,10 +205,19 @@ def _prompts(prompts: Sequence[Sequence[int]], many: int, mixed: bool) -> Iterat
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
+@contextmanager
+def _chance(model: Model, seed: str) -> Iterator[None]:
+    """Draws inside the block follow from the seed, and those after it from what came before it."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(random.Random(seed).getrandbits(32))  # more bits are not heard on processors
+        yield
+
+
 def _generate(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], length: int, until: Sequence[str]
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], until: Sequence[str], how: dict[str, Any]
 ) -> list[Text]:
-    """The greedy continuations of prompts; it ends when all did.
+    """The continuations of prompts; it ends when all did.
 
     Shorter prompts are padded on their left, where nothing looks; positions count from a prompt's own first token.
     """
@@ -195,13 +226,16 @@ def _generate(
     width = ids_BT.shape[1]
     there_BT = (torch.arange(width, device=model.device) >= width - lengths_B[:, None]).long()
     end = tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=end, bos_token_id=None
-    )
+    config = GenerationConfig(eos_token_id=end, pad_token_id=end, bos_token_id=None, **how)
     stops = StoppingCriteriaList([_Until(tokenizer, until, width)] if until else [])
-    made_BT = model.generate(ids_BT, attention_mask=there_BT, generation_config=greedy, stopping_criteria=stops)
+    made_BT = model.generate(ids_BT, attention_mask=there_BT, generation_config=config, stopping_criteria=stops)
     rows = made_BT[:, width:].tolist()
-    return [Text(tokenizer.decode(row, skip_special_tokens=True), end in row) for row in rows]
+    return [_text(tokenizer, row[: row.index(end) + 1] if end in row else row) for row in rows]
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> Text:
+    ended = tokenizer.eos_token_id in ids[-1:]
+    return Text(tokenizer.decode(ids, skip_special_tokens=True), ended, tuple(ids))
 
 
 class _Until(StoppingCriteria):
