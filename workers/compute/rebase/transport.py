@@ -47,6 +47,8 @@ _SPACES: Mapping[Role, tuple[str, ...]] = {
     "gate": ("neurons",), "up": ("neurons",), "down": ("neurons",),
 }  # fmt: skip
 """Beside the residual stream."""
+Way = Literal["weights", "text", "new"]
+"""How a module of the new base came by its factors; ``new``: its layer was nobody's, and B = 0."""
 SURE = 0.99
 """Spaces that are so alike, or more, are one space in other coordinates."""
 _TOKENS = 16384
@@ -62,7 +64,7 @@ class Moved:
 
     of: tuple[str, ...]
     """Modules of the old base that its update comes from."""
-    by: Literal["weights", "text"]
+    by: Way
     likeness: float
     """Of the spaces that it lies in, as their weights tell: the least."""
 
@@ -110,14 +112,14 @@ def transport(
     layers = _layers(pair, texts)
     brought: list[Brought] = []
     for step, layer in enumerate(range(-1, len(layers))):
-        brought += _ends(pair, patches) if layer < 0 else _layer(pair, patches, layers[layer], layer)
+        brought += _ends(pair, patches) if layer < 0 else _layer(pair, patches, layers, layer)
         report({"step": step + 1, "steps": len(layers) + 1})
     doubtful = [place for place, one in enumerate(brought) if one.likeness < SURE]
     if texts and doubtful:
         again = fitted_to_text((old, base), texts, [brought[place].piece for place in doubtful], report)
         for place, (a_RI, b_OR) in zip(doubtful, again, strict=True):
             brought[place] = _by_text(brought[place], a_RI, b_OR)
-    used = {one.piece.old for one in brought}
+    used = {one.piece.old for one in brought if one.by != "new"}
     cuts = [number_cuts(tokenizer) if tokenizer is not None else () for tokenizer in pair.tokenizers]
     return Transported(
         adapter=_joined(pair, adapter, brought),
@@ -225,25 +227,37 @@ class Brought:
     """What the old norm's bias brought and the new one's does not, for the module's own bias."""
     shift_O: Tensor | None = None
     """The patch's bias of B."""
-    by: Literal["weights", "text"] = "weights"
+    by: Way = "weights"
 
 
-def _layer(pair: _Pair, patches: Mapping[str, Patch], old: int | None, new: int) -> list[Brought]:
+def _layer(pair: _Pair, patches: Mapping[str, Patch], layers: Sequence[int | None], new: int) -> list[Brought]:
     """Everything that lies in one layer of the new base."""
-    if old is None:
-        return []
     one, two = pair.one, pair.two
+    # a layer that was nobody's is patched as the one next to it
+    old = min((abs(at - new), was) for at, was in enumerate(layers) if was is not None)[1]
     roles_of: dict[tuple[str, str], list[Role]] = {}
     for role in two.parts.family.modules:
         names = one.parts.part(old, role).module, two.parts.part(new, role).module
         if names[0] in patches:
             roles_of.setdefault(names, []).append(role)
+    if layers[new] is None:
+        return [_new(pair, Piece(*names, patches[names[0]]), new) for names in roles_of]
     if not roles_of:
         return []
     ours = {role: seen(role, one.normal(old, role), pair.stream.old) for role in one.parts.family.modules}
     theirs = {role: seen(role, two.normal(new, role), pair.stream.new) for role in two.parts.family.modules}
     maps = routes(one.parts, two.parts, ours, theirs)
     return [_inside(pair, maps, patches[names[0]], names, roles, (old, new)) for names, roles in roles_of.items()]
+
+
+def _new(pair: _Pair, piece: Piece, layer: int) -> Brought:
+    """As a fresh adapter has it: A uniform in ±1 ⁄ √I, and B = 0."""
+    outputs, inputs = sizes(pair.two.model.get_submodule(piece.new))
+    chance = torch.Generator().manual_seed(layer)
+    a_RI = torch.rand(len(piece.patch.a_RI), inputs, generator=chance, dtype=torch.float64) * 2 - 1
+    b_OR = torch.zeros(outputs, len(a_RI), dtype=torch.float64)
+    shift_O = None if piece.patch.bias_O is None else torch.zeros(outputs, dtype=torch.float64)
+    return Brought(piece, a_RI / inputs**0.5, b_OR, 1.0, shift_O=shift_O, by="new")
 
 
 def _inside(
@@ -372,5 +386,5 @@ def _told(brought: Sequence[Brought]) -> dict[str, Moved]:
     for one in brought:
         before = found.get(one.piece.new)
         of = (*(before.of if before else ()), one.piece.old)
-        found[one.piece.new] = Moved(of, one.by, min(one.likeness, before.likeness if before else 1.0))
+        found[one.piece.new] = Moved(() if one.by == "new" else of, one.by, min(one.likeness, before.likeness if before else 1.0))
     return found
