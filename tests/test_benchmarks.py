@@ -3,11 +3,12 @@
 import importlib
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import run
-from benchmarks.rebase import exactness, gate, labelfree
+from benchmarks.rebase import exactness, gate, labelfree, widths
 from benchmarks.table import Row, at_least, at_most
 
 TINY = 0.002
@@ -31,6 +32,16 @@ def test_the_exactness_of_aligning_is_measured_family_by_family() -> None:
     assert {"width, clones", "every shape"} <= {cell.rewrite for cell in found}
     assert all(abs(cell.aligned - cell.before) <= exactness.LIMIT for cell in found)
     assert exactness.table(found) != exactness.table([replace(found[0], aligned=found[0].before + 1), *found[1:]])
+
+
+def test_what_is_brought_to_another_width_is_measured_beside_what_has_been_published(tmp_path: Path) -> None:
+    found = list(widths.cells(tmp_path, widths.Sizes(pretraining=2, steps=2, prompts=2, test=2)))
+    assert {(cell.old, cell.new) for cell in found} == {widths.WIDTHS, widths.WIDTHS[::-1]}
+    assert all(cell.brought.keys() == set(widths.WAYS) for cell in found)
+    reached = [replace(cell, bare=2.0, trained=1.0, brought=dict.fromkeys(widths.WAYS, 1.5)) for cell in found]
+    assert "| 50% |" in widths.table(reached)
+    assert "missed" not in widths.table(reached)
+    assert "missed" in widths.table([replace(cell, brought=dict.fromkeys(widths.WAYS, 1.7)) for cell in reached])
 
 
 @pytest.mark.parametrize("cell", [gate.WORSE[1], gate.WORSE[5], *gate.AS_GOOD[1:]])

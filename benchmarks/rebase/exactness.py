@@ -58,7 +58,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Sets]] = {
     "Qwen2 (biases of q, k, v)": ("qwen2", LLAMA, _LLAMA),
     "GPT-2 (LayerNorm, biases, no rotary positions, tied head)": ("gpt2", {}, _GPT2 | {"embedding": ("wte",)}),
     "GPT-NeoX (LayerNorm, biases, half rotary)": (
-        "gpt_neox", {"rotary_pct": 0.5}, _NEOX | {"embedding and head": ("embed_in", "embed_out")}
+        "gpt_neox", {"rotary_pct": 0.5, "tie_word_embeddings": False},
+        _NEOX | {"embedding and head": ("embed_in", "lm_head")},
     ),
 }  # fmt: skip
 """Name -> model type, changes of `SIZES`, and sets of targets by name."""
@@ -92,7 +93,7 @@ def cells(steps: int = 60, rows: int = 48, families: Collection[str] = tuple(FAM
             adapters = {
                 name: run.adapter for name, run in zip(sets, finetune_many(model, tokenizer, tasks), strict=True)
             }
-            before = {name: _loss(model, tokenizer, data, adapter) for name, adapter in adapters.items()}
+            before = {name: loss(model, tokenizer, data, adapter) for name, adapter in adapters.items()}
             for number, (name, rewrite) in enumerate(_rewrites(model).items()):
                 before_it = AutoModelForCausalLM.from_pretrained(old).eval().requires_grad_(False)
                 new = Path(scratch) / str(number)
@@ -103,16 +104,16 @@ def cells(steps: int = 60, rows: int = 48, families: Collection[str] = tuple(FAM
                     moved = (transport if reshaped else align)(adapter, old, new).adapter
                     yield Cell(
                         family, target, name,
-                        bare=_loss(model, theirs, data, None),
+                        bare=loss(model, theirs, data, None),
                         before=before[target],
                         naive=_naive(model, theirs, data, carry(adapter, old, new)),
-                        aligned=_loss(model, theirs, data, moved),
+                        aligned=loss(model, theirs, data, moved),
                     )  # fmt: skip
 
 
 def _naive(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adapter) -> float | None:
     try:
-        return _loss(model, tokenizer, rows, adapter)
+        return loss(model, tokenizer, rows, adapter)
     except NotRunnable:
         return None
 
@@ -190,7 +191,7 @@ def _recipe(targets: tuple[str, ...], steps: int) -> FineTune:
 
 
 @torch.no_grad()
-def _loss(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adapter | None) -> float:
+def loss(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adapter | None) -> float:
     """Nats per token of the completions, summed in float64."""
     total, count = 0.0, 0
     with attached(model, adapter or Adapter({}, {})):

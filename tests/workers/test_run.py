@@ -212,7 +212,8 @@ def test_a_transported_adapter_comes_with_how_each_module_got_there(
     found = result(tmp_path / "out")
     assert len(found["layers"]) == 3
     assert found["tokens"] == {"shared": 259, "old": 259, "new": 259}
-    assert {module["by"] for module in found["modules"].values()} == {"text" if inputs else "weights"}
+    assert {module["by"] for module in found["modules"].values()} == {"text" if inputs else "weights", "new"}
+    assert len(found["read"]) == (6 if inputs else 0)
     made = read_adapter(tmp_path / "out" / "adapter")
     assert made.patches.keys() == found["modules"].keys()
     with attached(load(folders["base"], "fp32")[0], made):

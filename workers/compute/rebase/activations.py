@@ -1,25 +1,28 @@
 """Maps between two bases from what they compute on text, where their weights alone do not tell (docs: rebase).
 
 An adapter reads A·x₁ and says B·z. On the new base it is to read the same from what is there, and what it says is to
-move the loss by the same amount, to first order; at positions where both have read the same text
+move losses by the same amount, to first order; at positions where both have read the same text
 
     A₂ = argmin ‖X₂·A₂ᵀ − X₁·A₁ᵀ‖² + λ‖A₂‖²        X: what the module is given, N × inputs
-    B₂ = argmin ‖G₂·B₂ − G₁·B₁‖² + λ‖B₂‖²          G: gradients of the loss by what the module gives, N × outputs
+    B₂ = argmin ‖G₂·B₂ − G₁·B₁‖² + λ‖B₂‖²          G: gradients of losses by what the module gives, N × outputs
 
 both ridge regressions of rank-many columns. That a task vector is made of activations and gradients, and that both must
 be brought over, is Son et al. 2026 (BiCo, arXiv:2605.28444); before them Rinaldi et al. 2026 (Theseus,
 arXiv:2602.12952) had the activations. Both turn by orthogonal Procrustes, which is what is left of the regression when
-only the directions of the spaces are trusted; here both are in the benchmark.
+only the directions of the spaces are trusted (`benchmarks.rebase.widths` has all three).
 
-A base is run at a time: of the old one X₁·A₁ᵀ and G₁·B₁ are kept, of the new one sums of squares, for as many modules
-at once as memory is given for. Nothing is generated, no label is read: the loss is that of the text's own next tokens.
-Legend: N positions, R rank, I inputs, O outputs, T tokens.
+The text is unlabelled: prompts, and what the old base with the adapter writes behind them, since an adapter shows where
+it answers. The losses are that of the text's own next tokens and, at every position, those of a few tokens that the
+adapted old base finds likely there: one direction of the output each. Gradients change on the way to an update, so that
+the new base is read twice: as it is, and halfway to what that gave (the midpoint rule); what brings it nearer to the
+adapted old one is taken. One base is in memory at a time: of the old one X₁·A₁ᵀ and G₁·B₁ are kept, of the new one sums
+of squares, for as many modules at once as memory is given for.
+Legend: N positions, R rank, I inputs, O outputs, T tokens, P positions of a text, K tokens asked for at each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +31,11 @@ from torch.nn import functional as F
 
 from registry.core.errors import NotRunnable
 
-from ..data import Row
-from ..finetune import Report, silent
-from ..lora import Patch, sizes
-from ..model import Model, Tokenizer, load
+from ..bank import attached
+from ..data import Row, encoded
+from ..lora import Adapter, Patch, sizes
+from ..model import Model, Tokenizer, check_tokens, context_of
+from ..panel import Panel
 
 MOST_TEXTS = 512
 """Texts that are read, spread over those that are given."""
@@ -40,7 +44,15 @@ _POSITIONS = 16384
 """Positions that are compared, in all texts together."""
 _STREAM_POSITIONS = 512
 """Of these, those at which whole layers are compared."""
-_RIDGE = 1e-2
+_WRITTEN = 48
+"""Tokens that are written behind a prompt, at most."""
+_ASKED = 3
+"""Likely tokens whose losses are taken at every position."""
+_TRIED = 128
+"""Texts by which what came of all this is compared."""
+_UNSHARED = -100
+"""In the place of one that the new base does not have."""
+_RIDGE = 0.03
 """λ, in units of the mean square of what is regressed on."""
 _BYTES = 1 << 30
 """Of sums of squares, at once."""
@@ -67,15 +79,44 @@ class Shared:
 
     ids: tuple[tuple[int, ...], tuple[int, ...]]
     places: tuple[tuple[int, ...], tuple[int, ...]]
+    asked: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.zeros(0, 0), torch.zeros(0, 0)))
+    """K×P ids of likely next tokens, of either base."""
 
 
-def texts_of(rows: Sequence[Row]) -> list[str]:
-    """The prompts of some rows, evenly spread; of messages all before the last."""
-    some = rows[:: -(-len(rows) // MOST_TEXTS)]
+@torch.no_grad()
+def completed(model: Model, tokenizer: Tokenizer, adapter: Adapter, rows: Sequence[Row]) -> list[str]:
+    """The prompts of some rows, evenly spread, and what the adapted old base writes behind them."""
+    most = min(_TOKENS, context_of(model) or _TOKENS) - _WRITTEN
+    prompts = [encoded(tokenizer, row).prompt[-most:] for row in rows[:: -(-len(rows) // MOST_TEXTS)]]
+    check_tokens(model, (token for prompt in prompts for token in prompt))
+    panel = Panel(model, tokenizer, {"adapter": adapter}, bare=False)
+    with panel.seated():
+        written = panel.continuations(prompts, _WRITTEN)["adapter"]
     return [
-        row.value["prompt"] if "prompt" in row.value else "\n".join(m["content"] for m in row.value["messages"][:-1])
-        for row in some
+        tokenizer.decode(prompt[prompt[0] == tokenizer.bos_token_id :]) + more.text
+        for prompt, more in zip(prompts, written, strict=True)
     ]
+
+
+@torch.no_grad()
+def with_asked(
+    model: Model, adapter: Adapter, texts: Sequence[Shared], shared: Sequence[tuple[int, int]]
+) -> list[Shared]:
+    """The texts with tokens that the adapted old base draws at their places, of those that both vocabularies have."""
+    chance = torch.Generator().manual_seed(0)
+    new_V = torch.full((model.get_input_embeddings().weight.shape[0],), _UNSHARED)
+    old, new = zip(*shared, strict=True)
+    new_V[list(old)] = torch.tensor(new)
+    found = []
+    with attached(model, adapter):
+        for text in texts:
+            ids_T = torch.tensor(text.ids[0], device=model.device)
+            logits_PV = model(input_ids=ids_T[None], use_cache=False).logits[0, list(text.places[0])]
+            p_PV = logits_PV.float().softmax(-1).cpu()[:, : len(new_V)]
+            asked_KP = torch.multinomial(p_PV, _ASKED, replacement=True, generator=chance).T
+            theirs_KP = new_V[asked_KP]
+            found.append(replace(text, asked=(torch.where(theirs_KP == _UNSHARED, _UNSHARED, asked_KP), theirs_KP)))
+    return found
 
 
 def shared(
@@ -107,20 +148,21 @@ def _ends(tokenizer: Tokenizer, text: str, limit: int) -> tuple[tuple[int, ...],
 
 # ── one base ─────────────────────────────────────────────────────────────────
 
-See = Callable[[str, Tensor, Tensor], None]
-"""Told of a module what it was given (N × I) and the gradient by what it gave (N × O), at the places of one text."""
+See = Callable[[str, Tensor, Tensor, int], None]
+"""Told of a module what it was given (P × I), and the gradient by what it gave (P × O) of a text's n-th loss."""
 
 
 def _passes(
     model: Model, texts: Sequence[Shared], side: int, names: Sequence[str], see: See, then: Callable[[int], None]
 ) -> None:
-    """Every text forward and back; ``then`` after each, with how many places it had."""
+    """Every text forward, and back from each of its losses; ``then`` after each text, with how many places it had."""
     places: list[int] = []
+    turn = 0
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], given: Tensor) -> None:
-            x_NI = torch.empty(0) if isinstance(module, nn.Embedding) else inputs[0][0, places].detach().float()
-            given.register_hook(lambda g: see(name, x_NI, g[0, places].float()))
+            x_PI = torch.empty(0) if isinstance(module, nn.Embedding) else inputs[0][0, places].detach().float()
+            given.register_hook(lambda g: see(name, x_PI, g[0, places].float(), turn))
 
         return hook
 
@@ -135,35 +177,39 @@ def _passes(
             places[:] = text.places[side]
             ids_T = torch.tensor(text.ids[side], device=model.device)
             with torch.enable_grad():
-                logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
-                F.cross_entropy(logits_TV, ids_T[1:], reduction="sum").backward()
+                logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+                losses = [(logits_TV[:-1], ids_T[1:])]
+                losses += [(logits_TV[places], one_P.to(model.device)) for one_P in text.asked[side]]
+                for turn, (logits, wanted) in enumerate(losses):
+                    loss = F.cross_entropy(logits, wanted, reduction="sum", ignore_index=_UNSHARED)
+                    loss.backward(retain_graph=turn < len(losses) - 1)
             then(len(places))
 
 
 @dataclass
-class _Told:
+class _Said:
     """Of one piece: X₁·A₁ᵀ and G₁·B₁, text by text."""
 
     z: list[Tensor] = field(default_factory=list)
     s: list[Tensor] = field(default_factory=list)
 
 
-def told(
+def said(
     model: Model, texts: Sequence[Shared], pieces: Sequence[Piece], report: Callable[[], None]
 ) -> list[tuple[Tensor, Tensor]]:
-    """X₁·A₁ᵀ and G₁·B₁ of every piece, N × R each, with the scale in the latter."""
-    found = [_Told() for _ in pieces]
+    """X₁·A₁ᵀ (N × R) and G₁·B₁ (of every loss, so (1 + K)·N × R) of every piece, with the scale in the latter."""
+    found = [_Said() for _ in pieces]
     by_module: dict[str, list[int]] = {}
     for place, piece in enumerate(pieces):
         by_module.setdefault(piece.old, []).append(place)
 
-    def see(name: str, x_NI: Tensor, g_NO: Tensor) -> None:
+    def see(name: str, x_PI: Tensor, g_PO: Tensor, turn: int) -> None:
         for place in by_module[name]:
             piece, update = pieces[place], pieces[place].patch.update
-            if piece.reads:
-                found[place].z.append((x_NI @ update.a_RI.to(x_NI).T).cpu())
+            if piece.reads and turn == 0:
+                found[place].z.append((x_PI @ update.a_RI.to(x_PI).T).cpu())
             if piece.writes:
-                found[place].s.append((g_NO[:, piece.rows1] @ update.b_OR.to(g_NO)[piece.rows1]).cpu())
+                found[place].s.append((g_PO[:, piece.rows1] @ update.b_OR.to(g_PO)[piece.rows1]).cpu())
 
     _passes(model, texts, 0, list(by_module), see, lambda _: report())
     return [(torch.cat(one.z or [torch.empty(0)]), torch.cat(one.s or [torch.empty(0)])) for one in found]
@@ -237,20 +283,21 @@ def _summed(
             {place: torch.zeros(outputs, rank) for place, rank in ranks.items()},
         )  # fmt: skip
     at = 0
+    losses = 1 + len(texts[0].asked[1])
 
-    def see(name: str, x_NI: Tensor, g_NO: Tensor) -> None:
-        x_NI, g_NO, mine = x_NI.cpu(), g_NO.cpu(), found[name]
-        here = slice(at, at + len(g_NO))
-        if len(mine.xx):
-            mine.xx.addmm_(x_NI.T, x_NI)
+    def see(name: str, x_PI: Tensor, g_PO: Tensor, turn: int) -> None:
+        x_PI, g_PO, mine, many = x_PI.cpu(), g_PO.cpu(), found[name], len(g_PO)
+        reads, start = len(mine.xx) and turn == 0, losses * at + turn * many
+        if reads:
+            mine.xx.addmm_(x_PI.T, x_PI)
         if len(mine.gg):
-            mine.gg.addmm_(g_NO.T, g_NO)
+            mine.gg.addmm_(g_PO.T, g_PO)
         for place in by_module[name]:
             z_NR, s_NR = known[place]
-            if len(mine.xx):
-                mine.xz[place].addmm_(x_NI.T, z_NR[here])
+            if reads:
+                mine.xz[place].addmm_(x_PI.T, z_NR[at : at + many])
             if len(mine.gg):
-                mine.gs[place].addmm_(g_NO.T, s_NR[here])
+                mine.gs[place].addmm_(g_PO.T, s_NR[start : start + many])
 
     def then(many: int) -> None:
         nonlocal at
@@ -271,12 +318,8 @@ def _ridge(gram_II: Tensor, cross_IR: Tensor) -> Tensor:
     return solved
 
 
-# ── both ─────────────────────────────────────────────────────────────────────
-
-
-def streams(folder: Path, texts: Sequence[Shared], side: int, layers: str) -> list[Tensor]:
+def streams(model: Model, texts: Sequence[Shared], side: int, layers: str) -> list[Tensor]:
     """The residual stream before the first layer and behind every one, at some of the places of all texts."""
-    model, _ = load(folder)
     most = max(1, _STREAM_POSITIONS // len(texts))
     found: list[list[Tensor]] = [[] for _ in range(len(model.get_submodule(layers)) + 1)]
     with ExitStack() as hooks, torch.no_grad():
@@ -296,16 +339,19 @@ def streams(folder: Path, texts: Sequence[Shared], side: int, layers: str) -> li
     return [torch.cat(some)[:_STREAM_POSITIONS] for some in found]
 
 
-def fitted_to_text(
-    folders: tuple[Path, Path], texts: Sequence[Shared], pieces: Sequence[Piece], report: Report = silent
-) -> list[tuple[Tensor, Tensor]]:
-    """`heard` after `told`, each base loaded on its own."""
-    step = 0
-
-    def reported() -> None:
-        nonlocal step
-        step += 1
-        report({"step": step, "texts": len(texts)})
-
-    known = told(load(folders[0])[0], texts, pieces, reported)
-    return heard(load(folders[1])[0], texts, pieces, known, reported)
+@torch.no_grad()
+def surprise(model: Model, texts: Sequence[Shared], adapters: Sequence[Adapter]) -> list[float]:
+    """By adapter, nats per token that was asked for, at the places of some texts: their cross entropy."""
+    some = texts[:: -(-len(texts) // _TRIED)]
+    found = []
+    for adapter in adapters:
+        total, count = 0.0, 0
+        with attached(model, adapter):
+            for text in some:
+                ids_T = torch.tensor(text.ids[1], device=model.device)
+                logits_PV = model(input_ids=ids_T[None], use_cache=False).logits[0, list(text.places[1])].float()
+                for asked_P in text.asked[1].to(model.device):
+                    total += float(F.cross_entropy(logits_PV, asked_P, reduction="sum", ignore_index=_UNSHARED))
+                    count += int((asked_P != _UNSHARED).sum())
+        found.append(total / max(1, count))
+    return found

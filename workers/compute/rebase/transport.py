@@ -17,8 +17,9 @@ weight, that it had before:
 Legend: D residual of the old base, E of the new one, V vocabulary, R rank, I inputs, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,14 +28,15 @@ from torch import Tensor, nn
 
 from registry.core.errors import NotRunnable
 
+from ..bank import attached
 from ..data import Row
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted, is_transposed, modules_called, sizes
 from ..lowrank import LowRank
-from ..model import Model, Tokenizer, config_of, context_of
+from ..model import Model, Tokenizer, config_of, context_of, load
 from ..plain import plain
 from ..quantised import form_of
-from .activations import Piece, Shared, fitted_to_text, shared, streams, texts_of
+from .activations import Piece, Shared, completed, heard, said, shared, streams, surprise, with_asked
 from .align import only_factors
 from .anatomy import READERS, Base, Family, Role
 from .depths import by_text, by_weights, monotone
@@ -42,6 +44,8 @@ from .tokens import number_cuts, shared_tokens, tokenizer_of
 from .widths import Routes, Stream, routes, seen, stream
 
 _WHAT = "Transporting"
+STRENGTHS = (0.5, 1.0, 1.5)
+"""Of what text gave, that are tried."""
 _SPACES: Mapping[Role, tuple[str, ...]] = {
     "q": ("heads", "qk"), "k": ("heads", "qk"), "v": ("heads", "vo"), "o": ("heads", "vo"),
     "gate": ("neurons",), "up": ("neurons",), "down": ("neurons",),
@@ -83,6 +87,8 @@ class Transported:
     """How alike the residual streams are, by the embeddings of shared tokens."""
     tokens: dict[str, int]
     """Shared ones, those of the old base, and those of the new one."""
+    read: dict[str, float]
+    """Of what was tried by text: nats per token that the adapted old base finds likely; the least was taken."""
     numbers: dict[str, tuple[int, ...]] | None
     """Where the tokenizers cut numbers differently: into how many tokens each cuts those of `tokens.NUMBERS`."""
 
@@ -99,8 +105,8 @@ def transport(
     """``adapter``, made on the base in folder ``old``, for the base in folder ``base``.
 
     Bases are read layer by layer; where their weights leave doubt, each is also run on ``unlabelled`` rows, of which
-    the prompts count. `NotRunnable` for families whose parts do not answer one another, for quantised bases, for
-    tokenizers that share nothing, and for what an adapter has beside B·A.
+    the prompts count: the adapted old base completes them. `NotRunnable` for families whose parts do not answer one
+    another, for quantised bases, for tokenizers that share nothing, and for what an adapter has beside B·A.
     """
     for folder in (old, base):
         if form := form_of(config_of(folder)):
@@ -108,17 +114,21 @@ def transport(
     only_factors(adapter, _WHAT)
     pair = _Pair.of(old, base)
     patches = {name: patch for name, _, patch in fitted(pair.one.model, adapter)[0]}
-    texts = _texts(pair, unlabelled) if unlabelled else []
-    layers = _layers(pair, texts)
+    reading = _Reading(pair, adapter, unlabelled, report) if unlabelled else None
+    layers = _layers(pair, reading)
     brought: list[Brought] = []
+    read: dict[str, float] = {}
     for step, layer in enumerate(range(-1, len(layers))):
         brought += _ends(pair, patches) if layer < 0 else _layer(pair, patches, layers, layer)
         report({"step": step + 1, "steps": len(layers) + 1})
     doubtful = [place for place, one in enumerate(brought) if one.likeness < SURE]
-    if texts and doubtful:
-        again = fitted_to_text((old, base), texts, [brought[place].piece for place in doubtful], report)
-        for place, (a_RI, b_OR) in zip(doubtful, again, strict=True):
-            brought[place] = _by_text(brought[place], a_RI, b_OR)
+    if reading and doubtful:
+        sure = [one for one in brought if one.likeness >= SURE]
+        found, read = reading.fitted(
+            [brought[place] for place in doubtful], lambda some: _joined(pair, adapter, [*sure, *some])
+        )
+        for place, one in zip(doubtful, found, strict=True):
+            brought[place] = one
     used = {one.piece.old for one in brought if one.by != "new"}
     cuts = [number_cuts(tokenizer) if tokenizer is not None else () for tokenizer in pair.tokenizers]
     return Transported(
@@ -128,6 +138,7 @@ def transport(
         lost=tuple(name for name in patches if name not in used),
         residual=pair.stream.match.after,
         tokens={"shared": len(pair.tokens), "old": pair.rows[0], "new": pair.rows[1]},
+        read=read,
         numbers={"old": cuts[0], "new": cuts[1]} if cuts[0] != cuts[1] else None,
     )
 
@@ -189,15 +200,64 @@ def _check(one: Family, two: Family) -> None:
         raise NotRunnable(what=_WHAT, reason=f"the bases' families differ in {' and '.join(differ)}")
 
 
-def _texts(pair: _Pair, unlabelled: Sequence[Row]) -> list[Shared]:
-    one, two = pair.tokenizers
-    if one is None or two is None:
-        raise NotRunnable(what=_WHAT, reason="a base without a tokenizer reads no text; leave the inputs out")
-    limits = context_of(pair.one.model), context_of(pair.two.model)
-    return shared(one, two, texts_of(unlabelled), limits)
+Join = Callable[[Sequence["Brought"]], Adapter]
 
 
-def _layers(pair: _Pair, texts: Sequence[Shared]) -> list[int | None]:
+@dataclass(frozen=True)
+class _Reading:
+    """Both bases on unlabelled text; each is loaded when something is asked of it, and one at a time."""
+
+    pair: _Pair
+    adapter: Adapter
+    unlabelled: Sequence[Row]
+    report: Report
+
+    @cached_property
+    def texts(self) -> list[Shared]:
+        """What both read."""
+        one, two = self.pair.tokenizers
+        if one is None or two is None:
+            raise NotRunnable(what=_WHAT, reason="a base without a tokenizer reads no text; leave the inputs out")
+        model, tokenizer = load(self.pair.folders[0])
+        contexts = context_of(self.pair.one.model), context_of(self.pair.two.model)
+        found = shared(one, two, completed(model, tokenizer, self.adapter, self.unlabelled), contexts)
+        return with_asked(model, self.adapter, found, self.pair.tokens)
+
+    def streams(self) -> list[list[Tensor]]:
+        """The residual streams of either base."""
+        names = [side.parts.family.layers for side in (self.pair.one, self.pair.two)]
+        folders = self.pair.folders
+        return [streams(load(folders[side])[0], self.texts, side, names[side]) for side in (0, 1)]
+
+    def fitted(self, brought: Sequence["Brought"], join: Join) -> tuple[list["Brought"], dict[str, float]]:
+        """The same by text: from the bare new base, or from that with half of what came of it, at one of `STRENGTHS`:
+        whatever brings the new base nearest to what the adapted old one finds likely. And how near each came."""
+        steps = iter(range(1, 1 << 30))
+
+        def told() -> None:
+            self.report({"step": next(steps), "texts": len(self.texts)})
+
+        pieces = [one.piece for one in brought]
+        known = said(load(self.pair.folders[0])[0], self.texts, pieces, told)
+        model, _ = load(self.pair.folders[1])
+        first = list(map(_by_text, brought, heard(model, self.texts, pieces, known, told)))
+        with attached(model, join(_times(first, 0.5))):
+            second = list(map(_by_text, first, heard(model, self.texts, pieces, known, told)))
+        tried = {
+            f"{way} × {strength:g}": _times(found, strength)
+            for way, found in (("bare", first), ("halfway", second))
+            for strength in STRENGTHS
+        }
+        losses = surprise(model, self.texts, [join(found) for found in tried.values()])
+        told_of = dict(zip(tried, losses, strict=True))
+        return tried[min(told_of, key=told_of.__getitem__)], told_of
+
+
+def _times(brought: Sequence["Brought"], factor: float) -> list["Brought"]:
+    return [replace(one, b_OR=one.b_OR * factor) for one in brought]
+
+
+def _layers(pair: _Pair, reading: _Reading | None) -> list[int | None]:
     """The old layer that each new one was."""
     one, two = pair.one.parts, pair.two.parts
     if one.layers == two.layers:
@@ -205,10 +265,8 @@ def _layers(pair: _Pair, texts: Sequence[Shared]) -> list[int | None]:
     like_AB = by_weights(pair.one, pair.two, pair.stream)
     found = monotone(like_AB)
     sure = all(like_AB[a, b] >= SURE for b, a in enumerate(found) if a is not None)
-    if texts and not sure:
-        names = one.family.layers, two.family.layers
-        seen = [streams(folder, texts, side, names[side]) for side, folder in enumerate(pair.folders)]
-        found = monotone(by_text(*seen))
+    if reading and not sure:
+        found = monotone(by_text(*reading.streams()))
     return found
 
 
@@ -340,8 +398,9 @@ def _name_of(model: Model, module: nn.Module) -> str:
 # ── together ─────────────────────────────────────────────────────────────────
 
 
-def _by_text(made: Brought, a_RI: Tensor, b_OR: Tensor) -> Brought:
+def _by_text(made: Brought, fitted: tuple[Tensor, Tensor]) -> Brought:
     """The same with what text gave; biases stay the new base's own."""
+    a_RI, b_OR = fitted
     b_all = made.b_OR
     if made.piece.writes:
         b_all = torch.zeros_like(b_all)
@@ -386,5 +445,6 @@ def _told(brought: Sequence[Brought]) -> dict[str, Moved]:
     for one in brought:
         before = found.get(one.piece.new)
         of = (*(before.of if before else ()), one.piece.old)
-        found[one.piece.new] = Moved(() if one.by == "new" else of, one.by, min(one.likeness, before.likeness if before else 1.0))
+        of = () if one.by == "new" else of
+        found[one.piece.new] = Moved(of, one.by, min(one.likeness, before.likeness if before else 1.0))
     return found

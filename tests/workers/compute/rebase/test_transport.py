@@ -167,7 +167,8 @@ def test_text_alone_gives_back_most_of_what_an_adapter_does(tmp_path: Path, monk
     new = rewrites.cloned(model, 7)
     rewrites.everything(new, 7)
     monkeypatch.setattr(tier, "SURE", 1.1)
-    rows = [Row({"prompt": "".join(map(chr, torch.randint(33, 126, (40,)).tolist()))}, "noise", i) for i in range(100)]
+    noise = ["".join(map(chr, torch.randint(33, 126, (40,)).tolist())) for _ in range(60)]
+    rows = [Row({"prompt": text, "completion": "x"}, "noise", i) for i, text in enumerate(noise)]
     found = transport(adapter, old, factories.saved(new, tmp_path / "new"), rows)
     assert {moved.by for moved in found.modules.values()} == {"text"}
     assert (answers(new, found.adapter) - expected).norm() < 0.5 * (expected - bare).norm()
