@@ -116,11 +116,11 @@ def transport(
     patches = {name: patch for name, _, patch in fitted(pair.one.model, adapter)[0]}
     reading = _Reading(pair, adapter, unlabelled, report) if unlabelled else None
     layers = _layers(pair, reading)
-    brought: list[Brought] = []
+    brought = _ends(pair, patches)
+    for layer in range(len(layers)):
+        brought += _layer(pair, patches, layers, layer)
+        report({"step": layer + 1, "steps": len(layers)})
     read: dict[str, float] = {}
-    for step, layer in enumerate(range(-1, len(layers))):
-        brought += _ends(pair, patches) if layer < 0 else _layer(pair, patches, layers, layer)
-        report({"step": step + 1, "steps": len(layers) + 1})
     doubtful = [place for place, one in enumerate(brought) if one.likeness < SURE]
     if reading and doubtful:
         sure = [one for one in brought if one.likeness >= SURE]
@@ -267,6 +267,8 @@ def _layers(pair: _Pair, reading: _Reading | None) -> list[int | None]:
     sure = all(like_AB[a, b] >= SURE for b, a in enumerate(found) if a is not None)
     if reading and not sure:
         found = monotone(by_text(*reading.streams()))
+    if all(old is None for old in found):
+        raise NotRunnable(what=_WHAT, reason="no layer of the new base is like any of the old one")
     return found
 
 
@@ -444,7 +446,6 @@ def _told(brought: Sequence[Brought]) -> dict[str, Moved]:
     found: dict[str, Moved] = {}
     for one in brought:
         before = found.get(one.piece.new)
-        of = (*(before.of if before else ()), one.piece.old)
-        of = () if one.by == "new" else of
+        of = () if one.by == "new" else (*(before.of if before else ()), one.piece.old)
         found[one.piece.new] = Moved(of, one.by, min(one.likeness, before.likeness if before else 1.0))
     return found
