@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -49,7 +49,6 @@ from registry.core.recipes import (
     Combine,
     Compare,
     Compress,
-    Distil,
     Evaluate,
     Extract,
     FineTune,
@@ -83,7 +82,7 @@ from .compute.plain import Kept
 from .compute.quantised import form_of, loaded
 from .compute.rebase.align import align
 from .compute.rebase.carry import carry
-from .compute.rebase.distil import distil, is_written, write_lesson
+from .compute.rebase.distil import distil, is_written, steps_of, write_lesson
 from .compute.rebase.free import best_carried
 from .compute.rebase.normalise import normalised
 from .compute.rebase.race import Chosen, Race, as_raced, raced
@@ -174,11 +173,11 @@ def run_together(
     """
     company = _Company(recipes, inputs, outs, report, checkpoint)
     finetunes = [one for one in recipes if isinstance(one, FineTune) and not one.sharded]
-    rebases = [one for one in recipes if isinstance(one, Rebase) and one.training is not None]
-    trainings = finetunes or [one.training for one in rebases if one.training is not None]
+    rebases = [one for one in recipes if isinstance(one, Rebase) and steps_of(one) is not None]
+    trainings = finetunes or [steps for one in rebases if (steps := steps_of(one)) is not None]
     if len(trainings) != len(recipes) or len({(one.base, one.precision, one.quantised) for one in trainings}) != 1:
         raise BadRequest(
-            problems="together go fine-tunings, or warm starts and retrainings, on one base, in one precision, "
+            problems="together go fine-tunings, or rebases that train, on one base, in one precision, "
             "quantised alike, none of them sharded"
         )
     if finetunes:
@@ -200,7 +199,7 @@ class _Company:
         checkpoint: Path | None,
     ) -> None:
         self.inputs, self.outs, self.refused = inputs, outs, 0
-        self._recipes, self._report, self._checkpoint = recipes, report, checkpoint
+        self._recipes, self._report, self.checkpoint = recipes, report, checkpoint
         self._began = time.monotonic()
         self._left = list(range(len(recipes)))
         for out in outs:
@@ -229,6 +228,10 @@ class _Company:
         with contextlib.suppress(KeyboardInterrupt):  # the next step hears of it
             self._report({"task": place, "ended": True})
 
+    def teller(self, place: int) -> Report:
+        """Who hears of what is done for one alone."""
+        return lambda now: self._report(now | {"task": place})
+
     def options(self, places: Sequence[int]) -> dict[str, Any]:
         """How those at ``places`` are trained: who hears of a step, who is not wanted any more, and what is left."""
         unwanted: set[int] = set()
@@ -237,7 +240,7 @@ class _Company:
             unwanted.update(at for at, place in enumerate(places) if (self.outs[place] / UNWANTED).exists())
             self._report(now | {"task": places[now["task"]]})
 
-        return {"report": told, "checkpoint_dir": self._checkpoint, "unwanted": unwanted}
+        return {"report": told, "checkpoint_dir": self.checkpoint, "unwanted": unwanted}
 
 
 def _finetune_together(company: _Company, recipes: Sequence[FineTune]) -> None:
@@ -257,16 +260,18 @@ def _finetune_together(company: _Company, recipes: Sequence[FineTune]) -> None:
 
 def _rebase_together(company: _Company, recipes: Sequence[Rebase], training: FineTune) -> None:
     bouts = company.each(lambda place: _bout(recipes[place], company.inputs[place]))
-    befores = dict(zip(bouts, _befores(list(bouts.values())), strict=True))
     if not bouts:
         return
-    model, tokenizer = load(company.inputs[min(bouts)]["base"], training.precision, training.quantised)
-    races = company.each(lambda place: _race(model, tokenizer, bouts[place], befores[place]))
+    with _room_for_lessons(company.checkpoint) as lessons:
+        found = _befores(list(bouts.values()), lessons, [company.teller(place) for place in bouts])
+        befores = dict(zip(bouts, found, strict=True))
+        model, tokenizer = load(company.inputs[min(bouts)]["base"], training.precision, training.quantised)
+        races = company.each(lambda place: _race(model, tokenizer, bouts[place], befores[place], lessons))
     places = list(races)
     for at, outcome in as_raced(model, tokenizer, list(races.values()), **company.options(places)):
         place = places[at]
         if isinstance(outcome, Chosen):
-            company.end(place, _rebased(model, recipes[place], outcome, company.outs[place]))
+            company.end(place, _rebased(model, bouts[place], outcome, company.outs[place]))
         else:
             company.end(place, outcome)
 
@@ -381,13 +386,12 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
     if recipe.tier == "carry":
         _write(carry(adapter, inputs["old"], inputs["base"]), out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0}
-    if recipe.distil is not None:
-        return _distilled(recipe, recipe.distil, inputs, adapter, out, report, checkpoint)
     bout = _bout(recipe, inputs)
-    [before] = _befores([bout])
-    model, tokenizer = load(inputs["base"], bout.training.precision, bout.training.quantised)
-    chosen = raced(model, tokenizer, _race(model, tokenizer, bout, before), report, checkpoint)
-    return _rebased(model, recipe, chosen, out)
+    with _room_for_lessons(checkpoint) as lessons:
+        [before] = _befores([bout], lessons, [report])
+        model, tokenizer = load(inputs["base"], bout.training.precision, bout.training.quantised)
+        race = _race(model, tokenizer, bout, before, lessons)
+    return _rebased(model, bout, raced(model, tokenizer, race, report, checkpoint), out)
 
 
 @dataclass(frozen=True)
@@ -402,19 +406,51 @@ class _Bout:
     rows: Sequence[Row]
     suite: Suite | None
 
+    def lesson(self, lessons: Path) -> Path:
+        """Where the lesson of a distillation lies."""
+        return lessons / recipe_digest(self.recipe).hex[:16]
+
+    def asks_the_old_base(self, lessons: Path) -> bool:
+        """Whether there is something to do on the adapter's own base."""
+        if self.recipe.distil is not None:
+            return not is_written(self.lesson(lessons))
+        return self.recipe.tier == "retrain" and self.suite is not None
+
+    def before(self, model: Model, tokenizer: Tokenizer, lessons: Path, report: Report) -> float | None:
+        """What the adapter gains on its own base; of a distillation the lesson is written instead."""
+        if self.recipe.distil is None:
+            return gain(model, tokenizer, self.suite, self.adapter)
+        write_lesson(model, tokenizer, self.recipe.distil, self.adapter, self.rows, self.lesson(lessons), report)
+        return None
+
 
 def _bout(recipe: Rebase, inputs: Inputs) -> _Bout:
-    assert recipe.training is not None
+    training = steps_of(recipe)
+    assert training is not None
     adapter = normalised(inputs["adapter"], inputs["old"])
-    starts = starts_of(adapter, inputs["old"], inputs["base"])
+    rows = _unlabelled(recipe, inputs) if recipe.distil else _rows(inputs)
+    starts = starts_of(adapter, inputs["old"], inputs["base"], rows)
     suite = Suite.read(inputs["suite"]) if recipe.suite else None
-    return _Bout(recipe, recipe.training, inputs["old"], adapter, starts, _rows(inputs), suite)
+    return _Bout(recipe, training, inputs["old"], adapter, starts, rows, suite)
 
 
-def _befores(bouts: Sequence[_Bout]) -> list[float | LoractlError | None]:
-    """What each adapter gains on its own base, where that is asked; a base is loaded once for all that share it."""
+@contextlib.contextmanager
+def _room_for_lessons(checkpoint: Path | None) -> Iterator[Path]:
+    """Where teachers leave what they wrote: beside the checkpoints, to go on from, or for as long as it is needed."""
+    if checkpoint is not None:
+        yield checkpoint / "lessons"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _befores(bouts: Sequence[_Bout], lessons: Path, reports: Sequence[Report]) -> list[float | LoractlError | None]:
+    """What each adapter has to do on its own base before the new one is loaded: gain on it, or write its lesson.
+
+    A base is loaded once for all that share it.
+    """
     found: list[float | LoractlError | None] = [None] * len(bouts)
-    asked = [place for place, bout in enumerate(bouts) if bout.recipe.tier == "retrain" and bout.suite is not None]
+    asked = [place for place, bout in enumerate(bouts) if bout.asks_the_old_base(lessons)]
     for old in dict.fromkeys(bouts[place].old for place in asked):
         own = [place for place in asked if bouts[place].old == old]
         training = bouts[own[0]].training
@@ -425,58 +461,32 @@ def _befores(bouts: Sequence[_Bout]) -> list[float | LoractlError | None]:
             continue
         for place in own:
             try:
-                found[place] = gain(model, tokenizer, bouts[place].suite, bouts[place].adapter)
+                found[place] = bouts[place].before(model, tokenizer, lessons, reports[place])
             except LoractlError as error:
                 found[place] = error
     return found
 
 
-def _race(model: Model, tokenizer: Tokenizer, bout: _Bout, before: float | LoractlError | None) -> Race:
+def _race(
+    model: Model, tokenizer: Tokenizer, bout: _Bout, before: float | LoractlError | None, lessons: Path
+) -> Race:
     if isinstance(before, LoractlError):
         raise before
-    if bout.recipe.tier == "warm-start":
+    if bout.recipe.distil is not None:
+        race = distil(model, tokenizer, bout.recipe, bout.lesson(lessons), bout.starts)
+    elif bout.recipe.tier == "warm-start":
         race = warm_start(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite)
     else:
         race = retrain(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite, before)
     return replace(race, owner=f"{recipe_digest(bout.recipe)} ")
 
 
-def _rebased(model: Model, recipe: Rebase, chosen: Chosen, out: Path) -> dict[str, Any]:
-    assert recipe.training is not None
-    _write(chosen.trained.adapter, out, recipe.base, recipe)
-    return _training_facts(chosen.trained, recipe.training.precision) | _told(model, recipe, chosen)
-
-
-def _told(model: Model, recipe: Rebase, chosen: Chosen) -> dict[str, Any]:
-    names = ("start", "candidate", "candidates", "starts", "steps")
-    return {"tier": recipe.tier, "base": loaded(model)} | {name: getattr(chosen, name) for name in names}
-
-
-def _distilled(
-    recipe: Rebase,
-    asked: Distil,
-    inputs: Inputs,
-    adapter: Adapter,
-    out: Path,
-    report: Report,
-    checkpoint: Path | None,
-) -> dict[str, Any]:
-    """One base is in memory at a time: the old one teaches by what it left."""
-    with contextlib.ExitStack() as stack:
-        folder = checkpoint / "lesson" if checkpoint else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if not is_written(folder):
-            write_lesson(
-                *load(inputs["old"], asked.precision, asked.quantised),
-                asked, adapter, _unlabelled(recipe, inputs), folder, report,
-            )  # fmt: skip
-        starts = starts_of(adapter, inputs["old"], inputs["base"])
-        model, tokenizer = load(inputs["base"], asked.precision, asked.quantised)
-        race, lesson = distil(model, tokenizer, recipe, folder, starts)
-        chosen = raced(model, tokenizer, race, report, checkpoint)
-    _write(chosen.trained.adapter, out, recipe.base, recipe)
-    source = {"source": "inputs" if recipe.inputs else "texts of the teacher's own"}
-    facts = _training_facts(chosen.trained, asked.precision) | _told(model, recipe, chosen)
-    return facts | {"lesson": lesson.dump() | source}
+def _rebased(model: Model, bout: _Bout, chosen: Chosen, out: Path) -> dict[str, Any]:
+    _write(chosen.trained.adapter, out, bout.recipe.base, bout.recipe)
+    facts = {"tier": bout.recipe.tier, "base": loaded(model), **chosen.told} | {
+        name: getattr(chosen, name) for name in ("start", "candidate", "candidates", "starts")
+    }
+    return _training_facts(chosen.trained, bout.training.precision) | facts | {"steps": chosen.steps}
 
 
 def _combine(recipe: Combine, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _upgraded(
     )  # fmt: skip
     ways = [(place, way) for place in range(len(tasks)) for way in TARGETS]
     races = [
-        distil(model, tokenizer, rebase, folder / way / tasks[place].name, Starts({"carry": teachers[place]}, {}))[0]
+        distil(model, tokenizer, rebase, folder / way / tasks[place].name, Starts({"carry": teachers[place]}, {}))
         for place, way in ways
     ]
     chosen = {ways[at]: outcome for at, outcome in as_raced(model, tokenizer, races)}

@@ -24,7 +24,7 @@ TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
 """Those that an upgrade tries where nobody names others."""
 TRAINED: frozenset[Tier] = frozenset({"warm-start", "retrain"})
 """Those that take steps, and so a training recipe."""
-RESHAPES: frozenset[Tier] = frozenset({"transport"})
+RESHAPES: frozenset[Tier] = frozenset({"transport", "warm-start", "distil"})
 """Those that bring an adapter to a base of other shapes."""
 UNLABELLED: frozenset[Tier] = frozenset({"transport", "distil"})
 """Those that read unlabelled text, where there is some."""

@@ -480,7 +480,8 @@ def claim_beside(
 
 def _shares(job: Job) -> tuple[str, str, str] | None:
     """What two jobs of a kind must have alike to be trained on one loaded base; None for work that is done alone."""
-    training = job.recipe.get("training") if job.kind == "rebase" else job.recipe if job.kind == "finetune" else None
+    own = job.recipe if job.kind == "finetune" else None
+    training = job.recipe.get("training") or job.recipe.get("distil") if job.kind == "rebase" else own
     if training is None or job.recipe.get("sharded"):
         return None
     return job.base, str(training.get("precision")), str(training.get("quantised"))

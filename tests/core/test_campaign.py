@@ -202,10 +202,10 @@ def test_old_weights_are_not_needed_where_the_old_records_are_there() -> None:
     assert next_actions(State.PLANNED, of_gain.model_copy(update={"bare_old_scores": DONE})).state is State.RUNNING
 
 
-def test_other_shapes_leave_only_training_anew() -> None:
+def test_other_shapes_leave_what_trains() -> None:
     facts = READY.model_copy(update={"fit": "incompatible"})
-    assert possible_tiers(facts) == ("retrain",)
-    assert only(next_actions(State.PLANNED, facts)) == Produce("retrain", SERVING, OLD, NEW)
+    assert possible_tiers(facts) == ("warm-start", "retrain")
+    assert only(next_actions(State.PLANNED, facts)) == Produce("warm-start", SERVING, OLD, NEW)
 
 
 @pytest.mark.parametrize("fit", ["exact", "derived", "targets-equal", "same-shape"])
@@ -241,7 +241,8 @@ def test_a_base_of_other_shapes_is_reached_by_transport_where_the_policy_names_i
         ({"recipe": False, "retained": True}, None),
         ({"retained": False}, "distil needs the retained inputs team/questions: loractl dataset push"),
         ({"old_weights": False, "serving_scores": DONE}, "distil needs the old weights, which teach: loractl base"),
-        ({"fit": "incompatible"}, "distil needs a base of the same shapes"),
+        ({"fit": "incompatible"}, None),
+        ({"fit": "unknown"}, "distil needs to know both bases' shapes"),
     ],
 )
 def test_distilling_needs_the_old_weights_and_neither_recipe_nor_labels(

@@ -121,15 +121,15 @@ def test_a_base_that_needs_no_adapter_retires_it(upgrade: Upgrade) -> None:
     assert upgrade.prod(upgrade.new) is None
 
 
-def test_an_incompatible_base_leaves_only_retraining(upgrade: Upgrade, tmp_path: Path) -> None:
+def test_an_incompatible_base_leaves_what_trains(upgrade: Upgrade, tmp_path: Path) -> None:
     wide = tiny_base(tmp_path / "wide", width=32)
     upgrade.skills["retrain"] = 1.0
     upgrade.begin(folder=wide)
-    assert upgrade.item().plan["route"] == "retrain"
+    assert upgrade.item().plan["route"] == "warm-start → retrain"
     upgrade.run()
     assert (upgrade.state(), upgrade.item().fit) == ("promoted", "incompatible")
     assert upgrade.prod(str(base_of(wide).digest)) == "retrain"
-    assert {job.recipe["tier"] for job in upgrade.jobs() if job.kind == "rebase"} == {"retrain"}
+    assert {job.recipe["tier"] for job in upgrade.jobs() if job.kind == "rebase"} == {"warm-start", "retrain"}
 
 
 def test_without_a_recipe_only_the_carry_is_tried(upgrade: Upgrade) -> None:

@@ -170,17 +170,17 @@ def _text_of(row: Row) -> str:
     return text
 
 
-def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, starts: Starts) -> tuple[Race, Lesson]:
+def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, starts: Starts) -> Race:
     """The race of one student that is taught by the lesson in ``folder``: from its best start, and from scratch.
 
     What chooses is the agreement with the teacher on texts held out.
     """
-    assert recipe.distil is not None
+    training = steps_of(recipe)
+    assert training is not None and recipe.distil is not None
     lesson = read_lesson(folder, tokenizer)
     starts = fitting(model, starts)
     if not starts.adapters:
         raise NotRunnable(what="Distilling", reason="; ".join(starts.refused.values()))
-    training = training_of(recipe, recipe.distil)
     kept, held = _apart(lesson.examples, recipe.distil.held_out)
     agreed = partial(_agreement, model, held[:: -(-len(held) // _MOST_LOOKED_AT)])
     told: dict[str, dict[str, Any]] = {name: {"refused": why} for name, why in starts.refused.items()}
@@ -192,7 +192,8 @@ def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, sta
     begun = {name: starts.adapters[name] for name in (best_of(told),) if name != SCRATCH}
     begun[SCRATCH] = scratch(model, training, starts)
     entrants = {name: Entrant(name, Task(training, kept, start)) for name, start in begun.items()}
-    return Race(entrants, measure, told), lesson
+    source = "inputs" if recipe.inputs else "texts of the teacher's own"
+    return Race(entrants, measure, told, {"lesson": {"source": source} | lesson.dump()})
 
 
 def _apart(examples: Sequence[Example], share: float) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -206,9 +207,12 @@ def _apart(examples: Sequence[Example], share: float) -> tuple[Sequence[Example]
     return [each for name, each in named if name not in aside], [each for name, each in named if name in aside]
 
 
-def training_of(recipe: Rebase, asked: Distil) -> FineTune:
-    """The steps of a distillation as those of a training: its data are what the teacher writes to these inputs."""
-    steps = asked.model_dump(include=set(Steps.model_fields) | {"quantised", "pull"})
+def steps_of(recipe: Rebase) -> FineTune | None:
+    """The training of a rebase: of a distillation its data are what the teacher writes, to these inputs where it has
+    some. None where nothing is trained."""
+    if recipe.distil is None:
+        return recipe.training
+    steps = recipe.distil.model_dump(include=set(Steps.model_fields) | {"quantised", "pull"})
     return FineTune(base=recipe.base, datasets=(recipe.inputs or recipe.adapter,), **steps)
 
 

@@ -40,6 +40,8 @@ class Race:
     measure: Measure
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What was known of every start before a step."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What else there is to say of it in the end."""
     owner: str = ""
     """Whose race it is: in front of what the candidates' checkpoints are found by."""
 
@@ -55,6 +57,7 @@ class Chosen:
     starts: Mapping[str, Mapping[str, Any]]
     steps: int
     """That all candidates took together: what the tier cost."""
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def as_raced(
@@ -126,7 +129,7 @@ def _won(race: Race, ended: Mapping[str, Outcome]) -> Chosen | LoractlError:
         name: {"steps": len(run.losses), "learning_rate": run.rate} | found[name] for name, run in trained.items()
     } | {name: {"dropped": error.message} for name, error in failed.items()}
     steps = sum(len(run.losses) for run in trained.values())
-    return Chosen(trained[best], race.entrants[best].start, best, candidates, race.starts, steps)
+    return Chosen(trained[best], race.entrants[best].start, best, candidates, race.starts, steps, race.told)
 
 
 def _is_finite(trained: Trained) -> bool:

@@ -24,6 +24,7 @@ from ..model import Model, Tokenizer
 from ..panel import BARE
 from .align import align
 from .carry import carry
+from .transport import transport
 
 SCRATCH = "scratch"
 _LOOKED_AT = 64
@@ -38,17 +39,21 @@ class Starts:
     refused: Mapping[str, str]
 
 
-def starts_of(adapter: Adapter, old: Path, base: Path) -> Starts:
+def starts_of(adapter: Adapter, old: Path, base: Path, unlabelled: Sequence[Row] = ()) -> Starts:
     """``adapter``, made on the base in folder ``old``, as a start on the base in folder ``base``.
 
-    What aligning leaves as it was is carrying, and comes once.
+    What aligning leaves as it was is carrying, and comes once. Where it cannot be aligned it is transported, with what
+    both bases make of the prompts of ``unlabelled`` rows.
     """
     made: dict[str, Adapter] = {}
     refused: dict[str, str] = {}
     for tier, make in {
         "carry": lambda: carry(adapter, old, base),
         "align": lambda: align(adapter, old, base).adapter,
+        "transport": lambda: transport(adapter, old, base, unlabelled or None).adapter,
     }.items():
+        if tier == "transport" and "align" not in refused:
+            continue
         try:
             found = make()
         except NotRunnable as error:

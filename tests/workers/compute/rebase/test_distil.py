@@ -52,8 +52,8 @@ def recipe(**changes: Any) -> Rebase:
 
 def taught(folder: Path, found: Starts, tokenizer: Tokenizer = TOKENIZER, drift: float = 0.1) -> tuple[Chosen, Any]:
     model = drifted(factories.llama(), drift)
-    race, lesson = distil(model, tokenizer, recipe(), folder, found)
-    return raced(model, tokenizer, race), lesson
+    race = distil(model, tokenizer, recipe(), folder, found)
+    return raced(model, tokenizer, race), read_lesson(folder, tokenizer)
 
 
 @pytest.mark.parametrize(("inputs", "drift"), [(ROWS, 0.2), ([], 0.3)], ids=["inputs", "texts of its own"])
@@ -70,7 +70,7 @@ def test_a_student_comes_closer_to_its_teacher_on_texts_held_out(
 
 
 def test_on_the_same_base_the_teacher_itself_is_the_student(lesson: Path, teacher: Adapter) -> None:
-    race, _ = distil(factories.llama(), TOKENIZER, recipe(), lesson, starts(carry=teacher))
+    race = distil(factories.llama(), TOKENIZER, recipe(), lesson, starts(carry=teacher))
     assert race.starts["carry"]["divergence"] == pytest.approx(0, abs=1e-4)
     assert race.starts["carry"]["agreement"] == 1
     assert race.starts["bare"]["divergence"] > 0.1
@@ -109,9 +109,8 @@ def test_a_student_of_another_vocabulary_learns_from_the_text(teacher: Adapter, 
     theirs.add_tokens(["1+"])
     assert theirs.get_vocab() != TOKENIZER.get_vocab()
     model = factories.llama(vocab_size=260)
-    race, found = distil(model, theirs, recipe(), lesson, Starts({"carry": teacher}, {}))
-    assert not found.by_logits
-    assert found.dump()["through"] == "text"
+    race = distil(model, theirs, recipe(), lesson, Starts({"carry": teacher}, {}))
+    assert race.told["lesson"]["through"] == "text"
     chosen = raced(model, theirs, race)
     assert chosen.candidates[chosen.candidate]["divergence"] < race.starts["bare"]["divergence"]
 
@@ -141,15 +140,15 @@ def test_without_a_start_that_fits_nothing_is_distilled(teacher: Adapter, lesson
 
 def test_texts_that_are_all_alike_are_a_lesson_all_the_same(teacher: Adapter, tmp_path: Path) -> None:
     folder = written(tmp_path, teacher, ROWS[:1], temperature=0.0)
-    race, lesson = distil(factories.llama(), TOKENIZER, recipe(), folder, starts(carry=teacher))
-    assert len(lesson.examples) == len(race.entrants[SCRATCH].task.rows) == 1
+    race = distil(factories.llama(), TOKENIZER, recipe(), folder, starts(carry=teacher))
+    assert race.told["lesson"]["texts"] == len(race.entrants[SCRATCH].task.rows) == 1
 
 
 def test_equal_texts_are_taught_or_held_out_and_not_both(teacher: Adapter, tmp_path: Path) -> None:
     folder = written(tmp_path, teacher, ROWS[:3])
-    race, lesson = distil(factories.llama(), TOKENIZER, recipe(held_out=0.2), folder, starts(carry=teacher))
+    race = distil(factories.llama(), TOKENIZER, recipe(held_out=0.2), folder, starts(carry=teacher))
     learnt = {str(row.value) for row in race.entrants[SCRATCH].task.rows}
-    texts = {str(example.value) for example in lesson.examples}
+    texts = {str(example.value) for example in read_lesson(folder, TOKENIZER).examples}
     assert 0.7 <= len(learnt) / len(texts) <= 0.8
 
 
@@ -163,7 +162,7 @@ def test_students_and_warm_starts_go_through_one_run(lesson: Path, teacher: Adap
     model = drifted(factories.llama(), 0.1)
     short = RECIPE.model_copy(update={"steps": 5, "learning_rate": 3e-3})
     races = [
-        distil(model, TOKENIZER, recipe(steps=5), lesson, starts(carry=teacher))[0],
+        distil(model, TOKENIZER, recipe(steps=5), lesson, starts(carry=teacher)),
         warm_start(model, TOKENIZER, short, [*ROWS, *factories.rows(60)[40:]], starts(carry=teacher), None),
     ]
     together = dict(as_raced(model, TOKENIZER, races))

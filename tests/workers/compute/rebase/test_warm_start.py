@@ -203,6 +203,17 @@ def test_three_factors_of_the_old_base_are_trained_on_as_their_own(carried: Adap
 # ── starts ───────────────────────────────────────────────────────────────────
 
 
+def test_on_a_base_of_another_depth_a_warm_start_begins_with_what_was_transported(
+    tmp_path: Path, carried: Adapter
+) -> None:
+    deeper = factories.llama(num_hidden_layers=3)
+    old, new = factories.saved(factories.llama(), tmp_path / "old"), factories.saved(deeper, tmp_path / "new")
+    found = starts_of(carried, old, new, ROWS)
+    assert "transport" in found.adapters
+    chosen = won(deeper, found)
+    assert "refused" not in chosen.starts["transport"]
+    assert chosen.trained.adapter.patches.keys() <= found.adapters["transport"].patches.keys()
+
 def test_an_alignment_that_moves_nothing_is_no_start_of_its_own(tmp_path: Path, carried: Adapter) -> None:
     old = factories.saved(factories.llama(), tmp_path / "old")
     new = factories.saved(drifted(factories.llama(), 0.05), tmp_path / "new")
@@ -210,9 +221,9 @@ def test_an_alignment_that_moves_nothing_is_no_start_of_its_own(tmp_path: Path, 
 
 
 def test_what_cannot_be_aligned_is_carried_and_says_why(tmp_path: Path) -> None:
-    folders = [factories.saved(factories.llama(seed), tmp_path / str(seed)) for seed in (0, 1)]
+    old, new = (factories.saved(factories.llama(seed), tmp_path / str(seed)) for seed in (0, 1))
     model = factories.llama()
     adapter = finetune(model, TOKENIZER, factories.recipe(steps=2, variant="dora"), ROWS[:12]).adapter
-    found = starts_of(adapter, *folders)
+    found = starts_of(adapter, old, new)
     assert found.adapters.keys() == {"carry"}
     assert "DoRA" in found.refused["align"]
