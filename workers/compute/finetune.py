@@ -15,6 +15,7 @@ one in the same company.
 
 import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -372,7 +373,8 @@ class _Gradients:
         means_K = torch.zeros(len(drawn), device=self._model.device)
         tokens_K = torch.zeros(len(drawn), dtype=torch.long, device=self._model.device)
         for run, chance in zip(self._live, self._bank.drop.chances if self._bank.drop else [], strict=False):
-            chance.manual_seed((run.recipe.seed << 32) + (self._ranks.rank << 24) + run.step)
+            drawn_from = f"{run.recipe.seed}/{self._ranks.rank}/{run.step}"
+            chance.manual_seed(random.Random(drawn_from).getrandbits(32))  # processors hear no more bits than these
         with self._bank.gradients():
             for part in range(self._ranks.passes(max(map(len, drawn)), self.parts)):
                 packed = self._packed(drawn, part, self.parts, asked)

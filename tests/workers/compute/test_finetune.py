@@ -61,6 +61,16 @@ def test_equal_recipes_train_equal_bytes_and_another_seed_does_not(tmp_path: Pat
     assert one == same != other
 
 
+def test_dropout_is_drawn_by_the_seed() -> None:
+    model = factories.llama()
+    start, one_row = factories.random_adapter(model), factories.rows(1)
+    losses = [
+        finetune(model, TOKENIZER, factories.recipe(steps=1, dropout=0.5, seed=seed), one_row, start=start).losses
+        for seed in (1, 2, 1)
+    ]
+    assert losses[0] == losses[2] != losses[1]
+
+
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"learning_rate_b_ratio": 4.0, "schedule": "cosine"}])
 def test_a_stopped_training_resumes_to_the_bytes_of_an_uninterrupted_one(
     options: dict[str, Any], tmp_path: Path
