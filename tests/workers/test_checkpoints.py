@@ -10,7 +10,7 @@ from registry.core.errors import FileTooLarge, LeaseLost, LoractlError, Registry
 from registry.schemas import CheckpointRequest, CheckpointsRequest, CheckpointUploads
 from workers import checkpoints
 from workers.checkpoints import Keeper, Kept
-from workers.compute.snapshot import every, name_of, write_index
+from workers.compute.snapshot import every, names_of, write_index
 
 LIMIT_S = 30.0
 
@@ -42,8 +42,8 @@ class Registry:
 def leave(folder: Path, **steps: int) -> None:
     folder.mkdir(exist_ok=True)
     for run, step in steps.items():
-        (folder / name_of(run, step)).write_text(f"{run} {step}")
-    write_index(folder, {run: name_of(run, step) for run, step in steps.items()})
+        (folder / names_of(run, step, 1)[0]).write_text(f"{run} {step}")
+    write_index(folder, {run: names_of(run, step, 1) for run, step in steps.items()})
 
 
 def kept(said: list[str], *names: str, **more: Any) -> list[Kept]:

@@ -1,13 +1,14 @@
 """A folder of checkpoints as files: how far its runs are, and copies of one moment while somebody writes on.
 
-    checkpoint.json             identity of a run -> the name of its file; written last and at once
-    <run>-<step>.safetensors    a run as it was at that step
+    checkpoint.json             identity of a run -> the names of its files; written last and at once
+    <run>-<step>.safetensors    a run as it was at that step; a large one goes on in <run>-<step>.1.safetensors …
     <phase>/…                   of a search: the same, and what the phase noted beside
 
 Nothing here reads a tensor, so that whoever only moves checkpoints about needs no torch.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -28,19 +29,19 @@ def every(_: str) -> bool:
     return True
 
 
-def name_of(run: str, step: int) -> str:
-    """The name of a run's file; ``run`` stands for its identity."""
-    return f"{run}-{step}{_WEIGHTS}"
+def names_of(run: str, step: int, many: int) -> list[str]:
+    """The names of a run's files; ``run`` stands for its identity."""
+    return [f"{run}-{step}{f'.{part}' if part else ''}{_WEIGHTS}" for part in range(many)]
 
 
-def files_of(folder: Path) -> dict[str, str]:
+def files_of(folder: Path) -> dict[str, list[str]]:
     """The names of the files of the newest checkpoint, by the runs' identities."""
     path = folder / INDEX
-    found: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
-    return {identity: name for identity, name in found.items() if (folder / name).is_file()}
+    found: dict[str, list[str]] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {run: names for run, names in found.items() if all((folder / name).is_file() for name in names)}
 
 
-def write_index(folder: Path, index: Mapping[str, str]) -> None:
+def write_index(folder: Path, index: Mapping[str, Sequence[str]]) -> None:
     """Say which files are the newest checkpoint."""
     with atomic_write(folder / INDEX) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
@@ -49,9 +50,9 @@ def write_index(folder: Path, index: Mapping[str, str]) -> None:
 def steps(folder: Path, mine: Mine = every) -> int:
     """Steps that the runs have made together, in all phases: what grows while there is progress."""
     return sum(
-        _step(name)
+        _step(names)
         for path in folder.rglob(INDEX)
-        for identity, name in files_of(path.parent).items() if mine(identity)
+        for identity, names in files_of(path.parent).items() if mine(identity)
     )  # fmt: skip
 
 
@@ -61,12 +62,13 @@ def gather(earlier: Sequence[Path], folder: Path) -> None:
     before = files_of(folder)
     index = dict(before)
     for place in earlier:
-        for identity, name in files_of(place).items():
-            if identity not in index or _step(index[identity]) < _step(name):
+        for identity, names in files_of(place).items():
+            if identity not in index or _step(index[identity]) < _step(names):
                 with contextlib.suppress(FileNotFoundError):  # whoever goes on there has just gone further
-                    (folder / name).unlink(missing_ok=True)
-                    os.link(place / name, folder / name)
-                    index[identity] = name
+                    for name in names:
+                        (folder / name).unlink(missing_ok=True)
+                        os.link(place / name, folder / name)
+                    index[identity] = names
     if index != before:
         write_index(folder, index)
 
@@ -98,8 +100,8 @@ def _take(folder: Path, copies: Mapping[Path, Mine]) -> None:
             if path.name != INDEX:
                 os.link(path, copy / where / path.name)
                 continue
-            kept = {identity: name for identity, name in index.items() if mine(identity)}
-            for name in kept.values():
+            kept = {identity: names for identity, names in index.items() if mine(identity)}
+            for name in itertools.chain(*kept.values()):
                 os.link(path.parent / name, copy / where / name)
             write_index(copy / where, kept)
 
@@ -112,5 +114,5 @@ def _notes_first(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _step(name: str) -> int:
-    return int(name.removesuffix(_WEIGHTS).rpartition("-")[2])
+def _step(names: Sequence[str]) -> int:
+    return int(names[0].removesuffix(_WEIGHTS).rpartition("-")[2])

@@ -8,6 +8,7 @@ import torch
 
 from workers.compute import checkpoint, snapshot
 from workers.compute.checkpoint import State
+from workers.compute.weights import read_tensors
 
 
 def left(folder: Path, step: int, *runs: str) -> None:
@@ -74,6 +75,26 @@ def test_phases_are_copied_with_what_they_noted_and_nothing_half_written(tmp_pat
         *(path.name for path in folder.glob("*/????????????????-?.safetensors")),
     ])  # fmt: skip
     assert snapshot.steps(tmp_path / "copy") == 5
+
+
+def test_a_large_run_is_in_several_files_and_read_copied_and_replaced_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "LARGEST", 16)
+    folder, copy = tmp_path / "checkpoint", tmp_path / "copy"
+    tensors = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 1, "c": 9, "d": 2}.items()}
+    for step in (1, 12):
+        checkpoint.save(folder, {"run": State(step, tensors, {"losses": [1.0]})})
+        assert sorted(len(read_tensors(path)) for path in folder.glob("*.safetensors")) == [1, 1, 2]
+    snapshot.take(folder, {copy: snapshot.every})
+    snapshot.gather([copy], tmp_path / "gathered")
+    for place in (folder, copy, tmp_path / "gathered"):
+        state = checkpoint.read(place, "run")
+        assert state is not None
+        assert (state.step, state.told["losses"], snapshot.steps(place)) == (12, [1.0], 12)
+        assert all(torch.equal(state.tensors[name], tensor) for name, tensor in tensors.items())
+    next(copy.glob("*.1.safetensors")).unlink()
+    assert checkpoint.read(copy, "run") is None
 
 
 def test_a_folder_without_checkpoints_is_at_step_0(tmp_path: Path) -> None:
