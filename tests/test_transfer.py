@@ -19,6 +19,7 @@ from registry import transfer
 from registry.client import RegistryClient
 from registry.core.errors import (
     BadPath,
+    BlobNotFound,
     BlobsMissing,
     DigestMismatch,
     DiskFull,
@@ -449,6 +450,15 @@ def test_what_is_no_answer_to_the_range_is_not_taken(
     with pytest.raises(StorageDown, match=status[:3]):
         transfer.fetch([file], tmp_path, refresh=lambda: [file], threads=1)
     assert not (tmp_path / "data.bin").exists()
+
+
+def test_what_is_not_in_the_store_any_more_is_named(tmp_path: Path) -> None:
+    answer = b"HTTP/1.1 404 Not Found\r\ncontent-length: 30\r\n\r\n<Error><Code>NoSuchKey</Code>  "
+    url, asked = _store_that_answers(answer)
+    file = _promised(url, b"0123456789")
+    with pytest.raises(BlobNotFound, match="is not there"):
+        transfer.fetch([file], tmp_path, refresh=lambda: [file])
+    assert len(asked) == 1  # asking again would not bring it back
 
 
 def _expired(signed: SignedRequest) -> SignedRequest:

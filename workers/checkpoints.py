@@ -24,6 +24,7 @@ from registry.core.errors import (
     JobNotFound,
     LeaseLost,
     NotYourJob,
+    RouteNotFound,
 )
 from registry.core.manifest import FileEntry
 from registry.files import sha256_file
@@ -56,7 +57,10 @@ def restore(client: RegistryClient, job: Kept, folder: Path, here: int, progress
 
     A damaged one is not used: the job goes on from what is here, or begins again, and says so.
     """
-    found = client.checkpoint(job.id, job.attempt)
+    try:
+        found = client.checkpoint(job.id, job.attempt)
+    except RouteNotFound:  # a registry of the release before
+        return 0
     if found.step <= here:
         return found.step
     arriving = folder.with_name(f"{folder.name}-arriving")

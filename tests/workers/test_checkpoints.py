@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from registry.core.errors import FileTooLarge, LeaseLost, LoractlError, RegistryUnreachable
+from registry.core.errors import FileTooLarge, LeaseLost, LoractlError, RegistryUnreachable, RouteNotFound
 from registry.schemas import CheckpointRequest, CheckpointsRequest, CheckpointUploads
+from registry.transfer import silent
 from workers import checkpoints
-from workers.checkpoints import Keeper, Kept
+from workers.checkpoints import Keeper, Kept, restore
 from workers.compute.snapshot import every, names_of, write_index
 
 LIMIT_S = 30.0
@@ -115,6 +117,14 @@ def test_a_last_word_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch
     registry = Registry()
     last_word(registry, tmp_path / "c", "a")
     assert registry.steps() == []
+
+
+def test_a_registry_that_keeps_no_checkpoints_yet_has_none(tmp_path: Path) -> None:
+    def checkpoint(job_id: str, attempt: int) -> None:
+        raise RouteNotFound(method="GET", path=f"/v1/jobs/{job_id}/checkpoint?attempt={attempt}")
+
+    registry: Any = SimpleNamespace(checkpoint=checkpoint)
+    assert restore(registry, Kept("j", 2, every, print), tmp_path / "checkpoint", 3, silent) == 0
 
 
 def test_every_run_of_a_job_of_its_own_is_meant(tmp_path: Path) -> None:
