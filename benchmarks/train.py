@@ -24,7 +24,7 @@ from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute.bank import Bank
 from workers.compute.course import laid_out, learning_rate
-from workers.compute.data import Example, Row
+from workers.compute.data import Example, Row, encoded
 from workers.compute.finetune import Task, finetune_many
 from workers.compute.lora import Adapter, fresh
 from workers.compute.model import Model
@@ -148,7 +148,7 @@ def _away(precision: str, layers: int) -> tuple[float, float]:
         write_adapter(fresh(base, made), folder, base="b3:" + "0" * 64, recipe="sha256:" + "0" * 64)
 
         def theirs(base: Model, dtype: torch.dtype) -> list[float]:
-            ahead, _, _ = laid_out(base, tokenizer, made, rows)
+            ahead, _, _ = laid_out(base, made, encoded(tokenizer, rows))
             wrapped = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
             return _curve(wrapped.to(dtype), made, [batch for _, batch in zip(range(CURVE), ahead, strict=False)])
 

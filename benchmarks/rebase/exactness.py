@@ -195,7 +195,7 @@ def loss(model: Model, tokenizer: Tokenizer, rows: Sequence[Row], adapter: Adapt
     """Nats per token of the completions, summed in float64."""
     total, count = 0.0, 0
     with attached(model, adapter or Adapter({}, {})):
-        for example in (encoded(tokenizer, row) for row in rows):
+        for example in encoded(tokenizer, rows):
             ids_T = torch.tensor(example.ids)
             first = len(example.prompt)
             logits_TV = model(input_ids=ids_T[None]).logits[0, first - 1 : -1].double()

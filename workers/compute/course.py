@@ -14,8 +14,8 @@ import torch
 from registry.core.errors import BadDataset, TrainingFailed
 from registry.core.recipes import Training
 
-from .data import Example, Row, batches, chunks, encoded, hold_out, shortened
-from .model import Model, Tokenizer, check_tokens, context_of
+from .data import Example, batches, chunks, hold_out, shortened
+from .model import Model, check_tokens, context_of
 from .rate import rate_of
 
 
@@ -104,18 +104,18 @@ class Course:
 
 
 def laid_out(
-    model: Model, tokenizer: Tokenizer, recipe: Training, rows: Sequence[Row | Example]
+    model: Model, recipe: Training, examples: Sequence[Example]
 ) -> tuple[Iterator[list[Example]], list[list[Example]], Counted]:
-    """The batches of a training, without end; its rows held out, in batches; and what became of all rows.
-
-    Rows may be in tokens already.
-    """
+    """The batches of a training, without end; what is held out, in batches; and what became of all examples."""
     limit = min(recipe.max_length, context_of(model) or recipe.max_length)
-    kept, held = ([_in_tokens(tokenizer, row) for row in some] for some in hold_out(rows, recipe.held_out))
+    if of_a_suite := next((one.row for one in examples if "choices" in one.row.value), None):
+        raise of_a_suite.refuse("rows with 'choices' are for suites; training needs one completion")
+    kept, held = hold_out(examples, recipe.held_out)
     long = sum(len(example.ids) > limit for example in (*kept, *held))
     kept, held = ([_fitted(one, limit, recipe) for one in some if _stays(one, limit, recipe)] for some in (kept, held))
     if not kept or (recipe.held_out and not held):
-        raise BadDataset(path=rows[0].path if rows else "the dataset", line=0, reason=_nothing_left(rows, limit))
+        path = examples[0].path if examples else "the dataset"
+        raise BadDataset(path=path, line=0, reason=_nothing_left(examples, limit))
     check_tokens(model, (token for example in (*kept, *held) for token in example.ids))
     dropped = long if recipe.long_rows == "drop" else 0
     counted = Counted(len(kept), len(held), long - dropped, dropped, limit)
@@ -133,18 +133,10 @@ def _fitted(example: Example, limit: int, recipe: Training) -> Example:
     return shortened(example, limit)
 
 
-def _nothing_left(rows: Sequence[Row | Example], limit: int) -> str:
-    if not rows:
+def _nothing_left(examples: Sequence[Example], limit: int) -> str:
+    if not examples:
         return "there are no rows"
-    return f"with rows of more than {limit} tokens dropped, none of {len(rows)} is left to train on, or held out"
-
-
-def _in_tokens(tokenizer: Tokenizer, row: Row | Example) -> Example:
-    if isinstance(row, Example):
-        return row
-    if "choices" in row.value:
-        raise row.refuse("rows with 'choices' are for suites; training needs one completion")
-    return encoded(tokenizer, row)
+    return f"with rows of more than {limit} tokens dropped, none of {len(examples)} is left to train on, or held out"
 
 
 def learning_rate(recipe: Training, step: int) -> float:

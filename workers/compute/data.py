@@ -30,6 +30,8 @@ from .model import Tokenizer
 
 _ROW = 256
 """Rows of packed sequences are this long or as the longest sequence: longer ones spend more on attention."""
+_AT_ONCE = 4096
+"""Rows whose texts go to the tokenizer together."""
 
 
 @dataclass(frozen=True)
@@ -111,32 +113,46 @@ def parse_rows(data: bytes, path: str) -> list[Row]:
 
 def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
     """The row in tokens; its prompt is cut on the left to ``max_length``, a completion that does not fit is refused."""
-    return shortened(encoded(tokenizer, row), max_length)
+    [example] = encoded(tokenizer, [row])
+    return shortened(example, max_length)
 
 
-def encoded(tokenizer: Tokenizer, row: Row) -> Example:
-    """The row in tokens, however many; one whose completion gives none is refused."""
-    prompt = prompt_of(tokenizer, row)
-    if "messages" in row.value:
-        texts, end = _chat(tokenizer, row)
-        answer = None
-    else:
-        texts = tuple(row.value.get("choices") or [row.value["completion"]])
+def encoded(tokenizer: Tokenizer, rows: Sequence[Row | Example]) -> list[Example]:
+    """Rows in tokens, however many; one whose completion gives none is refused. What is in tokens stays as it is.
+
+    Texts go to the tokenizer many at once, which takes two thirds of the time.
+    """
+    texts = [row for row in rows if isinstance(row, Row)]
+    some = (texts[at : at + _AT_ONCE] for at in range(0, len(texts), _AT_ONCE))
+    made = iter([example for part in some for example in _encoded(tokenizer, part)])
+    return [next(made) if isinstance(row, Row) else row for row in rows]
+
+
+def _encoded(tokenizer: Tokenizer, rows: Sequence[Row]) -> Iterator[Example]:
+    before = [_before(tokenizer, row) for row in rows]
+    said = [_said(tokenizer, row, text) for row, text in zip(rows, before, strict=True)]
+    prompts = _prompts(tokenizer, rows, before)
+    ids = iter(_ids(tokenizer, [text for texts, end in said for text in (*texts, end or "")]))
+    at_the_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    for row, prompt, (texts, end) in zip(rows, prompts, said, strict=True):
+        completions, after = tuple(next(ids) for _ in texts), next(ids)
+        if min(map(len, completions)) == 0:
+            raise row.refuse("a completion gives no tokens")
         answer = row.value.get("answer") if "choices" in row.value else None
-        end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    completions = tuple(_encode(tokenizer, text) for text in texts)
-    if min(map(len, completions)) == 0:
-        raise row.refuse("a completion gives no tokens")
-    return Example(row, prompt, completions, texts, answer, end)
+        yield Example(row, prompt, completions, texts, answer, at_the_end if end is None else after)
 
 
-def prompt_of(tokenizer: Tokenizer, row: Row) -> tuple[int, ...]:
-    """What stands before the row's completion, in tokens: at least one."""
-    if "messages" in row.value:
-        found = _encode(tokenizer, _before(tokenizer, row))
-    else:
-        found = _leading(tokenizer, row.value["prompt"])
-    return found or _beginning(tokenizer, row)
+def prompts_of(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """What stands before the completion of each row, in tokens: at least one."""
+    return _prompts(tokenizer, rows, [_before(tokenizer, row) for row in rows])
+
+
+def _prompts(tokenizer: Tokenizer, rows: Sequence[Row], before: Sequence[str | None]) -> list[tuple[int, ...]]:
+    by_template = iter(_ids(tokenizer, [text for text in before if text is not None]))
+    plain = [row.value["prompt"] for row, text in zip(rows, before, strict=True) if text is None]
+    with_specials = iter(_ids(tokenizer, plain, add_special_tokens=True))
+    found = [_leading(tokenizer, next(with_specials)) if text is None else next(by_template) for text in before]
+    return [ids or _beginning(tokenizer, row) for row, ids in zip(rows, found, strict=True)]
 
 
 def shortened(example: Example, max_length: int) -> Example:
@@ -148,13 +164,15 @@ def shortened(example: Example, max_length: int) -> Example:
     return replace(example, prompt=example.prompt[longest - max_length :])
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[tuple[int, ...]]:
+    if not texts:
+        return []
+    found = tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)
+    return [tuple(ids) for ids in found["input_ids"]]
 
 
-def _leading(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The prompt with the special tokens in front, without one that the tokenizer may put behind."""
-    ids = tuple(tokenizer(text)["input_ids"])
+def _leading(tokenizer: Tokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """A prompt with the special tokens in front, without one that the tokenizer may put behind."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
 
@@ -166,8 +184,10 @@ def _beginning(tokenizer: Tokenizer, row: Row) -> tuple[int, ...]:
     raise row.refuse("the prompt gives no tokens, and the tokenizer has no token to begin with")
 
 
-def _before(tokenizer: Tokenizer, row: Row) -> str:
-    """All messages but the last, and what the template puts in front of an answer."""
+def _before(tokenizer: Tokenizer, row: Row) -> str | None:
+    """Of messages all but the last, and what the template puts in front of an answer; None of other rows."""
+    if "messages" not in row.value:
+        return None
     if not tokenizer.chat_template:
         raise row.refuse("the base's tokenizer has no chat template, which 'messages' need")
     messages = row.value["messages"][:-1]
@@ -175,17 +195,18 @@ def _before(tokenizer: Tokenizer, row: Row) -> str:
     return text
 
 
-def _chat(tokenizer: Tokenizer, row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The assistant's last text, and the tokens of the template's end of turn."""
+def _said(tokenizer: Tokenizer, row: Row, before: str | None) -> tuple[tuple[str, ...], str | None]:
+    """The texts that may complete the prompt, and the template's end of turn; None: the token that ends a sequence."""
+    if before is None:
+        return tuple(row.value.get("choices") or [row.value["completion"]]), None
     messages = row.value["messages"]
     text = messages[-1]["content"]
-    before = _before(tokenizer, row)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(before + text):
         text = text.strip()
         if not text or not whole.startswith(before + text):
             raise row.refuse("the chat template does not put the last message behind the generation prompt unchanged")
-    return (text,), _encode(tokenizer, whole[len(before) + len(text) :].rstrip("\n"))
+    return (text,), whole[len(before) + len(text) :].rstrip("\n")
 
 
 _Given = TypeVar("_Given", bound=Row | Example)

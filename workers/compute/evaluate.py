@@ -30,7 +30,7 @@ from registry.files import SUITE_FILE, read_spec
 
 from . import lm_eval
 from . import metrics as metric
-from .data import Example, Row, read_rows, tokenize
+from .data import Example, Row, encoded, read_rows, shortened
 from .finetune import Report, silent
 from .lora import Adapter
 from .model import Model, Tokenizer, check_tokens
@@ -160,7 +160,7 @@ def evaluate(
     if suite.questions:
         answered = lm_eval.answers(panel, suite.rows, suite.questions)
         return {name: list(map(partial(_of_task, suite), suite.rows, own)) for name, own in answered.items()}
-    examples = [tokenize(tokenizer, row, panel.limit) for row in suite.rows]
+    examples = [shortened(example, panel.limit) for example in encoded(tokenizer, suite.rows)]
     check_tokens(model, (token for e in examples for ids in (e.prompt, *e.completions) for token in ids))
     wanted = [suite.metrics_of(example) for example in examples]
     for example, metrics in zip(examples, wanted, strict=True):

@@ -32,7 +32,7 @@ from . import checkpoint
 from .bank import Bank, Drop, Parts, parts_of, with_parts
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
-from .data import Example, Packed, Row, asked_of, pack
+from .data import Example, Packed, Row, asked_of, encoded, pack
 from .distributed import ALONE, OUT_OF_MEMORY, Ranks
 from .lora import Adapter, fresh
 from .loss import Loss
@@ -150,9 +150,13 @@ def as_trained(
     the same tasks, each reports, and each is told the same outcomes; the model is their `load_sharded`.
     """
     runs: list[_Run] = []
+    known: dict[int, list[Example]] = {}  # tasks on the same rows share their tokens
     for place, task in enumerate(tasks):
         try:
-            runs.append(_Run.of(place, model, tokenizer, task, Counter(run.identity for run in runs), until))
+            if id(task.rows) not in known:
+                known[id(task.rows)] = encoded(tokenizer, task.rows)
+            others = Counter(run.identity for run in runs)
+            runs.append(_Run.of(place, model, task, known[id(task.rows)], others, until))
         except LoractlError as error:
             yield place, error
     if checkpoint_dir is not None:
@@ -214,10 +218,10 @@ class _Run(Course):
 
     @classmethod
     def of(
-        cls, place: int, model: Model, tokenizer: Tokenizer, task: Task, others: Counter[str], until: int | None
+        cls, place: int, model: Model, task: Task, examples: Sequence[Example], others: Counter[str], until: int | None
     ) -> "_Run":
         adapter = varied(model, task.recipe, task.start or fresh(model, task.recipe))
-        ahead, held, counted = laid_out(model, tokenizer, task.recipe, task.rows)
+        ahead, held, counted = laid_out(model, task.recipe, examples)
         first = [factor for patch in adapter.patches.values() for factor in (patch.a_RI, patch.b_OR)][:2]
         marks = " ".join(f"{factor.double().abs().sum().item():.17g}" for factor in first)
         identity = f"{task.owner}{recipe_digest(task.recipe)} {marks}"

@@ -24,7 +24,7 @@ from registry.core.targets import check_parameters, runs
 from . import checkpoint
 from .checkpoint import State
 from .course import Counted, Course, is_out_of_memory, laid_out, learning_rate, no_number
-from .data import Example, Packed, Row, asked_of, pack
+from .data import Example, Packed, Row, asked_of, encoded, pack
 from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of
 from .finetune import Report, silent
 from .loss import Loss
@@ -79,7 +79,7 @@ def tune(
         raise NotRunnable(what="Full fine-tuning", reason="the base is quantised; train its unquantised weights")
     names = _trained(model, recipe)
     kept_as = _kept_as(model, names, stored_tensors(base))
-    ahead, held, counted = laid_out(model, tokenizer, recipe, rows)
+    ahead, held, counted = laid_out(model, recipe, encoded(tokenizer, rows))
     course = _Course(recipe=recipe, counted=counted, ahead=ahead, held=held)
     weights = _Weights(model, names, computes_in if ranks.mesh is None else torch.float32, recipe.weight_decay, ranks)
     identity = str(recipe_digest(recipe))

@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from registry.core.errors import BadDataset
 from tests.workers import factories
-from workers.compute.data import Example, Row, batches, pack, parse_rows, read_rows, tokenize
+from workers.compute import data
+from workers.compute.data import Example, Row, batches, encoded, pack, parse_rows, read_rows, tokenize
 
 TOKENIZER = factories.tokenizer()
 
@@ -128,6 +130,21 @@ def test_only_the_assistants_last_turn_of_a_conversation_is_learnt() -> None:
     assert TOKENIZER.decode(made.prompt).endswith("hello</s>\n<|user|>2+2?</s>\n<|assistant|>")
     assert TOKENIZER.decode(made.ids[len(made.prompt) :]) == "4</s>"
     assert made.texts == ("4",)
+
+
+def test_rows_of_every_form_are_the_same_together_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_AT_ONCE", 4)
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    values: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b"}, {"messages": turns}, {"prompt": "", "completion": "c"},
+        {"prompt": "which", "choices": ["one", "three"], "answer": 1}, {"messages": [*turns, *turns]},
+        {"prompt": "d", "completion": "e"},
+    ]  # fmt: skip
+    rows = [Row(value, "x.jsonl", line) for line, value in enumerate(values, start=1)]
+    together = encoded(TOKENIZER, rows)
+    assert together == [one for row in rows for one in encoded(TOKENIZER, [row])]
+    assert [one.row for one in together] == rows
+    assert encoded(TOKENIZER, together) == together
 
 
 def test_messages_without_a_chat_template_are_refused() -> None:

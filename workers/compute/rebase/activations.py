@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from registry.core.errors import NotRunnable
 
 from ..bank import attached
-from ..data import Row, encoded
+from ..data import Row, prompts_of
 from ..lora import Adapter, Patch, sizes
 from ..model import Model, Tokenizer, check_tokens, context_of
 from ..panel import Panel
@@ -87,7 +87,7 @@ class Shared:
 def completed(model: Model, tokenizer: Tokenizer, adapter: Adapter, rows: Sequence[Row]) -> list[str]:
     """The prompts of some rows, evenly spread, and what the adapted old base writes behind them."""
     most = min(_TOKENS, context_of(model) or _TOKENS) - _WRITTEN
-    prompts = [encoded(tokenizer, row).prompt[-most:] for row in rows[:: -(-len(rows) // MOST_TEXTS)]]
+    prompts = [ids[-most:] for ids in prompts_of(tokenizer, rows[:: -(-len(rows) // MOST_TEXTS)])]
     check_tokens(model, (token for prompt in prompts for token in prompt))
     panel = Panel(model, tokenizer, {"adapter": adapter}, bare=False)
     with panel.seated():

@@ -31,7 +31,7 @@ from registry.core.recipes import Distil, FineTune, Rebase, Steps
 from registry.core.records import item_id
 
 from ..bank import attached
-from ..data import Example, Row, Taught, chunks, encoded, pack, prompt_of
+from ..data import Example, Row, Taught, chunks, encoded, pack, prompts_of
 from ..finetune import Report, Task, Trained, silent
 from ..lora import Adapter
 from ..loss import Loss
@@ -73,7 +73,7 @@ def write_lesson(
     panel = Panel(model, tokenizer, {"teacher": teacher}, bare=False, report=told, steps=len(rows))
     limit = min(panel.limit, recipe.max_length)
     length = min(recipe.max_new_tokens, limit - 1)
-    prompts = [prompt_of(tokenizer, row)[length - limit :] for row in rows]
+    prompts = [ids[length - limit :] for ids in prompts_of(tokenizer, rows)]
     check_tokens(model, (token for prompt in prompts for token in prompt))
     with panel.seated():
         # Who has learnt to answer and stop would leave it at that where nothing is asked.
@@ -150,19 +150,19 @@ def read_lesson(folder: Path, tokenizer: Tokenizer) -> Lesson:
     """The lesson of ``folder`` for a student with this tokenizer; texts that give it no token are left out."""
     tensors = read_tensors(folder / _TENSORS)
     by_logits = read_metadata(folder / _TENSORS)["vocabulary"] == vocabulary_of(tokenizer)
+    told = [json.loads(line) for line in (folder / _TEXTS).read_text().splitlines()]
+    rows = [Row(each["row"], _TEXTS, number) for number, each in enumerate(told, start=1)]
+    tokens = sum(each["tokens"] for each in told)
+    if not by_logits:
+        kept = [(each, row) for each, row in zip(told, rows, strict=True) if _text_of(row)]
+        found = zip(encoded(tokenizer, [row for _, row in kept]), kept, strict=True)
+        return Lesson([one if each["ended"] else replace(one, end=()) for one, (each, _) in found], tokens, by_logits)
     examples, at = [], 0
-    for number, line in enumerate((folder / _TEXTS).read_text().splitlines(), start=1):
-        told = json.loads(line)
-        span = slice(at, at := at + told["tokens"])
-        row = Row(told["row"], _TEXTS, number)
-        if by_logits:
-            ids = tuple(tensors["ids"][span].tolist())
-            taught = Taught(tensors["top"][span], tensors["log_p"][span])
-            examples.append(Example(row, prompt_of(tokenizer, row), (ids,), ("",), taught=taught))
-        elif _text_of(row):
-            example = encoded(tokenizer, row)
-            examples.append(example if told["ended"] else replace(example, end=()))
-    return Lesson(examples, at, by_logits)
+    for each, row, prompt in zip(told, rows, prompts_of(tokenizer, rows), strict=True):
+        span = slice(at, at := at + each["tokens"])
+        taught = Taught(tensors["top"][span], tensors["log_p"][span])
+        examples.append(Example(row, prompt, (tuple(tensors["ids"][span].tolist()),), ("",), taught=taught))
+    return Lesson(examples, tokens, by_logits)
 
 
 def _text_of(row: Row) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import Bank
-from ..data import Row, encoded
+from ..data import Row, prompts_of
 from ..lora import Adapter, found_in
 from ..model import Model, Tokenizer, check_tokens, context_of
 
@@ -31,7 +31,8 @@ def texts_of(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[To
     longest = min(_LONGEST, context_of(model) or _LONGEST)
     texts: list[Tokens] = []
     for row in rows:
-        text = encoded(tokenizer, row).prompt[-longest:]
+        [prompt] = prompts_of(tokenizer, [row])
+        text = prompt[-longest:]
         if texts and sum(map(len, texts)) + len(text) > TOKENS:
             break
         texts.append(text)

@@ -128,7 +128,7 @@ def test_turns_of_a_chat_are_answered_behind_its_template(teacher: Adapter, tmp_
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "no"}]
     chat = [Row({"messages": turns}, "chat.jsonl", 1)]
     [first, *_] = read_lesson(written(tmp_path, teacher, chat), TOKENIZER).examples
-    assert first.prompt == encoded(TOKENIZER, chat[0]).prompt
+    assert first.prompt == encoded(TOKENIZER, chat)[0].prompt
     assert first.value["messages"][:-1] == turns[:-1]
     assert first.value["messages"][-1]["content"] != "no"
 
