@@ -1,0 +1,430 @@
+"""`python -m benchmarks.rebase.ladder`: adapters carried over to successors of their base by every tier of the cascade.
+
+Each cell is one upgrade, one task and one seed: an adapter trained on the old base, and what every tier makes of it on
+the new one, by the very recipes that a campaign runs. The retrained reference is the best of `RATES` on the new base,
+at the recorded steps with a rate that ends at zero; cells in which it gains next to nothing are left out. Quoted, on a
+split that nothing was chosen by, is
+
+    recovery  R = (S(W2 + x) − S(W2)) ⁄ (S(W2 + retrained) − S(W2))
+
+and what the gate says, on a split of its own. What was decided is the first tier that passes, in the order of costs;
+an adapter that nothing passes for stays frozen, and counts with what then serves on the new base: nothing. Its regret
+is how much better the best of all tiers is, by the report split, as a share of what retraining gains.
+
+Model and tasks are those of `benchmarks.tasks`. Upgrades that are done are kept in docs/ladder.json; the table and the
+plot of docs/rebase.md are made from all of them. Peers: what is carried as it is is PortLLM (arXiv:2410.10870).
+"""
+
+import argparse
+import datetime as dt
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from registry.core.errors import LoractlError
+from registry.core.gate import judge, mean_gain, shares
+from registry.core.policy import Gate, Margin, Policy
+from registry.core.recipes import Distil, FineTune, Rebase, Tier
+from registry.core.records import Record, item_id
+from workers.compute.data import Row
+from workers.compute.evaluate import Suite, evaluate
+from workers.compute.finetune import Task as Training
+from workers.compute.finetune import finetune_many
+from workers.compute.lora import Adapter
+from workers.compute.model import load
+from workers.compute.rebase.signals import compare
+from workers.compute.weights import read_adapter, write_adapter
+from workers.run import run as run_recipe
+
+from ..run import machine
+from ..tasks import Task, given, made, rows_of, texts
+from .upgrades import SHAPES, Texts, upgrades
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
+STORE = PAGE.with_name("ladder.json")
+PLOT = PAGE.with_name("ladder.svg")
+STEPS, RANK, ITEMS = 300, 8, 1200
+RATES = (2e-3, 4e-3, 8e-3)
+OLD, NEW = "b3:" + "1" * 64, "b3:" + "2" * 64
+SOME = "sha256:" + "3" * 64
+SAME_SHAPE: tuple[Tier, ...] = ("carry", "align", "warm-start", "distil", "retrain")
+OTHER_SHAPE: tuple[Tier, ...] = ("transport", "warm-start", "distil", "retrain")
+REFERENCE = "retrained"
+LEAST = 0.01
+"""What retraining must gain over the bare base (a point, or hundredths of nats a byte), for a cell to be counted."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one tier made of one adapter, or why it did not."""
+
+    upgrade: str
+    task: str
+    seed: int
+    tier: str
+    drift: float | None
+    """Median ρ of the upgrade."""
+    steps: int = 0
+    seconds: float = 0.0
+    bare: float = 0.0
+    retrained: float = 0.0
+    score: float = 0.0
+    """On the report split, as the next two."""
+    flips: float | None = None
+    """Right on the old base, and wrong now."""
+    zone: str = ""
+    refused: str = ""
+
+    @property
+    def recovery(self) -> float:
+        """R."""
+        return (self.score - self.bare) / (self.retrained - self.bare)
+
+    @property
+    def tells(self) -> bool:
+        """Whether retraining gains so much that a share of it is more than noise."""
+        return self.retrained - self.bare > LEAST
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all upgrades start from."""
+
+    base: Path
+    tasks: Sequence[Task]
+    folder: Path
+    seeds: int
+    scale: float
+
+    def suite(self, task: Task) -> Suite:
+        """All items of a task; words that are chosen from are written: a pass an item, not a pass a word."""
+        rows = rows_of([_written(row) for row in task.test])
+        return Suite(rows, (metric_of(task),), max_new_tokens=12)
+
+    def adapter(self, task: Task, seed: int) -> Path:
+        """That of the old base."""
+        return self.folder / f"adapter-{self.tasks.index(task)}-{seed}"
+
+
+def metric_of(task: Task) -> str:
+    """What a task is measured by."""
+    return "likelihood" if task.metric == "likelihood" else "exact-match"
+
+
+def _written(row: Row) -> dict[str, Any]:
+    if "choices" not in row.value:
+        return row.value
+    return {"prompt": row.value["prompt"], "completion": row.value["choices"][row.value["answer"]]}
+
+
+# ── the old base ─────────────────────────────────────────────────────────────
+
+
+def prepared(folder: Path, seeds: int, scale: float, most: int | None = None) -> Setup:
+    """Base, tasks (at ``most`` so many), and their adapters on it, each at the best of its rates."""
+    base, tasks = given(round(ITEMS * scale), more=True) or made(folder / "made", scale)
+    setup = Setup(base, tasks[:most], folder, seeds, scale)
+    model, tokenizer = load(setup.base, "fp32")
+    rates = _best_rates(setup, setup.base)
+    for task, rate in zip(setup.tasks, rates, strict=True):
+        runs = _trained(model, tokenizer, setup, [(task, rate, seed) for seed in range(1, seeds + 1)])
+        for seed, adapter in enumerate(runs, start=1):
+            write_adapter(adapter, setup.adapter(task, seed), base=OLD, recipe=SOME)
+        _write_rows(folder / f"suite-{setup.tasks.index(task)}", setup.suite(task).rows, metric_of(task))
+        _write_rows(folder / f"rows-{setup.tasks.index(task)}", task.train)
+    (folder / "rates.json").write_text(json.dumps(rates))
+    return setup
+
+
+def _best_rates(setup: Setup, base: Path) -> list[float]:
+    model, tokenizer = load(base, "fp32")
+    asked = [(task, rate, 0) for task in setup.tasks for rate in RATES]
+    adapters = _trained(model, tokenizer, setup, asked)
+    best = []
+    for number, task in enumerate(setup.tasks):
+        rows = rows_of([_written(row) for row in task.calibration])
+        some = dict(zip(map(str, RATES), adapters[number * len(RATES) :], strict=False))
+        records = evaluate(model, tokenizer, Suite(rows, (metric_of(task),), max_new_tokens=12), some, bare=False)
+        best.append(max(RATES, key=lambda rate: _mean(records[str(rate)], metric_of(task))))
+    return best
+
+
+def recipe(setup: Setup, rate: float, seed: int, base: str = OLD) -> FineTune:
+    """The recorded recipe of an adapter."""
+    return FineTune(
+        base=base, datasets=(SOME,), targets=("all-linear",), rank=RANK, alpha=2.0 * RANK, learning_rate=rate,
+        steps=max(8, round(STEPS * setup.scale)), batch_tokens=256, max_length=256, long_rows="drop",
+        warmup_steps=4, precision="fp32", seed=seed,
+    )  # fmt: skip
+
+
+def _trained(model: Any, tokenizer: Any, setup: Setup, asked: Sequence[tuple[Task, float, int]]) -> list[Adapter]:
+    tasks = [Training(recipe(setup, rate, seed), task.train) for task, rate, seed in asked]
+    return [run.adapter for run in finetune_many(model, tokenizer, tasks)]
+
+
+def _write_rows(folder: Path, rows: Sequence[Row], metric: str | None = None) -> None:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.value) + "\n" for row in rows))
+    if metric is not None:
+        (folder / "suite.json").write_text(json.dumps({"metrics": [metric], "max_new_tokens": 12}))
+
+
+# ── one upgrade ──────────────────────────────────────────────────────────────
+
+
+def upgraded(name: str, setup: Setup) -> list[Cell]:
+    """Every cell of one upgrade."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    _quiet()
+    new = setup.folder / name.replace(" ", "-")
+    upgrades(setup.base)[name](setup.base, Texts(*texts()), new, setup.scale)
+    drift = compare(setup.base, new).median
+    rates, began = _best_rates(setup, new), time.monotonic()
+    model, tokenizer = load(new, "fp32")
+    asked = [(task, rate, s) for task, rate in zip(setup.tasks, rates, strict=True) for s in range(1, setup.seeds + 1)]
+    reference = _trained(model, tokenizer, setup, asked)
+    each = (time.monotonic() - began) / len(asked)
+    cells: list[Cell] = []
+    for number, task in enumerate(setup.tasks):
+        some = reference[number * setup.seeds : (number + 1) * setup.seeds]
+        told = [_made(setup, task, seed, new) for seed in range(1, setup.seeds + 1)]
+        candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(some, start=1)}
+        for seed, (adapters, _, _) in enumerate(told, start=1):
+            candidates |= {f"{seed} {tier}": adapter for tier, adapter in adapters.items()}
+        records = evaluate(model, tokenizer, setup.suite(task), candidates)
+        served = _served(setup, task)
+        retrained = statistics.fmean(_mean(records[f"{s} {REFERENCE}"], metric_of(task), "report")
+                                     for s in range(1, setup.seeds + 1))  # fmt: skip
+        for seed, (adapters, costs, refused) in enumerate(told, start=1):
+            costs[REFERENCE] = (recipe(setup, 1.0, seed).steps, each)
+            bare = _mean(records["bare"], metric_of(task), "report")
+            common: dict[str, Any] = {"upgrade": name, "task": task.name, "seed": seed, "drift": drift, "bare": bare}
+            common["retrained"] = retrained
+            alphas = dict[str, float](shares(Policy().alpha, list(adapters)).items()) | {REFERENCE: Policy().alpha}
+            for tier, alpha in alphas.items():
+                found = _judged(task, alpha, records[f"{seed} {tier}"], served[str(seed)], served["bare"],
+                                records["bare"])  # fmt: skip
+                cells.append(Cell(**common, tier=tier, steps=costs[tier][0], seconds=costs[tier][1], **found))
+            cells += [Cell(**common, tier=tier, refused=why) for tier, why in refused.items()]
+    return cells
+
+
+Made = tuple[dict[Tier, Adapter], dict[str, tuple[int, float]], dict[str, str]]
+
+
+def _made(setup: Setup, task: Task, seed: int, new: Path) -> Made:
+    """What every tier makes of one adapter, by the recipes of jobs: adapters, steps and seconds, and refusals."""
+    number = setup.tasks.index(task)
+    rate = json.loads((setup.folder / "rates.json").read_text())[number]
+    adapters: dict[Tier, Adapter] = {}
+    costs: dict[str, tuple[int, float]] = {}
+    refused: dict[str, str] = {}
+    inputs = {
+        "base": new, "old": setup.base, "adapter": setup.adapter(task, seed), "inputs": setup.folder / f"rows-{number}",
+        "suite": setup.folder / f"suite-{number}", "dataset.0": setup.folder / f"rows-{number}",
+    }  # fmt: skip
+    for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
+        asked = _asked(tier, recipe(setup, rate, seed, NEW))
+        with tempfile.TemporaryDirectory() as out:
+            try:
+                result = run_recipe(asked, inputs, Path(out), lambda _: None)
+            except LoractlError as error:
+                refused[tier] = error.message
+                continue
+            adapters[tier] = read_adapter(Path(out) / "adapter")
+            costs[tier] = (result.facts["steps"], result.facts["seconds"])
+    return adapters, costs, refused
+
+
+def _asked(tier: Tier, recorded: FineTune) -> Rebase:
+    few = min(60, max(20, recorded.steps // 20))
+    training = {"warm-start": recorded.model_copy(update={"steps": few}), "retrain": recorded}.get(tier)
+    taught = Distil(
+        steps=max(4, recorded.steps // 5), learning_rate=recorded.learning_rate, batch_tokens=512, max_length=256,
+        max_new_tokens=64, precision="fp32",
+    )  # fmt: skip
+    return Rebase(
+        tier=tier, adapter=SOME, old=OLD, base=NEW, training=training, suite=SOME if training else None,
+        distil=taught if tier == "distil" else None, inputs=SOME if tier in ("distil", "transport") else None,
+    )  # fmt: skip
+
+
+def _served(setup: Setup, task: Task) -> dict[str, list[Record]]:
+    """Records of the old base and its adapters, by seed."""
+    model, tokenizer = load(setup.base, "fp32")
+    adapters = {str(seed): read_adapter(setup.adapter(task, seed)) for seed in range(1, setup.seeds + 1)}
+    return evaluate(model, tokenizer, setup.suite(task), adapters)
+
+
+def _judged(
+    task: Task, alpha: float, candidate: Sequence[Record], serving: Sequence[Record],
+    old_bare: Sequence[Record], bare: Sequence[Record],
+) -> dict[str, Any]:  # fmt: skip
+    metric = metric_of(task)
+    margin = Margin(value=0.02, of_gain=True) if metric == "likelihood" else Margin(value=0.02)
+    gate = Gate(suite="items", metric=metric, margin=margin)
+    clusters = dict(zip((item_id(_written(row)) for row in task.test), task.clusters, strict=True))
+    verdict = judge(
+        candidate, serving, bare, gate=gate, policy=Policy(gates=(gate,)), alpha=alpha,
+        gain=mean_gain(serving, old_bare, gate), clusters=clusters if metric == "likelihood" else None,
+    )  # fmt: skip
+    flips = None
+    if metric != "likelihood":
+        before = {record.item: record.metrics[metric] for record in serving if record.split == "report"}
+        now = {record.item: record.metrics[metric] for record in candidate if record.split == "report"}
+        flips = statistics.fmean(now[item] < value for item, value in before.items())
+    return {"score": _mean(candidate, metric, "report"), "flips": flips, "zone": str(verdict.zone)}
+
+
+def _mean(records: Sequence[Record], metric: str, split: str | None = None) -> float:
+    return statistics.fmean(r.metrics[metric] for r in records if split is None or r.split == split)
+
+
+# ── what came out ────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What became of one adapter."""
+
+    tier: str | None
+    recovery: float
+    regret: float
+    share: float
+    """Of retraining's seconds: all tiers up to the one that passed."""
+    flips: float | None
+
+
+def decided(cells: Sequence[Cell]) -> Decided:
+    """The first tier that passes, in the order of costs."""
+    tried = [cell for cell in cells if not cell.refused and cell.tier != REFERENCE]
+    whole = next(cell for cell in cells if cell.tier == REFERENCE)
+    best = max([cell.recovery for cell in cells if not cell.refused])
+    spent = 0.0
+    for cell in tried:
+        spent += cell.seconds
+        if cell.zone == "pass":
+            return Decided(cell.tier, cell.recovery, best - cell.recovery, spent / whole.seconds, cell.flips)
+    return Decided(None, 0.0, max(best, 0.0), spent / whole.seconds, None)
+
+
+def table(stored: Mapping[str, Any]) -> str:
+    """Markdown: a row an upgrade, a column a tier, then what was decided."""
+    tiers = [*dict.fromkeys([*SAME_SHAPE, *OTHER_SHAPE])]
+    lines = [
+        "| upgrade | drift ρ | " + " | ".join(f"{tier}: R (steps)" for tier in tiers)
+        + " | promoted | R of what was decided | regret | negative flips |",
+        "|" + "---|" * (len(tiers) + 6),
+    ]  # fmt: skip
+    for name, entry in stored.items():
+        cells = [cell for cell in map(_cell, entry["cells"]) if cell.tells]
+        shown = [name, "" if entry["cells"][0]["drift"] is None else f"{entry['cells'][0]['drift']:.3f}"]
+        for tier in tiers:
+            some = [cell for cell in cells if cell.tier == tier and not cell.refused]
+            shown.append(f"{statistics.median(c.recovery for c in some):.2f} ({some[0].steps})" if some else "–")
+        ends = [decided(each) for each in _by_adapter(cells).values()]
+        flips = [end.flips for end in ends if end.flips is not None]
+        shown += [
+            f"{sum(end.tier is not None for end in ends)} of {len(ends)}",
+            f"{statistics.median(end.recovery for end in ends):.2f}" if ends else "–",
+            f"{statistics.fmean(end.regret for end in ends):.2f}" if ends else "–",
+            f"{statistics.fmean(flips):.1%}" if flips else "–",
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, {entry['model']}"
+                   for entry in stored.values()})  # fmt: skip
+    return "\n".join([*lines, "", *(f"Measured: {line}." for line in told)])
+
+
+def _by_adapter(cells: Sequence[Cell]) -> dict[tuple[str, int], list[Cell]]:
+    found: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.task, cell.seed), []).append(cell)
+    return found
+
+
+def plot(stored: Mapping[str, Any], path: Path) -> None:
+    """Recovery against steps as a share of retraining's, a point a tier and upgrade (medians over its cells)."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for tier in dict.fromkeys(cell["tier"] for entry in stored.values() for cell in entry["cells"]):
+        points = []
+        for entry in stored.values():
+            cells = [cell for cell in map(_cell, entry["cells"]) if cell.tells and not cell.refused]
+            some = [cell for cell in cells if cell.tier == tier]
+            if some:
+                whole = next(c["steps"] for c in entry["cells"] if c["tier"] == REFERENCE)
+                points.append((some[0].steps / whole, statistics.median(cell.recovery for cell in some)))
+        if points:
+            shares, recoveries = zip(*points, strict=True)
+            axes.scatter(shares, recoveries, label=tier, s=28)
+    axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+    axes.set(xlabel="steps, as a share of a retraining's", ylabel="recovery", ylim=(-1, 1.3))
+    axes.legend(frameon=False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+def _cell(stored: Mapping[str, Any]) -> Cell:
+    return Cell(**stored)
+
+
+def _quiet() -> None:
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Measure what was asked for, and write the page from all that is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="upgrades; without a name all of them")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of steps and items, for a quick look")
+    parser.add_argument("--store", type=Path, default=STORE, help="where results are kept")
+    asked = parser.parse_args()
+    _quiet()
+    stored: dict[str, Any] = json.loads(asked.store.read_text()) if asked.store.exists() else {}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("LORACTL_BENCH_DIR")) as scratch:
+        setup = prepared(Path(scratch), asked.seeds, asked.scale)
+        names = asked.names or list(upgrades(setup.base))
+        about = {"machine": machine(), "date": dt.datetime.now(dt.UTC).date().isoformat(), "seeds": asked.seeds,
+                 "model": setup.base.name, "scale": asked.scale}  # fmt: skip
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(upgraded, name, setup): name for name in names}
+            for done in as_completed(running):
+                stored[running[done]] = about | {"cells": [asdict(cell) for cell in done.result()]}
+                ordered = {name: stored[name] for name in upgrades(setup.base) if name in stored}
+                asked.store.write_text(json.dumps(ordered, indent=1) + "\n")
+                print(table({running[done]: stored[running[done]]}), flush=True)
+    if asked.store == STORE:
+        write_page(ordered)
+
+
+def write_page(stored: Mapping[str, Any]) -> None:
+    """The table and the plot of docs/rebase.md."""
+    before, _, rest = PAGE.read_text().partition("<!-- ladder -->\n")
+    _, _, after = rest.partition("<!-- /ladder -->")
+    shown = f"{table(stored)}\n\n![Recovery against steps, a point a tier and upgrade]({PLOT.name})"
+    PAGE.write_text(f"{before}<!-- ladder -->\n{shown}\n<!-- /ladder -->{after}")
+    plot(stored, PLOT)
+
+
+if __name__ == "__main__":
+    main()
