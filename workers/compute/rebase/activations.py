@@ -14,9 +14,9 @@ only the directions of the spaces are trusted (`benchmarks.rebase.widths` has al
 The text is unlabelled: prompts, and what the old base with the adapter writes behind them, since an adapter shows where
 it answers. The losses are that of the text's own next tokens and, at every position, those of a few tokens that the
 adapted old base finds likely there: one direction of the output each. Gradients change on the way to an update, so that
-the new base is read twice: as it is, and halfway to what that gave (the midpoint rule); what brings it nearer to the
-adapted old one is taken. One base is in memory at a time: of the old one X₁·A₁ᵀ and G₁·B₁ are kept, of the new one sums
-of squares, for as many modules at once as memory is given for.
+the new base is read as it is, and once more so and with what came of that, together (the trapezoidal rule); what brings
+it nearer to the adapted old one is taken. One base is in memory at a time: of the old one X₁·A₁ᵀ and G₁·B₁ are kept, of
+the new one sums of squares, for as many modules at once as memory is given for.
 Legend: N positions, R rank, I inputs, O outputs, T tokens, P positions of a text, K tokens asked for at each.
 """
 
@@ -231,11 +231,15 @@ def heard(
     pieces: Sequence[Piece],
     known: Sequence[tuple[Tensor, Tensor]],
     report: Callable[[], None],
+    wearing: Sequence[Adapter | None] = (None,),
 ) -> list[tuple[Tensor, Tensor]]:
-    """A₂ (R × I) and B₂ (rows × R) of every piece in float64; empty where a piece does not read or write."""
+    """A₂ (R × I) and B₂ (rows × R) of every piece in float64; empty where a piece does not read or write.
+
+    The texts are read once with each of the adapters that the model is ``wearing`` (None: none).
+    """
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in _by_memory(model, pieces):
-        sums = _summed(model, texts, {place: pieces[place] for place in group}, known, report)
+        sums = _summed(model, texts, {place: pieces[place] for place in group}, known, report, wearing)
         for place in group:
             piece, mine = pieces[place], sums[pieces[place].new]
             gg_OO = mine.gg[piece.rows2][:, piece.rows2]
@@ -269,6 +273,7 @@ def _summed(
     pieces: Mapping[int, Piece],
     known: Sequence[tuple[Tensor, Tensor]],
     report: Callable[[], None],
+    wearing: Sequence[Adapter | None],
 ) -> dict[str, _Sums]:
     by_module: dict[str, list[int]] = {}
     for place, piece in pieces.items():
@@ -304,7 +309,10 @@ def _summed(
         at += many
         report()
 
-    _passes(model, texts, 1, list(by_module), see, then)
+    for adapter in wearing:
+        at = 0
+        with attached(model, adapter or Adapter({}, {})):
+            _passes(model, texts, 1, list(by_module), see, then)
     return found
 
 

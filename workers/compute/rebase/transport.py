@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from registry.core.errors import NotRunnable
 
-from ..bank import attached
 from ..data import Row
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted, is_transposed, modules_called, sizes
@@ -230,7 +229,7 @@ class _Reading:
         return [streams(load(folders[side])[0], self.texts, side, names[side]) for side in (0, 1)]
 
     def fitted(self, brought: Sequence["Brought"], join: Join) -> tuple[list["Brought"], dict[str, float]]:
-        """The same by text: from the bare new base, or from that with half of what came of it, at one of `STRENGTHS`:
+        """The same by text, from the bare new base alone or also from that with what came of it, at one of `STRENGTHS`:
         whatever brings the new base nearest to what the adapted old one finds likely. And how near each came."""
         steps = iter(range(1, 1 << 30))
 
@@ -241,11 +240,11 @@ class _Reading:
         known = said(load(self.pair.folders[0])[0], self.texts, pieces, told)
         model, _ = load(self.pair.folders[1])
         first = list(map(_by_text, brought, heard(model, self.texts, pieces, known, told)))
-        with attached(model, join(_times(first, 0.5))):
-            second = list(map(_by_text, first, heard(model, self.texts, pieces, known, told)))
+        again = heard(model, self.texts, pieces, known, told, (None, join(first)))
+        second = list(map(_by_text, first, again))
         tried = {
             f"{way} × {strength:g}": _times(found, strength)
-            for way, found in (("bare", first), ("halfway", second))
+            for way, found in (("bare", first), ("both", second))
             for strength in STRENGTHS
         }
         losses = surprise(model, self.texts, [join(found) for found in tried.values()])
