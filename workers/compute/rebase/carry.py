@@ -82,9 +82,13 @@ def shifted(adapter: Adapter, old: Path, base: Path) -> Adapter:
 
 
 def expressed(adapter: Adapter, read: Mapping[str, Tensor], model: Model, texts: Sequence[Tokens]) -> Adapter:
-    """The adapter with A that reads in the new ``model`` what it ``read`` in the old one, of the same ``texts``."""
+    """The adapter with A that reads in the new ``model`` what it ``read`` in the old one, of the same ``texts``.
+
+    Modules with DoRA stay as they are: their gain is that of the old A.
+    """
     patches = dict(adapter.patches)
-    for some in _within(list(read), {name: adapter.patches[name].a_RI.shape[1] ** 2 * 4 for name in read}):
+    names = [name for name in read if patches[name].magnitude_O is None]
+    for some in _within(names, {name: patches[name].a_RI.shape[1] ** 2 * 4 for name in names}):
         sums = {name: _Sums(adapter.patches[name].a_RI, read[name]) for name in some}
         watch(model, texts, {name: one.add for name, one in sums.items()})
         patches |= {name: replace(patches[name], a_RI=sums.pop(name).solved()) for name in some}

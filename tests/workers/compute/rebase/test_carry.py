@@ -171,6 +171,13 @@ def test_inputs_that_were_turned_are_read_as_they_were(memory: int, monkeypatch:
     assert torch.equal(made.patches[first].b_OR, adapter.patches[first].b_OR)
 
 
+def test_dora_is_not_expressed_anew() -> None:
+    model, adapter = untied(), stirred(everything(untied(), variant="dora"))
+    texts = texts_of(model, TOKENIZER, ROWS)
+    made = expressed(adapter, reads(model, texts, adapter), untied(1), texts)
+    assert made.patches == adapter.patches
+
+
 def test_only_prompts_are_looked_at() -> None:
     model = untied()
     unlike = [replace(row, value=row.value | {"completion": " 0"}) for row in ROWS]

@@ -1,0 +1,16 @@
+"""The benchmark of streaming on a small shape: it finds the drift that it made."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rebase import streaming
+
+
+def test_streaming_finds_the_drift_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"HIDDEN": 64, "NEURONS": 128, "HEADS": 4, "GROUPS": 2, "VOCABULARY": 256, "RANK": 2, "_TILE": 1 << 16}
+    for name, value in (small | {"_FILE": 100_000}).items():
+        monkeypatch.setattr(streaming, name, value)
+    found = streaming.run(tmp_path, 2 / 32)
+    assert (found.drift, found.first) == (pytest.approx(streaming.DRIFT, rel=0.02), "carry")
+    assert "times of reading both" in streaming.table(found, 2 / 32)
