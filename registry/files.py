@@ -520,7 +520,7 @@ def check_adapter_tensors(
 
     Raises:
         NonFinite: a tensor holds NaN or Inf.
-        ZeroUpdate: A or B is zero in every module, and nothing else is trained (unless ``allow_zero``).
+        ZeroUpdate: A, B or AdaLoRA's E is zero in every module, and nothing else is trained (unless ``allow_zero``).
     """
     zero = {
         tensor.name
@@ -530,7 +530,8 @@ def check_adapter_tensors(
     }
     if allow_zero or not spec.modules or spec.saved or spec.biases or spec.token_rows:
         return
-    if all(module.a.name in zero or module.b.name in zero for module in spec.modules):
+    factors = [{part.name for part in (module.a, module.b, module.values) if part} for module in spec.modules]
+    if all(names & zero for names in factors):
         raise ZeroUpdate(modules=len(spec.modules))
 
 

@@ -423,6 +423,18 @@ def factors(folder: Path, dtype: Any, a: Any, b: Any) -> Path:
     return folder
 
 
+def test_adalora_without_any_value_is_an_update_of_nothing(tmp_path: Path) -> None:
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    shapes = {"lora_A": (2, 4), "lora_B": (3, 2), "lora_E": (2, 1)}
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "ADALORA", "init_r": 2, "target_modules": ["q_proj"]})
+    tensors = {f"{place}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    write_safetensors(tmp_path / WEIGHTS, tensors)
+    checked(tmp_path)
+    write_safetensors(tmp_path / WEIGHTS, tensors | {f"{place}.lora_E": np.zeros((2, 1), np.float32)})
+    with pytest.raises(ZeroUpdate):
+        checked(tmp_path)
+
+
 SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -2.5, 6e-8, 60000.0, math.nan, -math.nan, math.inf, -math.inf])
 
 
