@@ -23,7 +23,8 @@ TOKENS = 4096
 """Tokens that are looked at, at most."""
 POSITIONS = 256
 """Positions whose next tokens are compared, at most: the last ones of every text."""
-_LONGEST = 512
+_LONGEST = 192
+"""Tokens of a text, at most: many short ones tell more than few long ones."""
 
 
 def texts_of(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Tokens]:
