@@ -31,7 +31,7 @@ from ..lowrank import LowRank, leading
 from ..model import Model
 from ..shards import Stored
 from .parameters import Parameters
-from .text import Tokens, watch
+from .text import Said, watch
 
 PAIRS = 8
 """Singular triplets of D that ΔW's component along it is taken from."""
@@ -81,7 +81,7 @@ def shifted(adapter: Adapter, old: Path, base: Path) -> Adapter:
     return replace(adapter, patches=patches)
 
 
-def expressed(adapter: Adapter, read: Mapping[str, Tensor], model: Model, texts: Sequence[Tokens]) -> Adapter:
+def expressed(adapter: Adapter, read: Mapping[str, Tensor], model: Model, texts: Sequence[Said]) -> Adapter:
     """The adapter with A that reads in the new ``model`` what it ``read`` in the old one, of the same ``texts``.
 
     Modules with DoRA stay as they are: their gain is that of the old A.

@@ -24,7 +24,7 @@ from ..metrics import ALPHA, Difference, difference
 from ..model import Model, Tokenizer, load
 from .carry import carry, expressed, shifted
 from .starts import score_of
-from .text import Seen, divergence, likelihoods, seen_by, texts_of
+from .text import Seen, asked, divergence, likelihoods, seen_by
 
 PLAIN = "as it is"
 ALPHAS = (0.25, 0.5, 0.75, 1.25, 1.5)
@@ -61,7 +61,7 @@ def best_carried(
         return Carried(plain[PLAIN], PLAIN, f"{items} items choose nothing; {LEAST_ITEMS} may", {PLAIN: {}})
     seen = seen_by(*load(old), rows, adapter) if rows else None
     model, tokenizer = load(base)
-    if seen is not None and texts_of(model, tokenizer, rows) != seen.texts:
+    if seen is not None and asked(model, tokenizer, rows) != seen.prompts:
         seen = None  # the tokens of either base are others, so positions do not pair
     candidates = plain | {f"× {alpha:g}": carry(adapter, old, base, alpha) for alpha in ALPHAS}
     candidates["shifted"] = carry(shifted(adapter, old, base), old, base)

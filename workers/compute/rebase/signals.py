@@ -8,7 +8,7 @@ From the weights alone: both bases are read once, by position, a tensor a thread
 a constant beside the adapters' factors. And, where there is text, from forward passes (`text`):
 
     cosine   of B·A·x₁ and B·A·x₂, the activations of either bare base
-    excess   KL(W₁ + ΔW ‖ W₂ + ΔW) − KL(W₁ ‖ W₂), in nats a token
+    excess   KL(W₁ + ΔW ‖ W₂ + ΔW) − KL(W₁ ‖ W₂), in nats a token of the answers of W₁ + ΔW
     alpha    the multiple of ΔW on the new base with the least KL from W₁ + ΔW
 
 Legend: N rows and M columns as stored, n rows of a block, R rank (of all adapters together), T tokens.
@@ -37,7 +37,7 @@ from ..weights import DTYPES
 from .carry import carry
 from .free import ALPHAS
 from .parameters import Parameters
-from .text import Seen, divergence, likelihoods, reads, seen_by, texts_of
+from .text import Seen, asked, divergence, likelihoods, reads, seen_by
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a block: it and its float32 copies stay in a core's cache."""
@@ -257,7 +257,7 @@ def _with_text(
     seen = [seen_by(model, tokenizer, inputs, adapter) for adapter in adapters]
     del model
     model, tokenizer = load(base)
-    if texts_of(model, tokenizer, inputs) != seen[0].texts:
+    if asked(model, tokenizer, inputs) != seen[0].prompts:
         return tuple(found)
     made = []
     for one, adapter, before in zip(found, adapters, seen, strict=True):
