@@ -12,5 +12,6 @@ def test_streaming_finds_the_drift_that_was_made(tmp_path: Path, monkeypatch: py
     for name, value in (small | {"_FILE": 100_000}).items():
         monkeypatch.setattr(streaming, name, value)
     found = streaming.run(tmp_path, 2 / 32)
-    assert (found.drift, found.first) == (pytest.approx(streaming.DRIFT, rel=0.02), "carry")
+    assert found.drift == pytest.approx(streaming.DRIFT, rel=0.02)
+    assert found.first == "carry"
     assert "times of reading both" in streaming.table(found, 2 / 32)

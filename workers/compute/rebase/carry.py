@@ -26,6 +26,7 @@ from torch import Tensor
 
 from registry.core.errors import NotRunnable
 
+from ..bank import attached
 from ..lora import Adapter, Patch
 from ..lowrank import LowRank, leading
 from ..model import Model
@@ -35,7 +36,7 @@ from .text import Said, watch
 
 PAIRS = 8
 """Singular triplets of D that ΔW's component along it is taken from."""
-RIDGE = 1e-2
+RIDGE = 0.1
 """λ as a share of the mean square of the activations."""
 MEMORY = 1 << 30
 """Bytes of X₂·X₂ᵀ that are held at once; the text is read again for the modules that do not fit."""
@@ -82,15 +83,17 @@ def shifted(adapter: Adapter, old: Path, base: Path) -> Adapter:
 
 
 def expressed(adapter: Adapter, read: Mapping[str, Tensor], model: Model, texts: Sequence[Said]) -> Adapter:
-    """The adapter with A that reads in the new ``model`` what it ``read`` in the old one, of the same ``texts``.
+    """The carried adapter, its A reading in the new ``model`` what it ``read`` in the old one, of the same ``texts``.
 
+    Either is looked at as the adapter adapts it: activations of the bare ones are not what it meets.
     Modules with DoRA stay as they are: their gain is that of the old A.
     """
     patches = dict(adapter.patches)
     names = [name for name in read if patches[name].magnitude_O is None]
     for some in _within(names, {name: patches[name].a_RI.shape[1] ** 2 * 4 for name in names}):
         sums = {name: _Sums(adapter.patches[name].a_RI, read[name]) for name in some}
-        watch(model, texts, {name: one.add for name, one in sums.items()})
+        with attached(model, adapter):
+            watch(model, texts, {name: one.add for name, one in sums.items()})
         patches |= {name: replace(patches[name], a_RI=sums.pop(name).solved()) for name in some}
     return replace(adapter, patches=patches)
 

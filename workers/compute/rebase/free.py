@@ -66,7 +66,7 @@ def best_carried(
     candidates = plain | {f"× {alpha:g}": carry(adapter, old, base, alpha) for alpha in ALPHAS}
     candidates["shifted"] = carry(shifted(adapter, old, base), old, base)
     if seen is not None:
-        candidates["expressed"] = carry(expressed(adapter, seen.read, model, seen.texts), old, base)
+        candidates["expressed"] = expressed(plain[PLAIN], seen.read, model, seen.texts)
     share = ALPHA / (len(candidates) - 1)
     if calibration is not None:
         measured = _by_suite(model, tokenizer, calibration, candidates, share, report)

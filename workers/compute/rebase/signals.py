@@ -7,7 +7,7 @@
 From the weights alone: both bases are read once, by position, a tensor a thread and block by block, so that memory is
 a constant beside the adapters' factors. And, where there is text, from forward passes (`text`):
 
-    cosine   of B·A·x₁ and B·A·x₂, the activations of either bare base
+    cosine   of B·A·x₁ and B·A·x₂, the activations of either base with the adapter
     excess   KL(W₁ + ΔW ‖ W₂ + ΔW) − KL(W₁ ‖ W₂), in nats a token of the answers of W₁ + ΔW
     alpha    the multiple of ΔW on the new base with the least KL from W₁ + ΔW
 
@@ -268,7 +268,7 @@ def _with_text(
             for p_PV, q_PV in zip([before.bare_PV, *([before.adapted_PV] * len(tried))], after, strict=True)
         ]
         alpha = min(zip(far, tried, strict=True))[1]
-        now = reads(model, before.texts, adapter)
+        now = reads(model, before.texts, carry(adapter, old, base))
         made.append(replace(one, cosine=_cosine(adapter, before, now), excess=far[0] - bare, alpha=alpha))
     return tuple(made)
 

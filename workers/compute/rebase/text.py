@@ -39,7 +39,7 @@ class Said:
 
 def asked(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Tokens]:
     """The prompts of some rows in tokens."""
-    longest = min(_PROMPT, (context_of(model) or _PROMPT + _ANSWER) - _ANSWER)
+    longest = max(1, min(_PROMPT, (context_of(model) or _PROMPT + _ANSWER) - _ANSWER))
     prompts = [prompt[-longest:] for prompt in prompts_of(tokenizer, rows[:: -(-len(rows) // TEXTS)])]
     check_tokens(model, (token for prompt in prompts for token in prompt))
     return prompts
@@ -76,13 +76,14 @@ def watch(model: Model, texts: Sequence[Said], see: Mapping[str, Callable[[Tenso
 
 
 def reads(model: Model, texts: Sequence[Said], adapter: Adapter) -> dict[str, Tensor]:
-    """A·x (R×T) of every linear module of the adapter, on the bare model."""
+    """A·x (R×T) of every linear module of the adapter, on the model as it adapts it."""
     found: dict[str, list[Tensor]] = {name: [] for name, patch in adapter.patches.items() if not patch.embedding}
 
     def see(name: str, x_TI: Tensor) -> None:
         found[name].append(adapter.patches[name].a_RI.float() @ x_TI.T)
 
-    watch(model, texts, {name: partial(see, name) for name in found})
+    with attached(model, adapter):
+        watch(model, texts, {name: partial(see, name) for name in found})
     return {name: torch.cat(some, dim=1) for name, some in found.items()}
 
 
