@@ -92,7 +92,7 @@ class Keeper:
         self._seen: list[tuple[str, int, int]] = []
         self._sent: dict[str, CheckpointRequest] = {}
         self._digests: dict[tuple[int, int, int], str] = {}
-        """Of files that stay as they are from one checkpoint to the next: a link has the inode of what it links."""
+        """Of the files of the last checkpoint: those that stay as they are are links to the same inode in the next."""
         self._ended = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._keep, name="checkpoints", daemon=True)
@@ -145,10 +145,11 @@ class Keeper:
         jobs = dict(self._jobs)
         take(self._folder, {self._aside / job.id: job.mine for job in jobs.values()})
         news: dict[str, CheckpointRequest] = {}
+        known, self._digests = self._digests, {}
         for job in jobs.values():
             folder = self._aside / job.id
             if (step := steps(folder)) > job.stored:
-                request = CheckpointRequest(attempt=job.attempt, step=step, files=self._entries(folder))
+                request = CheckpointRequest(attempt=job.attempt, step=step, files=self._entries(folder, known))
                 if request != self._sent.get(job.id) and self._put(job, request, folder):
                     news[job.id] = request
         self._record(news)
@@ -183,12 +184,12 @@ class Keeper:
             else:
                 return
 
-    def _entries(self, folder: Path) -> list[FileEntry]:
+    def _entries(self, folder: Path, known: Mapping[tuple[int, int, int], str]) -> list[FileEntry]:
         found = []
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             about = path.stat()
             key = (about.st_ino, about.st_mtime_ns, about.st_size)
-            digest = self._digests.get(key) or str(sha256_file(path, lambda _: self._check()))
+            digest = known.get(key) or str(sha256_file(path, lambda _: self._check()))
             found.append(FileEntry(path=path.relative_to(folder).as_posix(), size=about.st_size, digest=digest))
             self._digests[key] = digest
         return found
