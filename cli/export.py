@@ -13,7 +13,7 @@ from registry.core.errors import PathUnusable, ToolMissing
 
 from . import config
 from .bases import FOLDER
-from .jobs import in_child
+from .jobs import in_child, refuse_other_base
 from .output import Output, command, fields, size
 
 
@@ -30,7 +30,10 @@ from .output import Output, command, fields, size
               help="Where to; such as bot.gguf.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16", "q8_0"]),
               help="Type of the weights; default: as stored, an adapter in fp32; q8_0 is for models.")  # fmt: skip
-def export(out: Output, source: str, base: Path | None, merged: bool, target: Path, dtype: str | None) -> None:
+@click.option("--trust-base", is_flag=True, help="Even if the adapter's file records another base.")
+def export(
+    out: Output, source: str, base: Path | None, merged: bool, target: Path, dtype: str | None, trust_base: bool
+) -> None:
     """Write a base model, an adapter or both merged as a GGUF file that llama.cpp loads.
 
     SOURCE is the folder of a base model or of an adapter, or an adapter in the registry. The file holds the digests
@@ -66,6 +69,8 @@ def export(out: Output, source: str, base: Path | None, merged: bool, target: Pa
                 adapter = work / "adapter"
                 with config.connect() as client:
                     pull(client, client.resolve(source, base=str(digest)).manifest, adapter, progress=bar)
+            elif not trust_base:
+                refuse_other_base(adapter, digest)
             version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest
             origin["loractl.adapter"] = str(version)
             line += ["--adapter", str(adapter), *(["--merge"] if merged else [])]

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.core.errors import BadConfig, BadRequest, LoractlError, PathUnusable, ToolMissing, WorkFailed
+from registry.core.errors import (
+    BadConfig,
+    BadRequest,
+    LoractlError,
+    PathUnusable,
+    ToolMissing,
+    TrainedOnAnother,
+    WorkFailed,
+)
 from registry.core.names import Reference, SeriesName
 
 from . import bases, config
@@ -25,6 +33,7 @@ from .searches import searched, show_search
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
+    from registry.core.digest import Digest
     from registry.schemas import DatasetInfo, EventInfo, JobInfo, JobRequest
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -265,7 +274,7 @@ def evaluate(
     recipe["adapters"] = [str(Reference.parse(ref)) for ref in refs]
     if base_text:
         recipe["base"] = _base(out, base_text)
-    ask(out, JobRequest(recipe=recipe, queue=queue, fresh=fresh), no_wait)
+    ask(out, JobRequest(recipe=recipe, queue=queue, fresh=fresh), no_wait, refs)
 
 
 @command(
@@ -283,11 +292,12 @@ def evaluate(
 @click.option("--max-shard-size", metavar="SIZE", help="Size of a weight file, such as 5GB; default: the base's files.")
 @click.option("--dequantise", is_flag=True, help="Write a base that is stored in 8 or 4 bits as full numbers.")
 @click.option("--verify", is_flag=True, help="Also compare the logits of the result with those of base and adapter.")
+@click.option("--trust-base", is_flag=True, help="--local: even if the adapter's file records another base.")
 @job_options
 def merge(
     out: Output, ref: str, base_text: str | None, line: str | None, local: bool, target: Path | None,
-    dtype: str | None, max_shard_size: str | None, dequantise: bool, verify: bool, queue: str, fresh: bool,
-    no_wait: bool,
+    dtype: str | None, max_shard_size: str | None, dequantise: bool, verify: bool, trust_base: bool, queue: str,
+    fresh: bool, no_wait: bool,
 ) -> None:  # fmt: skip
     """Merge an adapter into its base: W + scale·B·A, as a new base model."""
     from registry.schemas import JobRequest
@@ -299,9 +309,9 @@ def merge(
     if local:
         if target is None or base_text is None or line:
             raise click.UsageError("--local takes --for FOLDER and --out DIR, and no --line.")
-        _merge_here(out, ref, Path(base_text), target, wanted)
+        _merge_here(out, ref, Path(base_text), target, wanted, trust_base)
         return
-    if line is None or target is not None:
+    if line is None or target is not None or trust_base:
         raise click.UsageError("Name the line of the result: --line LINE; or merge here: --local --for DIR --out DIR.")
     recipe = wanted | {"adapter": str(Reference.parse(ref))}
     if base_text:
@@ -348,8 +358,8 @@ def _base(out: Output, text: str) -> str:
         return bases.wanted(text, bar).ref
 
 
-def ask(out: Output, request: "JobRequest", no_wait: bool) -> None:
-    """Ask for a job, and unless ``no_wait`` follow it to its end."""
+def ask(out: Output, request: "JobRequest", no_wait: bool, refs: Sequence[str] = ()) -> None:
+    """Ask for a job, and unless ``no_wait`` follow it to its end; ``refs``: what people call its adapters."""
     with config.connect() as client:
         job = client.submit(request)
         if no_wait:
@@ -358,7 +368,7 @@ def ask(out: Output, request: "JobRequest", no_wait: bool) -> None:
         if job.reused:
             out.say(f"Job {job.id} does this already ({job.state}, asked {ago(job.created_at)}; --fresh repeats it).")
         job, curve = follow(out, client, job)
-    out.emit(job, lambda: _ended(job, curve))
+    out.emit(job, lambda: _ended(job, curve, refs))
 
 
 def follow(out: Output, client: "RegistryClient", job: "JobInfo") -> tuple["JobInfo", list[tuple[float, float]]]:
@@ -375,10 +385,11 @@ def follow(out: Output, client: "RegistryClient", job: "JobInfo") -> tuple["JobI
 def ask_all(out: Output, requests: Sequence["JobRequest"], no_wait: bool) -> None:
     """Ask for several jobs, and unless ``no_wait`` follow all of them, each with its bar, to the end of the last.
 
-    `WorkFailed` for the first that did not succeed, when all have ended.
+    Where one is refused, those before it are cancelled. `WorkFailed` for the first that did not succeed, when all have
+    ended.
     """
     with config.connect() as client:
-        jobs = [client.submit(request) for request in requests]
+        jobs = _submitted(out, client, requests)
         if no_wait:
             out.emit({"jobs": jobs}, lambda: click.echo("\n".join(job.id for job in jobs)))
             return
@@ -388,6 +399,20 @@ def ask_all(out: Output, requests: Sequence["JobRequest"], no_wait: bool) -> Non
         _all_ended(jobs, curves)
     ended = [succeeded(job) for job in jobs]
     out.emit({"jobs": ended}, lambda: None)
+
+
+def _submitted(out: Output, client: "RegistryClient", requests: Sequence["JobRequest"]) -> list["JobInfo"]:
+    jobs: list[JobInfo] = []
+    for request in requests:
+        try:
+            jobs.append(client.submit(request))
+        except LoractlError:
+            if new := [job.id for job in jobs if not job.reused]:
+                out.say(f"Recipe {len(jobs) + 1} is refused; cancelling what was asked for before it: {' '.join(new)}")
+            for job in new:
+                client.cancel_job(job)
+            raise
+    return jobs
 
 
 def _goal(job: "JobInfo") -> str:
@@ -453,7 +478,10 @@ def succeeded(job: "JobInfo") -> "JobInfo":
     if job.state == "succeeded":
         return job
     problem = job.error or {}
-    reason = problem.get("detail") or f"it is {job.state}"
+    if problem.get("code") == WorkFailed.code:
+        reason = problem["facts"]["reason"]
+    else:
+        reason = f"{problem.get('detail') or f'it is {job.state}'}\n{problem.get('hint') or ''}".strip()
     raise WorkFailed(id=job.id, reason=reason, problem=problem)
 
 
@@ -468,7 +496,7 @@ def _draw(bar: Bar, kind: str, event: str, data: dict[str, Any], curve: list[tup
     bar.count(data.get("phase", kind), step or 0, steps or 0, note)
 
 
-def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
+def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]], refs: Sequence[str] = ()) -> None:
     result = job.result or {}
     curve = [(float(step), float(loss)) for step, loss in result.get("loss", [])] or curve
     if len(curve) > 1:
@@ -477,10 +505,12 @@ def _ended(job: "JobInfo", curve: Sequence[tuple[float, float]]) -> None:
                         title=f"{job.kind} {job.id}", x="step"))  # fmt: skip
     if job.kind == "search" and result:
         show_search(result)
-    _job(job)
+    _job(job, refs)
 
 
-def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[str, Any]) -> None:
+def _merge_here(
+    out: Output, ref: str, base: Path, target: Path, wanted: dict[str, Any], trust_base: bool
+) -> None:
     """Run the worker's own merge in a child process, on folders."""
     from importlib.util import find_spec
 
@@ -499,6 +529,8 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[st
             adapter = Path(scratch) / "adapter"
             with config.connect() as client:
                 pull(client, client.resolve(ref, base=str(digest)).manifest, adapter, progress=bar)
+        elif not trust_base:
+            refuse_other_base(adapter, digest)
         version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest
         recipe = Path(scratch) / "recipe.json"
         recipe.write_text(json.dumps(wanted | {"base": str(digest), "adapter": str(version)}))
@@ -514,12 +546,26 @@ def _merge_here(out: Output, ref: str, base: Path, target: Path, wanted: dict[st
     shown = {"merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors"}
     if bits := result.get("dequantised"):
         shown["dequantised"] = f"{bits}, into full numbers"
-    if deviation := result.get("deviation"):
-        shown["logits"] = (
-            f"off by {deviation['largest']:.2g} at most ({deviation['relative']:.2g} of their norm); "
-            f"the same token is the likeliest at {deviation['agreement']:.1%} of {deviation['positions']} positions"
-        )
+    shown["logits"] = _told_deviation(result.get("deviation"))
     out.emit(document, lambda: fields(shown))
+
+
+def refuse_other_base(adapter: Path, base: "Digest") -> None:
+    """`TrainedOnAnother` when the adapter in this folder records another base than ``base``."""
+    from registry.files import read_adapter
+
+    recorded = read_adapter(adapter).recorded_base
+    if recorded not in (None, base):
+        raise TrainedOnAnother(path=str(adapter), recorded=str(recorded), base=str(base))
+
+
+def _told_deviation(deviation: dict[str, Any] | None) -> str:
+    if deviation is None:
+        return ""
+    return (
+        f"off by {deviation['largest']:.2g} at most ({deviation['relative']:.2g} of their norm); "
+        f"the same token is the likeliest at {deviation['agreement']:.1%} of {deviation['positions']} positions"
+    )
 
 
 def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:
@@ -643,7 +689,7 @@ def _but(job: "JobInfo") -> str:
     return ""
 
 
-def _job(job: "JobInfo") -> None:
+def _job(job: "JobInfo", refs: Sequence[str]) -> None:
     result = job.result or {}
     made = ", ".join(str(item.get("ref") or short(item.get("digest"))) for item in result.get("made", []))
     fields({
@@ -654,15 +700,17 @@ def _job(job: "JobInfo") -> None:
         "made": made,
         "steps": str(result.get("steps") or ""),
         "rows": told_rows(result.get("rows") or {}),
+        "logits": _told_deviation(result.get("deviation")),
         "took": _took(job),
         "worker": job.worker,
         "attempt": f"{job.attempt} of {job.max_attempts}",
         "campaign": job.campaign,
         "asked": ago(job.created_at),
         "error": (job.error or {}).get("detail"),
+        "help": (job.error or {}).get("hint"),
     })  # fmt: skip
     rows = [
-        [_who(name, job), metric, split, number(mean.get("mean")), f"{mean.get('n', 0):.0f}"]
+        [_who(name, job, refs), metric, split, number(mean.get("mean")), f"{mean.get('n', 0):.0f}"]
         for name, summary in (result.get("metrics") or {}).items()
         for metric, splits in summary.items()
         for split, mean in splits.items()
@@ -726,9 +774,9 @@ def _span(values: Sequence[int]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)}–{max(values)}"
 
 
-def _who(name: str, job: "JobInfo") -> str:
-    adapters = job.recipe.get("adapters") or []
-    return short(adapters[int(name)]) if name.isdecimal() and int(name) < len(adapters) else name
+def _who(name: str, job: "JobInfo", refs: Sequence[str]) -> str:
+    adapters = refs or [short(digest) for digest in job.recipe.get("adapters") or []]
+    return adapters[int(name)] if name.isdecimal() and int(name) < len(adapters) else name
 
 
 def _result_of(job: "JobInfo") -> str:

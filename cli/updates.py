@@ -20,9 +20,9 @@ def into_options(function: Any) -> Any:
     function = click.option("--alias", "aliases", multiple=True, metavar="A", help="An alias to point at the result.")(
         function
     )
-    return click.option("--into", "name", required=True, metavar="NAME", help="The adapter it becomes a version of.")(
-        function
-    )
+    return click.option(
+        "--into", "--output", "name", required=True, metavar="NAME", help="The adapter it becomes a version of."
+    )(function)
 
 
 @command(

@@ -291,6 +291,12 @@ class EvidenceContradicts(DoesNotFit):
     help = "Push it against its own base, or override on record: loractl push {path} {name} --base BASE --trust-base"
 
 
+class TrainedOnAnother(DoesNotFit):
+    code = "trained-on-another"
+    says = "'{path}' records that it was trained on {recorded}; the base given is {base}."
+    help = "Give its own base; carry it over: loractl rebase; or take this one all the same: --trust-base"
+
+
 class EvidenceTooWeak(DoesNotFit):
     code = "evidence-too-weak"
     says = "Alias '{alias}' of {name} needs evidence '{required}' for the binding; {version} has '{actual}'."

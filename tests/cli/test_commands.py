@@ -309,6 +309,20 @@ def test_several_recipes_are_asked_for_and_followed_together(
     later.join()
 
 
+def test_of_several_recipes_all_are_asked_for_or_none(call: Call, bases: tuple[Path, Path], tmp_path: Path) -> None:
+    call("base", "push", bases[0], "--line", "allornone")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "one", "completion": "two"}\n')
+    call("dataset", "push", data, "allornone/data")
+    recipes = [tmp_path / f"{name}.toml" for name in ("one", "two")]
+    for recipe, rank in zip(recipes, (2, -2), strict=True):
+        output = f'[output]\nadapter = "allornone/{recipe.stem}"\n'
+        recipe.write_text(f'base = "allornone@r1"\ndatasets = ["allornone/data"]\nrank = {rank}\n{output}')
+    assert "rank" in call("train", *recipes, "--no-wait", code=2)["error"]["detail"]
+    [asked] = [job for job in call("jobs", "list") if job["output"].get("adapter") == "allornone/one"]
+    assert asked["state"] == "cancelled"
+
+
 def test_tokens_are_made_listed_and_revoked(registry: live.Live, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     made = call("token", "create", "reader", "--scope", "read", "--namespace", "story", "--days", 1)
     assert made["token"] not in json.dumps(call("token", "list"))
@@ -438,6 +452,20 @@ def test_merge_here_runs_the_workers_merge_on_folders(
     assert sorted(path.name for path in tmp_path.iterdir() if "merg" in path.name) == ["merged"]
     taken = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", code=1)
     assert taken["error"]["code"] == "path-unusable"
+
+
+def test_merge_here_refuses_a_base_that_the_adapter_was_not_trained_on(
+    call: Call, bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    own, other = (base_of(folder).digest for folder in bases)
+    adapter = tiny_adapter(tmp_path / "bot", bases[0], seed=1, record_base=True)
+    line = ("merge", adapter, "--local", "--for", bases[1], "--out", tmp_path / "merged")
+    refused = call(*line, code=1)["error"]
+    assert (refused["code"], refused["facts"]["recorded"], refused["facts"]["base"]) == (
+        "trained-on-another", str(own), str(other)
+    )  # fmt: skip
+    assert not (tmp_path / "merged").exists()
+    assert call(*line, "--trust-base")["base"] == str(other)
 
 
 def test_no_token_is_ever_printed(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> None:

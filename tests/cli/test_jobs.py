@@ -1,4 +1,8 @@
-from cli.jobs import told_rows, tried
+import pytest
+
+from cli.jobs import succeeded, told_rows, tried
+from registry.core.errors import LoractlError, UnknownModel, WorkFailed
+from registry.schemas import JobInfo
 
 
 def test_what_became_of_rows_is_told_in_words() -> None:
@@ -24,3 +28,24 @@ def test_a_rebase_tells_of_its_starts_and_candidates_and_which_was_taken() -> No
         ("align", "0", "no shape"), ("carry", "0", ""), ("carry", "20", "taken"), ("scratch", "", "no number"),
     ]  # fmt: skip
     assert rows[2][4] == "0.5 (0.25 to 0.75)"
+
+
+def ended(error: LoractlError, state: str) -> JobInfo:
+    facts = dict.fromkeys(JobInfo.model_fields) | {"id": "j1", "state": state, "error": error.problem()}
+    facts |= dict.fromkeys(("kind", "queue", "namespace"), "finetune") | dict.fromkeys(("recipe", "output"), {})
+    facts |= {"attempt": 1, "max_attempts": 3, "cancel_requested": False, "reused": False}
+    return JobInfo.model_validate(facts | {"created_at": "2026-01-01T00:00:00Z"})
+
+
+def test_a_job_that_failed_tells_what_helps_against_the_refusal() -> None:
+    refused = UnknownModel(path="base", kind="new", version="5")
+    with pytest.raises(WorkFailed, match="j1 failed") as raised:
+        succeeded(ended(refused, "failed"))
+    assert refused.message in raised.value.message
+    assert refused.hint in raised.value.message
+
+
+def test_a_cancelled_job_says_so_once() -> None:
+    with pytest.raises(WorkFailed) as raised:
+        succeeded(ended(WorkFailed(id="j1", reason="cancelled"), "cancelled"))
+    assert raised.value.message == "Job j1 failed: cancelled"
