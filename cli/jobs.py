@@ -374,7 +374,7 @@ def ask(out: Output, request: "JobRequest", no_wait: bool, refs: Sequence[str] =
 def follow(out: Output, client: "RegistryClient", job: "JobInfo") -> tuple["JobInfo", list[tuple[float, float]]]:
     """Wait for a job with live progress; the ended job and its loss curve. `WorkFailed` when it did not succeed."""
     curve: list[tuple[float, float]] = []
-    with out.progress() as bar, out.if_interrupted(
+    with out.progress(after=0) as bar, out.if_interrupted(
         f"Job {job.id} goes on without you. Watch it: loractl jobs watch {job.id}; end it: loractl jobs cancel {job.id}"
     ):
         for event in client.events(job.id):
@@ -437,7 +437,7 @@ def _follow_all(
     listeners = [Thread(target=listen, args=(place,), daemon=True) for place in range(len(jobs))]
     ids = " ".join(job.id for job in jobs)
     left = set(range(len(jobs)))
-    with out.progress() as bar, out.if_interrupted(
+    with out.progress(after=0) as bar, out.if_interrupted(
         f"The jobs go on without you. See them: loractl jobs list; end them, one by one: loractl jobs cancel ID ({ids})"
     ):
         for listener in listeners:
@@ -522,7 +522,12 @@ def _merge_here(
         raise PathUnusable(path=str(base), reason="--local merges into a base folder")
     if target.exists() and any(target.iterdir()):
         raise PathUnusable(path=str(target), reason="it is not empty")
-    with tempfile.TemporaryDirectory(prefix="loractl-") as scratch, out.progress() as bar:
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent)
+    except OSError as error:
+        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+    with beside as scratch, out.progress() as bar:  # on the disk of the result, which is renamed
         digest = digested(base, progress=bar, cache=config.hashes()).digest
         adapter = Path(ref)
         if not adapter.is_dir():
@@ -534,13 +539,10 @@ def _merge_here(
         version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest
         recipe = Path(scratch) / "recipe.json"
         recipe.write_text(json.dumps(wanted | {"base": str(digest), "adapter": str(version)}))
-        work = target.with_name(f".{target.name}.merging")  # beside it: the rename stays on one disk
+        work = Path(scratch) / "out"
         run_here(recipe, {"base": base, "adapter": adapter}, work)
         (work / "base").replace(target)
         result = json.loads((work / "result.json").read_text())
-        for left in work.iterdir():
-            left.unlink()
-        work.rmdir()
         merged = digested(target, progress=bar, taken=result["tensors"])
     document = {"out": str(target), "base": str(digest), "adapter": str(version), "digest": str(merged.digest)} | result
     shown = {"merged": str(target), "digest": str(merged.digest), "changed": f"{result.get('changed')} tensors"}

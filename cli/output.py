@@ -82,9 +82,9 @@ class Output:
         """Talk, on stderr."""
         click.echo(text, err=True)
 
-    def progress(self) -> "Bar":
-        """A progress bar on stderr, from one second on, where that is a terminal."""
-        return Bar()
+    def progress(self, after: float = SHOW_AFTER_S) -> "Bar":
+        """A progress bar on stderr, from ``after`` seconds on, where that is a terminal."""
+        return Bar(after)
 
     @contextmanager
     def if_interrupted(self, text: str) -> Iterator[None]:
@@ -99,8 +99,8 @@ class Output:
 class Bar:
     """``bar(what, done, total)`` draws; a total of 0 is not known."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
+    def __init__(self, after: float = SHOW_AFTER_S) -> None:
+        self._from = time.monotonic() + after
         self._terminal = sys.stderr.isatty()
         self._rich: RichProgress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -123,7 +123,7 @@ class Bar:
         self._draw(what, done, total, f"{done} of {total}  {note}" if total else note)
 
     def _draw(self, what: str, done: int, total: int, note: str) -> None:
-        if not self._terminal or time.monotonic() - self._began < SHOW_AFTER_S:
+        if not self._terminal or time.monotonic() < self._from:
             return
         if self._rich is None:
             self._rich = self._start()

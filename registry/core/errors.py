@@ -147,7 +147,7 @@ class InternalError(LoractlError):
 
 class BadName(Usage):
     code = "bad-name"
-    says = "'{value}' is not a {what}: {rule}"
+    says = "'{value}' is no {what}: {rule}"
 
 
 class BadReference(Usage):

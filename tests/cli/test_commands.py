@@ -450,6 +450,8 @@ def test_merge_here_runs_the_workers_merge_on_folders(
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
     assert merged["digest"] == str(base_of(tmp_path / "merged").digest) != str(base_of(bases[0]).digest)
     assert sorted(path.name for path in tmp_path.iterdir() if "merg" in path.name) == ["merged"]
+    call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "small", "--max-shard-size", "1", code=2)
+    assert not list(tmp_path.glob(".*"))
     taken = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", code=1)
     assert taken["error"]["code"] == "path-unusable"
 

@@ -1,12 +1,13 @@
 """Values as people read them."""
 
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.output import ago, markdown, number, plain, plot, short, size, sparkline
+from cli.output import Output, ago, markdown, number, plain, plot, short, size, sparkline
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,16 @@ def test_a_plot_names_its_curve_only_where_there_are_several() -> None:
     two = plot({"first": [(1, 2.0), (2, 1.0)], "second": [(1, 1.0), (2, 2.0)]}, title="t", x="step")
     assert "first" in two
     assert "second" in two
+
+
+def test_a_bar_is_drawn_after_a_second_or_where_work_takes_longer_anyway_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    out = Output(as_json=False)
+    with out.progress() as bar:
+        bar.count("finetune", 0, 0, "queued")
+    assert "queued" not in capsys.readouterr().err
+    with out.progress(after=0) as bar:
+        bar.count("finetune", 0, 0, "queued")
+    assert "queued" in capsys.readouterr().err

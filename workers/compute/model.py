@@ -58,7 +58,10 @@ def load(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
         )
     except (ValueError, OSError, KeyError, ImportError) as error:
-        raise NotRunnable(what=f"The base model in '{folder.name}'", reason=str(error).splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+            reason = "there is no tokenizer beside its weights; push the base with the files of its tokenizer"
+        raise NotRunnable(what=f"The base model in '{folder.name}'", reason=reason) from error
     if in_bits:
         hold(model, dtype)
     else:

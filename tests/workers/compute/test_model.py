@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from registry.core.errors import ForeignTokenizer, NotABase, UnknownModel
+from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable, UnknownModel
 from tests.workers import factories
 from workers.compute.evaluate import Suite, evaluate
 from workers.compute.finetune import finetune
@@ -36,6 +36,10 @@ def test_what_is_no_base_or_an_unknown_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotABase, match=r"no config\.json"):
         load(tmp_path)
     factories.saved(factories.llama(), tmp_path)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(NotRunnable, match="there is no tokenizer beside its weights"):
+        load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     for opened in (load, skeleton):
