@@ -165,14 +165,18 @@ def test_a_worker_trains_evaluates_merges_and_rebases(home: House) -> None:
         home.submit(words | {"tier": tier, "training": training}, adapter=f"team/{tier}")
         for tier in ("warm-start", "retrain")
     ]
+    asked = {"texts": 24, "max_new_tokens": 4, "steps": 60}
+    trained_on.append(home.submit(words | {"tier": "distil", "distil": asked}, adapter="team/distil"))
     with home.working():
         for one in trained_on:
             home.wait(one, lambda now: (now.progress or {}).get("step", 0) >= 1)
         assert len(children()) == 1  # on the base loaded once
     results = [home.client.job(one.id).result or {} for one in trained_on]
     assert [(one["tier"], one["made"][0]["ref"]) for one in results] == [
-        ("warm-start", "team/warm-start@v1"), ("retrain", "team/retrain@v1")
+        ("warm-start", "team/warm-start@v1"), ("retrain", "team/retrain@v1"), ("distil", "team/distil@v1")
     ]  # fmt: skip
+    assert results[2]["lesson"]["source"] == "inputs"
+    assert home.client.job(trained_on[2].id).recipe["distil"]["learning_rate"] == TRAINING["learning_rate"]
     first, second = home.client.version("team/bot", "v1"), home.client.version("team/bot", "v2")
     assert (first.evidence, second.evidence, first.job) == ("recorded", "recorded", trained.id)
     assert second.base == home.client.base("demo@r2").digest != first.base

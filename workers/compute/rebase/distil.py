@@ -15,6 +15,7 @@ Legend: M tokens of all texts, K likeliest of them.
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -86,10 +87,8 @@ def write_lesson(
     with attached(model, teacher) as bank:
         loss = Loss(model, head_is_adapted=bank.touches(model.get_output_embeddings()))
         examples = (Example(row, prompt, (text.ids,), (text.text,)) for row, prompt, text in written)
-        likely = [
-            loss.likeliest(pack([some], together=False).to(model.device), recipe.likeliest)
-            for some in chunks(examples, _BATCH_TOKENS)
-        ]
+        packed = (pack([some], together=False).to(model.device) for some in chunks(examples, _BATCH_TOKENS))
+        likely = [[said_NK.cpu() for said_NK in loss.likeliest(each, recipe.likeliest)] for each in packed]
     lines = [
         json.dumps({"row": _answered(row, text.text).value, "tokens": len(text.ids), "ended": text.ended})
         for row, _, text in written
@@ -98,8 +97,8 @@ def write_lesson(
     write_file(folder / _TEXTS, "\n".join(lines).encode() + b"\n")
     tensors = {
         "ids": torch.tensor([token for *_, text in written for token in text.ids], dtype=torch.int32),
-        "top": torch.cat([top_NK.cpu().int() for top_NK, _ in likely]),
-        "log_p": torch.cat([log_p_NK.cpu().float() for _, log_p_NK in likely]),
+        "top": torch.cat([top_NK.int() for top_NK, _ in likely]),
+        "log_p": torch.cat([log_p_NK for _, log_p_NK in likely]),
     }
     write_tensors(folder / _TENSORS, tensors, {"vocabulary": vocabulary_of(tokenizer)})
 
@@ -146,9 +145,14 @@ class Lesson:
         return {"texts": len(self.examples), "tokens": self.tokens, "through": through}
 
 
-def read_lesson(folder: Path, tokenizer: Tokenizer) -> Lesson:
-    """The lesson of ``folder`` for a student with this tokenizer; texts that give it no token are left out."""
+def read_lesson(folder: Path, tokenizer: Tokenizer, size: int | None = None) -> Lesson:
+    """The lesson of ``folder`` for a student with this tokenizer; texts that give it no token are left out.
+
+    ``size``: rows of its embedding; the teacher may have more, beyond the vocabulary: they count among all others.
+    """
     tensors = read_tensors(folder / _TENSORS)
+    known_MK = tensors["top"] < (tensors["top"].max() + 1 if size is None else size)
+    top_MK, log_p_MK = tensors["top"].where(known_MK, 0), tensors["log_p"].where(known_MK, -math.inf)
     by_logits = read_metadata(folder / _TENSORS)["vocabulary"] == vocabulary_of(tokenizer)
     told = [json.loads(line) for line in (folder / _TEXTS).read_text().splitlines()]
     rows = [Row(each["row"], _TEXTS, number) for number, each in enumerate(told, start=1)]
@@ -160,7 +164,7 @@ def read_lesson(folder: Path, tokenizer: Tokenizer) -> Lesson:
     examples, at = [], 0
     for each, row, prompt in zip(told, rows, prompts_of(tokenizer, rows), strict=True):
         span = slice(at, at := at + each["tokens"])
-        taught = Taught(tensors["top"][span], tensors["log_p"][span])
+        taught = Taught(top_MK[span], log_p_MK[span])
         examples.append(Example(row, prompt, (tuple(tensors["ids"][span].tolist()),), ("",), taught=taught))
     return Lesson(examples, tokens, by_logits)
 
@@ -177,7 +181,7 @@ def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, sta
     """
     training = steps_of(recipe)
     assert training is not None and recipe.distil is not None
-    lesson = read_lesson(folder, tokenizer)
+    lesson = read_lesson(folder, tokenizer, model.get_input_embeddings().weight.shape[0])
     starts = fitting(model, starts)
     if not starts.adapters:
         raise NotRunnable(what="Distilling", reason="; ".join(starts.refused.values()))

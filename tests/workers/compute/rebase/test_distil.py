@@ -152,6 +152,17 @@ def test_equal_texts_are_taught_or_held_out_and_not_both(teacher: Adapter, tmp_p
     assert 0.7 <= len(learnt) / len(texts) <= 0.8
 
 
+def test_tokens_that_only_the_teacher_has_rows_for_count_among_the_others(teacher: Adapter, tmp_path: Path) -> None:
+    folder = written(tmp_path, teacher, likeliest=259)
+    cut = [example.taught for example in read_lesson(folder, TOKENIZER, 200).examples]
+    assert all(said is not None and int(said.top_TK.max()) < 200 for said in cut)
+    whole = [example.taught for example in read_lesson(folder, TOKENIZER).examples]
+    for some, every in zip(cut, whole, strict=True):
+        assert some is not None
+        assert every is not None
+        assert torch.equal(some.log_p_TK == -torch.inf, every.top_TK >= 200)
+
+
 def test_what_is_half_written_is_no_lesson(lesson: Path, tmp_path: Path) -> None:
     assert is_written(lesson)
     (tmp_path / "lesson.jsonl").write_bytes((lesson / "lesson.jsonl").read_bytes())
