@@ -237,8 +237,8 @@ def _because(row: "DecisionInfo") -> str:
     data = row.data
     match row.kind:
         case "route":
-            signals = ", ".join(f"{name} {number(value)}" for name, value in data["signals"].items())
-            return f"{data['fit']}{f' ({signals})' if signals else ''}: {' → '.join(data['tiers']) or 'freeze'}"
+            told = _signals(data["signals"])
+            return f"{data['fit']}{f' ({told})' if told else ''}: {' → '.join(data['tiers']) or 'freeze'}"
         case "verdict":
             return f"{data['steps']} steps, {data['seconds']:.0f} s: {data['verdict']['reason']}"
         case "outcome" | "rolled-back":
@@ -250,6 +250,13 @@ def _because(row: "DecisionInfo") -> str:
         case "paused":
             return "running jobs stopped too" if data["running"] else ""
     return str(data.get("reason", ""))
+
+
+def _signals(signals: dict[str, Any]) -> str:
+    known = {name: value for name, value in signals.items() if value is not None and value != "unknown"}
+    return ", ".join(
+        f"{name} {number(value) if isinstance(value, int | float) else value}" for name, value in known.items()
+    )
 
 
 def _request(
@@ -338,17 +345,28 @@ def _took(info: "CampaignInfo") -> str:
 def _plan(info: "CampaignInfo") -> None:
     _heading(info)
     table(
-        ["adapter", "alias", "serving", "fit", "action", "route", "gate", "retraining costs", "why"],
+        ["adapter", "alias", "serving", "fit", "signals", "action", "route", "expected", "gate", "data",
+         "retraining costs", "why"],
         (
-            [item.adapter, item.alias, item.serving, item.fit, item.plan.get("action"), item.plan.get("route"),
-             _gates(item.plan), _cost_of_retraining(item.plan), item.reason]
+            [item.adapter, item.alias, item.serving, item.fit, _signals(item.plan["signals"]), item.plan["action"],
+             item.plan["route"], _expected(item.plan), _gates(item.plan), ", ".join(item.plan["data"]),
+             _cost_of_retraining(item.plan), item.reason]
             for item in info.items
         ),
         empty="No adapter is bound to the old weights.",
     )  # fmt: skip
     for item in info.items:
-        for missing in item.plan.get("missing") or []:
-            click.echo(f"{item.adapter}: {missing}")
+        for told in (*item.plan["because"], *item.plan["missing"]):
+            click.echo(f"{item.adapter}: {told}")
+
+
+def _expected(plan: dict[str, Any]) -> str:
+    """Per tier of the route what it took before; a question mark where no upgrade of this shape was seen."""
+    known = {found["tier"]: found for found in plan["expected"]}
+    return "; ".join(
+        f"{tier}: {_cost(known[tier])} (of {known[tier]['seen']})" if tier in known else f"{tier}: ?"
+        for tier in plan["tiers"]
+    )
 
 
 def _gates(plan: dict[str, Any]) -> str:
@@ -376,7 +394,7 @@ def _row(item: "CampaignItemInfo") -> list[object]:
 
 def _cost(spent: dict[str, Any]) -> str:
     steps, seconds = spent.get("steps"), spent.get("seconds")
-    return f"{steps if steps is not None else '?'} steps, {f'{seconds:.0f}' if seconds is not None else '?'} s"
+    return f"{f'{steps:g}' if steps is not None else '?'} steps, {f'{seconds:.0f}' if seconds is not None else '?'} s"
 
 
 HEADINGS = ["adapter", "alias", "state", "tier", "serving", "final", "metric",

@@ -62,6 +62,8 @@ class Upgrade:
     harness: Callable[[Job], str] = lambda _: HARNESS
     tiers: dict[str, str] = field(default_factory=dict)
     """digest -> the tier that made it"""
+    drift: float | None = None
+    """Of every tensor between the bases, where it is measured."""
     names: int = 0
 
     def __post_init__(self) -> None:
@@ -115,13 +117,15 @@ class Upgrade:
         self.world.push_base(folder or self.v2, line="demo")
         return self.begin_again(who, **request)
 
-    def begin_again(self, who: Caller = ADMIN, **request: Any) -> str:
-        """Plan and start on the bases that are there."""
+    def begin_again(self, who: Caller = ADMIN, *, compare: bool = True, **request: Any) -> str:
+        """Plan and start on the bases that are there; with ``compare`` the drift between them is measured at once."""
         self.world.grant(who)
         with self.world.database.write() as session:
             asked = UpgradeRequest(line="demo", to="demo", **request)
             campaign = campaigns.create(session, who, asked, self.world.now)
             campaigns.start(session, who, campaign.id, self.world.now)
+        if compare:
+            self.work_one()
         return campaign.id
 
     # ── what the daemons and the worker do ───────────────────────────────────
@@ -179,7 +183,9 @@ class Upgrade:
         """What the worker finishes a job with."""
         match job.kind:
             case "compare":
-                return FinishRequest(attempt=job.attempt, result={"cast": None, "drift": {}, "median": 0.1})
+                names = base_of(self.v1).by_name if self.drift is not None else ()
+                drift = dict.fromkeys(names, self.drift)
+                return FinishRequest(attempt=job.attempt, result={"cast": None, "drift": drift, "median": self.drift})
             case "evaluate":
                 wanted = [*job.recipe["adapters"], *([None] if job.recipe["bare"] else [])]
                 harness = self.harness(job)
@@ -190,7 +196,7 @@ class Upgrade:
                 return FinishRequest(attempt=job.attempt, result={"seconds": 1.0}, evaluations=scored)
             case _:
                 push = self._make(job)
-                steps = {"carry": 0, "warm-start": 20, "distil": 30, "retrain": 40}[job.recipe["tier"]]
+                steps = {"carry": 0, "warm-start": 20, "distil": 30, "retrain": 40}[_tier(job)]
                 return FinishRequest(attempt=job.attempt, result={"steps": steps, "seconds": 2.0}, pushes=[push])
 
     def _skill(self, job: Job, digest: str | None) -> Skill:
@@ -202,12 +208,13 @@ class Upgrade:
         self.names += 1
         on = next(f for f in self.folder.iterdir() if (f / "config.json").exists() and _digest(f) == job.base)
         folder = tiny_adapter(self._folder(), on, seed=100 + self.names, record_base=True)
-        lineage = Lineage(parents=(job.recipe["adapter"],), recipe=job.recipe)
+        parents = (job.recipe["adapter"],) if job.kind == "rebase" else ()
+        lineage = Lineage(parents=parents, recipe=job.recipe)
         request, contents = request_of(scan_folder("adapter", folder, base=base_of(on).digest, lineage=lineage))
         info = self.world.open("adapter", job.output["adapter"], request, WORKER, job=job)
         self.world.send(info, contents)
         self.world.commit(info.id, WORKER)
-        self.tiers[info.version_digest] = job.recipe["tier"]
+        self.tiers[info.version_digest] = _tier(job)
         return info.id
 
     def _folder(self) -> Path:
@@ -243,6 +250,11 @@ class Upgrade:
 
     def items(self) -> list[CampaignItem]:
         return self.world.all(select(CampaignItem).order_by(col(CampaignItem.id)))
+
+
+def _tier(job: Job) -> str:
+    """The tier that a job is for; a training that nothing was left to start from is a retraining."""
+    return str(job.recipe.get("tier", "retrain"))
 
 
 def _digest(folder: Path) -> str:

@@ -35,6 +35,7 @@ from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
 from .recipes import RESHAPES, TRAINED, Tier
+from .route import Route, Signals, route
 
 FitClass = Literal["exact", "derived", "targets-equal", "same-shape", "incompatible", "unknown"]
 CARRIES: frozenset[FitClass] = frozenset({"exact", "derived", "targets-equal", "same-shape"})
@@ -98,6 +99,15 @@ class TierFacts(Frozen):
     """What its job said of how it went: where it started, its candidates, its signals."""
 
 
+class Expected(Frozen):
+    """What a tier took, evaluation included: the median over ``seen`` adapters of the same base, targets and rank."""
+
+    tier: Tier
+    steps: float
+    seconds: float
+    seen: int
+
+
 class SuiteFacts(Frozen):
     """A suite that the policy names."""
 
@@ -130,8 +140,12 @@ class Facts(Frozen):
     fit: FitClass = "unknown"
     """How the serving version stands to the new base."""
     fit_reason: str = ""
-    signals: dict[str, Any] = Field(default_factory=dict)
-    """What was measured between the two bases for what this adapter patches; routing starts from it, nothing more."""
+    signals: Signals = Signals()
+    """What was measured between the two bases for what this adapter patches, as it was when the work began."""
+    measuring: bool = False
+    """Whether the two bases are just being compared: the route waits for it."""
+    expected: tuple["Expected", ...] = ()
+    """What tiers took for adapters of this shape before."""
     shape: str = ""
     """What costs are alike for: the new base's architecture and size, the adapter's targets and rank."""
     runnable: bool = True
@@ -418,7 +432,9 @@ def _cascade(facts: Facts) -> Step:
     references, lost = _references(facts, policy)
     if lost:
         return Step(State.FAILED, (Fail(lost),))
-    for tier in possible_tiers(facts):
+    if facts.measuring and not facts.tiers:
+        return Step(State.PLANNED, references or (Wait("the drift between the bases is being measured"),))
+    for tier in routed(facts).tiers:
         mine = facts.tier(tier)
         if mine.verdict or mine.produce.lost or mine.evaluate.lost:
             continue
@@ -428,7 +444,8 @@ def _cascade(facts: Facts) -> Step:
         working = tuple(action for action in actions if not isinstance(action, Wait))
         return Step(State.RUNNING, working or actions[:1])
     if any(mine.verdict for mine in facts.tiers):
-        return Step(State.FROZEN, (Freeze(f"no tier passed; {_nearest(facts)}"),))
+        skipped = "".join(f"; {tier} was not tried: {why}" for tier, why in routed(facts).skipped)
+        return Step(State.FROZEN, (Freeze(f"no tier passed; {_nearest(facts)}{skipped}"),))
     return Step(State.FAILED, (Fail(f"no tier could be judged; {_nearest(facts)}"),))
 
 
@@ -538,10 +555,15 @@ def possible_tiers(facts: Facts) -> tuple[Tier, ...]:
     return tuple(tier for tier in facts.policy.tiers if not _missing_for(tier, facts))
 
 
+def routed(facts: Facts) -> Route:
+    """Which of the tiers that can be run are tried, in which order, and why the others are not."""
+    return route(facts.signals, possible_tiers(facts))
+
+
 def tier_alphas(facts: Facts) -> dict[Tier, float]:
-    """What each tier that can be run may spend of the policy's α; of all the policy's tiers, where none can."""
+    """What each tier that is tried may spend of the policy's α; of all the policy's tiers, where none can be run."""
     policy = facts.policy
-    return shares(policy.alpha, possible_tiers(facts) or policy.tiers) if policy else {}
+    return shares(policy.alpha, routed(facts).tiers or policy.tiers) if policy else {}
 
 
 def _missing_for(tier: Tier, facts: Facts) -> str | None:
@@ -551,6 +573,8 @@ def _missing_for(tier: Tier, facts: Facts) -> str | None:
     if tier != "retrain" and tier not in RESHAPES and facts.fit not in CARRIES:
         detail = f" ({facts.fit_reason})" if facts.fit_reason else ""
         return f"{tier} needs a base of the same shapes; this one is {facts.fit}{detail}"
+    if not facts.old_weights and tier != "retrain":
+        return f"{tier} reads the old weights, which are not here: loractl base push DIR --line {facts.line or 'LINE'}"
     if tier in TRAINED and not facts.recipe:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"
     if tier in TRAINED and not facts.datasets:
@@ -599,8 +623,15 @@ class PlanLine(Frozen):
     adapter: str
     alias: str
     fit: FitClass
+    signals: Signals
     tiers: tuple[Tier, ...]
     """What would be tried, in this order; empty when it would be frozen at once."""
+    because: tuple[str, ...]
+    """Why in this order, and why what is left out is."""
+    expected: tuple[Expected, ...]
+    """What those tiers took before; a tier without a line is not known yet."""
+    data: tuple[str, ...]
+    """What there is to train and to carry with: its recipe, the recipe's datasets, retained inputs."""
     action: Literal["auto", "ask", "frozen"]
     missing: tuple[str, ...]
     """What keeps it, or its dearer tiers, from running, each with the command that supplies it."""
@@ -622,11 +653,16 @@ def plan_line(facts: Facts) -> PlanLine:
     sizes = {suite.suite: suite.gate_n for suite in facts.suites}
     gates = () if policy is None else (*policy.gates, *([policy.guard] if policy.guard else []))
     lacking = () if policy is None else tuple(why for tier in policy.tiers if (why := _missing_for(tier, facts)))
+    route_ = routed(facts)
     return PlanLine(
         adapter=facts.adapter,
         alias=facts.alias,
         fit=facts.fit,
-        tiers=() if blockers else possible_tiers(facts),
+        signals=facts.signals,
+        tiers=() if blockers else route_.tiers,
+        because=(*route_.reasons, *(f"{tier} is left out: {why}" for tier, why in route_.skipped)),
+        expected=tuple(known for known in facts.expected if known.tier in route_.tiers),
+        data=_data(facts),
         action="frozen" if policy is None else policy.action,
         missing=blockers + (lacking if not blockers or possible_tiers(facts) else ()),
         suites=tuple(
@@ -637,6 +673,14 @@ def plan_line(facts: Facts) -> PlanLine:
         retrain_steps=facts.trained_steps,
         retrain_seconds=facts.trained_seconds,
     )
+
+
+def _data(facts: Facts) -> tuple[str, ...]:
+    there = {
+        "recipe": facts.recipe, "datasets": facts.datasets, "old weights": facts.old_weights,
+        "new weights": facts.new_weights, "retained inputs": bool(facts.policy and facts.policy.retained),
+    }  # fmt: skip
+    return tuple(what for what, has in there.items() if has)
 
 
 # ── the report ───────────────────────────────────────────────────────────────

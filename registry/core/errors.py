@@ -523,6 +523,12 @@ class CampaignExists(Conflict):
     help = "Watch it: loractl upgrade status {id}; or end it: loractl upgrade abort {id}"
 
 
+class NotASuccessor(Conflict):
+    code = "not-a-successor"
+    says = "Base {base} is no successor of {old} in line '{line}': {why}."
+    help = "See the line: loractl base list --line {line}; add a revision to it: loractl base push DIR --line {line}"
+
+
 class ItemsDiffer(Invalid):
     code = "items-differ"
     says = "Cannot pair the records of {left} and {right}: {reason}"

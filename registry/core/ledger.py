@@ -13,13 +13,16 @@ What an adapter's step decided is the difference between two looks at its item, 
 writes nothing twice. Expected costs (`registry.services.ledger`) and the thresholds of routing are read from here.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
-from .campaign import Item, State, TierFacts, cost, possible_tiers, tier_alphas
+from .campaign import Item, State, TierFacts, cost, routed, tier_alphas
+from .gate import Zone
 from .manifest import Frozen
 from .recipes import Tier
+from .route import Outcome, Signals
 
 Kind = Literal[
     "started", "paused", "resumed", "aborted", "finished", "route", "replanned", "verdict", "lost", "approved",
@@ -53,6 +56,42 @@ def decided(before: Item, after: Item) -> list[Entry]:
     return entries
 
 
+def outcomes(rows: Iterable[Mapping[str, Any]]) -> list[Outcome]:
+    """What routing can be refitted from (`registry.core.route.refitted`): one per adapter of a campaign that ended.
+
+    ``rows`` are the ledger's, in order, as ``loractl upgrade ledger --json`` gives them. An adapter of which nothing
+    was tried, or of which nobody knows what a training takes, says nothing and is left out.
+    """
+    of: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["adapter"] is not None:
+            of.setdefault((row["campaign"], row["adapter"], row["alias"]), []).append(row)
+    return [found for decisions in of.values() if (found := _outcome_of(decisions))]
+
+
+def _outcome_of(decisions: list[Mapping[str, Any]]) -> Outcome | None:
+    signals, retraining = None, None
+    tried: dict[Tier, Mapping[str, Any]] = {}
+    for row in decisions:
+        match row["kind"]:
+            case "replanned":
+                tried = {}
+            case "route":
+                signals = Signals.model_validate(row["data"]["signals"])
+            case "verdict":
+                tried[row["tier"]] = row["data"]
+            case "outcome":
+                retraining = row["data"]["cost"]["retrain_seconds"]
+    if signals is None or not tried or not retraining:
+        return None
+    return Outcome(
+        signals=signals,
+        seconds={tier: data["seconds"] for tier, data in tried.items()},
+        passed=frozenset(tier for tier, data in tried.items() if data["verdict"]["zone"] == Zone.PASS),
+        retrain_seconds=retraining,
+    )
+
+
 def outcome(item: Item) -> dict[str, Any]:
     """How an adapter ended."""
     spent = cost(item.facts)
@@ -65,7 +104,7 @@ def outcome(item: Item) -> dict[str, Any]:
 
 
 def _route(item: Item) -> dict[str, Any]:
-    facts = item.facts
+    facts, way = item.facts, routed(item.facts)
     return {
         "old": facts.old,
         "new": facts.new,
@@ -73,8 +112,10 @@ def _route(item: Item) -> dict[str, Any]:
         "source": facts.source or facts.serving,
         "fit": facts.fit,
         "why": facts.fit_reason,
-        "signals": facts.signals,
-        "tiers": list(possible_tiers(facts)),
+        "signals": facts.signals.model_dump(mode="json", exclude_none=True),
+        "tiers": list(way.tiers),
+        "because": list(way.reasons),
+        "skipped": dict(way.skipped),
         "alpha": tier_alphas(facts),
         "suites": {suite.suite: suite.gate_n for suite in facts.suites},
     }

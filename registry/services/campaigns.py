@@ -30,6 +30,7 @@ from registry.core.errors import (
     EvidenceTooWeak,
     LoractlError,
     MoveNotAllowed,
+    NotASuccessor,
     ScopeMissing,
     TokenRefused,
     Unavailable,
@@ -60,7 +61,7 @@ from registry.db.models import (
 from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, Scope, UpgradeRequest
 from registry.storage.base import BlobStore
 
-from . import aliases, bases, gates, jobs, ledger, policies
+from . import aliases, bases, fits, gates, jobs, ledger, policies
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import find_data, nearest
@@ -99,6 +100,10 @@ def plan(
     assert new.id is not None and old.id is not None
     if new.id == old.id:
         raise BadRequest(problems=f"{request.to} is what the line had before: nothing changes")
+    numbers = _numbers(session, line.id)
+    if numbers.get(new.id, math.inf) < numbers.get(old.id, 0):
+        why = f"it is r{numbers[new.id]}, and the other r{numbers[old.id]}"
+        raise _no_successor(session, line.name, old, new, why)
     campaign = Campaign(
         id=f"c{secrets.token_hex(8)}",
         line_id=line.id,
@@ -159,6 +164,18 @@ def _told(error: Exception) -> str:
     return error.message if isinstance(error, LoractlError) else f"{type(error).__name__}: {error}"[:500]
 
 
+def _numbers(session: Session, line_id: int) -> dict[int, int]:
+    """base -> the newest revision of the line that it is."""
+    query = select(Revision.base_id, Revision.number).where(Revision.line_id == line_id)
+    return dict(session.exec(query.order_by(col(Revision.number))).all())
+
+
+def _no_successor(session: Session, line: str, old: Base, new: Base, why: str) -> NotASuccessor:
+    assert old.id is not None and new.id is not None
+    called = bases.labels(session, [old, new])
+    return NotASuccessor(base=called[new.id], old=called[old.id], line=line, why=why)
+
+
 def _before(session: Session, line: str, new: Base) -> Base:
     query = select(Base, Revision.number).join(Revision).join(Line).where(Line.name == line)
     rows = session.exec(query.order_by(col(Revision.number).desc())).all()
@@ -186,6 +203,9 @@ def _gated(session: Session, old: Base) -> list[tuple[Adapter, Alias]]:
 def create(session: Session, caller: Caller, request: UpgradeRequest, now: datetime) -> Campaign:
     """Store the plan; `CampaignExists` while another one of the line runs. One that nobody started makes room."""
     campaign, items = plan(session, caller, request, now)
+    if campaign.new_id not in _numbers(session, campaign.line_id):
+        old, new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
+        raise _no_successor(session, request.line, old, new, "it is no revision of that line")
     active = _active(session, campaign.line_id)
     if active is not None and not _makes_room(session, active, campaign, now):
         raise _exists(session, active)
@@ -613,6 +633,8 @@ class _Work:
         }
         if action.tier in TRAINED:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
+        if not facts.old_weights:  # nothing to begin from: the recorded recipe, from scratch
+            recipe = self._anew(action.adapter)
         message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
         output = Output(adapter=facts.adapter, message=f"{message}, campaign {self.campaign.id}")
         try:
@@ -620,6 +642,11 @@ class _Work:
         except LoractlError as error:  # it cannot even be planned: the next tier
             progress = Progress(job=JobState.FAILED, error=error.message)
         return facts.with_tier(facts.tier(action.tier).model_copy(update={"produce": progress}))
+
+    def _anew(self, adapter: str) -> dict[str, Any]:
+        training = jobs.training_of(self.session, self._version(adapter), self.new.digest)
+        assert training is not None  # else the machine does not ask for it
+        return training.model_dump(mode="json")
 
     def _evaluate(self, facts: Facts, base: Base, version: str | None) -> None:
         """Ask for what has no evaluation yet, the bare base in the same job."""
@@ -795,6 +822,9 @@ def _facts(
     made = session.get(Job, source.job_id) if source.job_id else None
     fit = fit_of(session, source, new)
     line = session.get_one(Line, campaign.line_id)
+    old_of_source = session.get_one(Base, source.base_id)
+    shape = f"{new.model_type} {new.parameters} {_targets(session, source)} r{source.rank}"
+    begun = known if item.state != State.PLANNED else None  # what it was begun on stays
     facts = Facts(
         adapter=f"{adapter.namespace}/{adapter.name}",
         alias=item.alias,
@@ -809,8 +839,12 @@ def _facts(
         policy=policy,
         fit=fit.fit,
         fit_reason="; ".join(f"{r['subject']} {r['text']}".strip() for r in fit.reasons[:2]),
-        signals={"drift": fit.drift} if fit.drift is not None else {},
-        shape=f"{new.model_type} {new.parameters} {_targets(session, source)} r{source.rank}",
+        signals=begun.signals
+        if begun
+        else fits.signals(session, old=old_of_source, new=new, target_set_id=source.target_set_id),
+        measuring=begun is None and _compares(session, old_of_source, new),
+        expected=begun.expected if begun else ledger.expected(session, shape),
+        shape=shape,
         runnable=serving.runnable,
         old_weights=old.weights == "full",
         new_weights=new.weights == "full",
@@ -841,6 +875,12 @@ def _facts(
         }
     )
     return found.under(rules)
+
+
+def _compares(session: Session, old: Base, new: Base) -> bool:
+    """Whether a job compares the two right now."""
+    query = select(Job.recipe).where(col(Job.state).in_(_ACTIVE), Job.kind == "compare", Job.base == new.digest)
+    return any(recipe.get("old") == old.digest for recipe in session.exec(query))
 
 
 def _original(session: Session, version: Version) -> Version:

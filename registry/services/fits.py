@@ -16,6 +16,7 @@ from registry.core.fit import Derivation as Descent
 from registry.core.fit import TargetSet as Targets
 from registry.core.fit import classify
 from registry.core.manifest import canonical_json
+from registry.core.route import Signals
 from registry.db.models import Base, BaseTable, Derivation, TargetFit, TargetSet, Version
 
 from .blobs import add_once
@@ -119,6 +120,24 @@ def _targets(session: Session, target_id: int) -> Targets:
     row = session.get(TargetSet, target_id)
     assert row is not None
     return Targets(tuple(json.loads(row.body)))
+
+
+def signals(session: Session, *, old: Base, new: Base, target_set_id: int | None) -> Signals:
+    """What was measured between two bases for adapters with this target set: what routing starts from."""
+    assert old.id is not None and new.id is not None
+    if old.id == new.id:
+        return Signals(lineage="same")
+    if target_set_id is None:
+        return Signals()
+    descent = _descent(session, old.id, new.id)
+    drift = measured_drift(session, old_id=old.id, new_id=new.id) or {}
+    found = [drift[name] for name in _targets(session, target_set_id).tensors if isinstance(drift.get(name), float)]
+    stored = session.get(TargetFit, (old.id, new.id, target_set_id))
+    return Signals(
+        lineage=descent.kind if descent else "continued" if drift else "unknown",
+        drift=stored.drift if stored else None,
+        most=max(found, default=None),
+    )
 
 
 def measured_drift(session: Session, *, old_id: int, new_id: int) -> dict[str, float] | None:

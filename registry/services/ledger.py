@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from statistics import median
+from typing import Any, get_args
 
 from sqlmodel import Session, col, select
 
-from registry.core.campaign import Item
+from registry.core.campaign import Expected, Item
 from registry.core.ledger import Entry, Kind, decided
 from registry.core.names import SeriesName
+from registry.core.recipes import Tier
 from registry.db.models import Adapter, Campaign, CampaignItem, Decision, Line, Token
 from registry.schemas import DecisionInfo
 
 from .tokens import Caller
+
+_REMEMBERED = 500
 
 
 def note(
@@ -58,6 +62,20 @@ def _write(
             actor=by.token_id if by else None,
             at=now,
         )
+    )
+
+
+def expected(session: Session, shape: str) -> tuple[Expected, ...]:
+    """What tiers took for adapters of this shape: medians over the newest `_REMEMBERED` decisions."""
+    query = select(Decision.tier, Decision.data).where(Decision.kind == "verdict")
+    query = query.where(col(Decision.data)["shape"].as_string() == shape).order_by(col(Decision.id).desc())
+    took: dict[str | None, list[tuple[float, float]]] = {}
+    for tier, data in session.exec(query.limit(_REMEMBERED)):
+        took.setdefault(tier, []).append((data["steps"], data["seconds"]))
+    return tuple(
+        Expected(tier=tier, steps=median(s for s, _ in all_), seconds=median(s for _, s in all_), seen=len(all_))
+        for tier in get_args(Tier)
+        if (all_ := took.get(tier))
     )
 
 

@@ -14,6 +14,7 @@ from registry.core.campaign import (
     EvaluateBareOld,
     EvaluateCandidate,
     EvaluateServing,
+    Expected,
     Facts,
     Fail,
     FitClass,
@@ -37,11 +38,13 @@ from registry.core.campaign import (
     next_actions,
     plan_line,
     possible_tiers,
+    tier_alphas,
 )
 from registry.core.gate import Criterion, Name, Verdict, Zone
 from registry.core.lifecycle import JobState
 from registry.core.policy import Gate, Margin, Policy
 from registry.core.recipes import TIERS, Tier
+from registry.core.route import Signals
 
 OLD, NEW = "b3:" + "1" * 64, "b3:" + "2" * 64
 SERVING, OTHER = "sha256:" + "a" * 64, "sha256:" + "f" * 64
@@ -490,3 +493,43 @@ def test_items_survive_json() -> None:
     item = Item(state=State.RUNNING, facts=having(judged("carry", verdict(Zone.FAIL)), policy=Policy(gates=(OF_GAIN,))))
     assert Item.model_validate_json(item.model_dump_json()) == item
     assert Item.model_validate(item.model_dump(mode="json")) == item
+
+
+# ── routes ───────────────────────────────────────────────────────────────────
+
+
+def test_while_the_bases_are_compared_only_references_are_scored_and_the_route_waits() -> None:
+    facts = FACTS.model_copy(update={"measuring": True})
+    step = next_actions(State.PLANNED, facts)
+    assert step == Step(State.PLANNED, (EvaluateServing(SERVING, OLD), EvaluateBare(NEW)))
+    ready = READY.model_copy(update={"measuring": True})
+    assert isinstance(only(next_actions(State.PLANNED, ready)), Wait)
+
+
+def test_what_the_signals_leave_out_is_not_tried_and_has_no_share_of_alpha() -> None:
+    facts = READY.model_copy(update={"signals": Signals(lineage="continued", drift=0.5, most=0.6)})
+    assert only(next_actions(State.PLANNED, facts)) == Produce("warm-start", SERVING, OLD, NEW)
+    assert tier_alphas(facts) == {"warm-start": 0.01, "retrain": 0.01}
+    plan = plan_line(facts)
+    assert plan.route == "warm-start → retrain"
+    assert any("carry is left out: drift 0.5" in why for why in plan.because)
+    failed = [judged(tier, verdict(Zone.FAIL)) for tier in ("warm-start", "retrain")]
+    frozen = next_actions(State.RUNNING, having(*failed, base=facts))
+    assert "carry was not tried: drift 0.5" in frozen.reason
+
+
+def test_without_the_old_weights_retraining_from_scratch_remains_where_what_serves_was_scored() -> None:
+    facts = READY.model_copy(update={"old_weights": False})
+    assert possible_tiers(facts) == ("retrain",)
+    assert any("carry reads the old weights" in missing for missing in plan_line(facts).missing)
+    untrained = next_actions(State.PLANNED, facts.model_copy(update={"recipe": False}))
+    assert untrained.state is State.FROZEN
+    assert "loractl base push DIR --line demo" in untrained.reason
+    assert "retrain needs a recipe: loractl policy set" in untrained.reason
+
+
+def test_a_plan_says_what_tiers_took_before_and_what_there_is() -> None:
+    seen = (Expected(tier="carry", steps=0, seconds=3, seen=4), Expected(tier="align", steps=0, seconds=9, seen=1))
+    plan = plan_line(FACTS.model_copy(update={"expected": seen}))
+    assert plan.expected == seen[:1]  # align is not on its route
+    assert plan.data == ("recipe", "datasets", "old weights", "new weights")

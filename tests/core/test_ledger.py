@@ -1,6 +1,7 @@
 """The ledger's entries: the difference between two looks at an adapter, so that nothing is written twice."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,9 +9,11 @@ from hypothesis import strategies as st
 
 from registry.core.campaign import Facts, Item, Progress, State, TierFacts
 from registry.core.gate import Criterion, Verdict, Zone
-from registry.core.ledger import decided
+from registry.core.ledger import decided, outcomes
 from registry.core.lifecycle import JobState
 from registry.core.policy import Gate, Margin, Policy
+from registry.core.recipes import TIERS
+from registry.core.route import refitted
 
 SERVING, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 POLICY = Policy(gates=(Gate(suite="team/suite", metric="accuracy", margin=Margin(value=0.01)),))
@@ -67,3 +70,38 @@ def test_a_lost_tier_says_why(lost: str) -> None:
 
 def test_a_version_that_serves_instead_is_written_down() -> None:
     assert kinds([PATH[3], look(State.RUNNING, serving=OTHER)]) == ["replanned"]
+
+
+def rows(campaign: str, drift: float, *, passed: bool) -> list[dict[str, Any]]:
+    """A ledger's rows of one adapter whose carry passed, or failed and was retrained."""
+    of: dict[str, Any] = {"campaign": campaign, "adapter": "team/bot", "alias": "prod", "tier": None}
+    carry = {"seconds": 3.0, "verdict": {"zone": "pass" if passed else "fail"}}
+    found: list[dict[str, Any]] = [
+        {"campaign": campaign, "adapter": None, "alias": None, "kind": "started", "tier": None, "data": {}},
+        of | {"kind": "route", "data": {"signals": {"lineage": "continued", "drift": drift}}},
+        of | {"kind": "verdict", "tier": "carry", "data": carry},
+    ]
+    if not passed:
+        retrained = {"seconds": 60.0, "verdict": {"zone": "pass"}}
+        found.append(of | {"kind": "verdict", "tier": "retrain", "data": retrained})
+    return [*found, of | {"kind": "outcome", "data": {"cost": {"retrain_seconds": 60.0}}}]
+
+
+def test_thresholds_are_refitted_from_what_a_ledger_says() -> None:
+    """At a drift of 0.02 the carry does, at 0.08 it is tried in vain: a threshold between them saves its cost."""
+    ledger = [*rows("c1", 0.02, passed=True), *rows("c2", 0.08, passed=False)]
+    found = refitted(outcomes(ledger), TIERS)
+    assert found.thresholds.carry == pytest.approx(0.05)
+    assert found.before == pytest.approx(3 / 60 / 2)
+    assert found.after == 0
+
+
+def test_what_says_nothing_of_routing_is_left_out() -> None:
+    unknown = rows("c1", 0.02, passed=True)
+    unknown[-1]["data"] = {"cost": {"retrain_seconds": None}}
+    assert outcomes(unknown) == []
+    assert outcomes(rows("c1", 0.02, passed=True)[:2]) == []
+    anew = rows("c1", 0.02, passed=False)
+    replanned = {**anew[1], "kind": "replanned", "data": {}}
+    [found] = outcomes([*anew[:-1], replanned, *anew[1:3], anew[-1]])
+    assert set(found.seconds) == {"carry"}, "what was tried for the version before says nothing of this one"

@@ -16,6 +16,7 @@ from registry.core.errors import (
     CampaignExists,
     CampaignNotFound,
     MoveNotAllowed,
+    NotASuccessor,
     ScopeMissing,
     Unavailable,
 )
@@ -23,7 +24,7 @@ from registry.core.manifest import Lineage
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.core.recipes import FineTune
-from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Evaluation, Job, Token, Version
+from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Decision, Evaluation, Job, Token, Version
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, JobRequest, UpgradeRequest
 from registry.services import aliases, campaigns, jobs
@@ -1011,3 +1012,78 @@ def test_taking_back_needs_the_right_to_promote(upgrade: Upgrade) -> None:
     for adapter in ("team/bot", None):
         with pytest.raises(ScopeMissing):
             _roll_back(upgrade, campaign, adapter, caller("reader", team=["read", "publish"]))
+
+
+# ── routes ───────────────────────────────────────────────────────────────────
+
+
+def test_a_route_waits_for_the_comparison_of_the_bases_and_follows_it(upgrade: Upgrade) -> None:
+    upgrade.drift = 0.5
+    upgrade.skills |= {"carry": 1.0, "warm-start": 1.0}
+    upgrade.begin(compare=False)
+    upgrade.tick()
+    assert upgrade.state() == "planned"
+    assert {job.kind for job in upgrade.jobs("queued")} == {"compare", "evaluate"}
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "warm-start")
+    assert upgrade.item().plan["signals"]["drift"] == upgrade.item().plan["signals"]["most"] == 0.5
+    assert not [job for job in upgrade.jobs() if job.recipe.get("tier") == "carry"]
+
+
+def test_a_comparison_that_fails_leaves_the_route_as_it_is(upgrade: Upgrade) -> None:
+    upgrade.fails.add("compare")
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "carry")
+
+
+def test_where_the_old_weights_are_gone_what_was_scored_before_is_retrained_from_scratch(upgrade: Upgrade) -> None:
+    upgrade.skills["retrain"] = 1.0
+    first = upgrade.begin()
+    upgrade.tick()
+    upgrade.work()
+    with upgrade.world.database.write() as session:
+        campaigns.abort(session, ADMIN, first, "", upgrade.world.now)
+        base = session.exec(select(Base).where(Base.digest == upgrade.old)).one()
+        base.weights = "absent"
+        session.add(base)
+    upgrade.begin_again(compare=False)
+    assert upgrade.item().plan["route"] == "retrain"
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "retrain")
+    assert [job.kind for job in upgrade.jobs("succeeded") if job.output["adapter"]][-1] == "finetune"
+
+
+# ── bases that are none to go to ─────────────────────────────────────────────
+
+
+def _plan(upgrade: Upgrade, **request: str) -> None:
+    with upgrade.world.database.write() as session:
+        campaigns.create(session, ADMIN, UpgradeRequest(line="demo", **request), upgrade.world.now)
+
+
+def test_a_base_that_is_no_revision_of_the_line_is_no_successor(upgrade: Upgrade, tmp_path: Path) -> None:
+    upgrade.world.push_base(tiny_base(tmp_path / "foreign", seed=9), line="other")
+    with pytest.raises(NotASuccessor, match="other@r1 is no successor of demo@r1 in line 'demo': it is no revision"):
+        _plan(upgrade, to="other@r1")
+    with upgrade.world.database.read() as session:  # what it would do may be asked all the same
+        request = UpgradeRequest(line="demo", to="other@r1")
+        assert len(campaigns.plan(session, ADMIN, request, upgrade.world.now)[1]) == 1
+
+
+def test_an_older_revision_is_no_successor(upgrade: Upgrade) -> None:
+    upgrade.world.push_base(upgrade.v2, line="demo")
+    with pytest.raises(NotASuccessor, match="it is r1, and the other r2"):
+        _plan(upgrade, to="demo@r1", old="demo@r2")
+    with pytest.raises(BadRequest, match="nothing changes"):
+        _plan(upgrade, to="demo@r2", old="demo@r2")
+
+
+def test_a_campaign_that_is_started_twice_is_started_once(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    before = len(upgrade.jobs())
+    with upgrade.world.database.write() as session:
+        campaigns.start(session, ADMIN, campaign, upgrade.world.now)
+    assert len(upgrade.jobs()) == before
+    assert len(upgrade.world.all(select(Decision).where(Decision.kind == "started"))) == 1

@@ -1,13 +1,16 @@
 """The ledger: what an upgrade decided, written once, in order, and seen by whoever may see the adapters."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.rebase import refit
 from registry.schemas import DecisionInfo
 from registry.services import campaigns, ledger
 from registry.services.tokens import Caller
+from tests.factories import tiny_base
 from tests.upgrade import POLICY, Upgrade
 from tests.world import ADMIN, World, caller
 
@@ -80,3 +83,35 @@ def test_what_an_adapter_decided_is_shown_to_its_readers_only(upgrade: Upgrade) 
     assert {row.adapter for row in rows(upgrade, adapter="team/bot")} == {"team/bot"}
     assert rows(upgrade, line="demo") == rows(upgrade)
     assert rows(upgrade, line="other") == []
+
+
+def test_a_plan_expects_what_the_same_tiers_took_before(upgrade: Upgrade, tmp_path: Path) -> None:
+    upgrade.serve("team/other", seed=1)
+    upgrade.begin()
+    assert upgrade.item().plan["expected"] == []
+    upgrade.run()
+    upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3))
+    assert upgrade.item().plan["expected"] == [
+        {"tier": "carry", "steps": 0.0, "seconds": 3.0, "seen": 2},
+        {"tier": "warm-start", "steps": 20.0, "seconds": 3.0, "seen": 2},
+    ]
+
+
+def test_routing_is_refitted_from_a_ledger(upgrade: Upgrade, tmp_path: Path) -> None:
+    """At a drift of 0.02 the carry does, at 0.08 it is tried in vain: a threshold between them saves its cost."""
+    upgrade.skills = {"serving": 1.0, "carry": 1.0, "warm-start": 0.5, "retrain": 1.0}
+    upgrade.drift = 0.08
+    upgrade.skills["carry"] = 0.5
+    upgrade.begin()
+    upgrade.run()
+    upgrade.drift = 0.02
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3))
+    upgrade.run()
+    file = tmp_path / "ledger.json"
+    file.write_text(json.dumps([row.model_dump(mode="json") for row in rows(upgrade)]))
+    found = refit.refit(file)
+    assert (found.outcomes, found.after < found.before) == (2, True)
+    assert found.thresholds.carry == pytest.approx(0.05)
+    file.write_text("[]")
+    assert "Nothing to refit from" in refit.told(refit.refit(file))
