@@ -181,13 +181,26 @@ def abort(out: Output, campaign: str) -> None:
     out.emit(info, lambda: _status(info))
 
 
-@command(upgrade, "loractl upgrade report", "loractl upgrade report c0123 > report.md")
+@command(
+    upgrade,
+    "loractl upgrade report",
+    "loractl upgrade report c0123 > report.md",
+    "loractl upgrade report c0123 --out report",
+)
 @click.argument("campaign", metavar="ID", required=False)
-def report(out: Output, campaign: str | None) -> None:
+@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Write it here, as Markdown and JSON, with plots as SVG and PNG.")
+def report(out: Output, campaign: str | None, folder: Path | None) -> None:
     """Print the outcome of an upgrade (the newest by default) as Markdown."""
+    from .report import write
+
     with config.connect() as client:
         info = client.upgrade(campaign) if campaign else _newest(client)
-    out.emit(info, lambda: click.echo(report_text(info)))
+    if folder is None:
+        out.emit(info, lambda: click.echo(report_text(info)))
+        return
+    written = write(info, report_text(info), folder)
+    out.emit({"written": written}, lambda: click.echo("\n".join(map(str, written))))
 
 
 @command(
@@ -410,6 +423,8 @@ def _status(info: "CampaignInfo") -> None:
 
 def report_text(info: "CampaignInfo") -> str:
     """The report of an upgrade in Markdown."""
+    from .report import scores_text
+
     lines = [
         f"# Upgrade {info.id}: {info.line}, {info.old_ref} → {info.new_ref}",
         "",
@@ -420,6 +435,8 @@ def report_text(info: "CampaignInfo") -> str:
         "",
         markdown(HEADINGS, (_row(item) for item in info.items)),
     ]
+    if scores := scores_text(info):
+        lines += ["", scores]
     return "\n".join(lines)
 
 
