@@ -579,8 +579,6 @@ def _missing_for(tier: Tier, facts: Facts) -> str | None:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"
     if tier in TRAINED and not facts.datasets:
         return f"{tier} needs the recipe's datasets: loractl dataset push FILE NAME, or the right to read them"
-    if tier == "distil" and not facts.old_weights:
-        return f"{tier} needs the old weights, which teach: loractl base push DIR --line {facts.line or 'LINE'}"
     if tier == "distil" and facts.retained is False and facts.policy:
         return f"{tier} needs the retained inputs {facts.policy.retained}: loractl dataset push FILE NAME, or none"
     return None
@@ -678,7 +676,7 @@ def plan_line(facts: Facts) -> PlanLine:
 def _data(facts: Facts) -> tuple[str, ...]:
     there = {
         "recipe": facts.recipe, "datasets": facts.datasets, "old weights": facts.old_weights,
-        "new weights": facts.new_weights, "retained inputs": bool(facts.policy and facts.policy.retained),
+        "new weights": facts.new_weights, "retained inputs": facts.retained is True,
     }  # fmt: skip
     return tuple(what for what, has in there.items() if has)
 

@@ -373,6 +373,12 @@ def test_an_upgrade_is_planned_started_reported_and_aborted(
     lines = list(csv.reader(io.StringIO(told("upgrade", "ledger", started["id"], "--csv"))))
     assert [line[4] for line in lines] == ["kind", *kinds]
     assert json.loads(lines[1][-1]) == {}
+    written = told("upgrade", "report", started["id"], "--out", tmp_path / "report").splitlines()
+    assert {"report.md", "report.json"} <= {Path(line).name for line in written}
+    undone = call("upgrade", "rollback", started["id"], "-m", "not today")
+    assert (undone["state"], undone["reason"]) == ("aborted", "not today")
+    refused = call("upgrade", "rollback", started["id"], "--adapter", "upgraded/none", code=2)
+    assert refused["error"]["code"] == "bad-request"
 
 
 @pytest.mark.parametrize("decline", [False, True])

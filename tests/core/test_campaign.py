@@ -243,7 +243,7 @@ def test_a_base_of_other_shapes_is_reached_by_transport_where_the_policy_names_i
         ({"recipe": False, "datasets": False}, None),
         ({"recipe": False, "retained": True}, None),
         ({"retained": False}, "distil needs the retained inputs team/questions: loractl dataset push"),
-        ({"old_weights": False, "serving_scores": DONE}, "distil needs the old weights, which teach: loractl base"),
+        ({"old_weights": False, "serving_scores": DONE}, "distil reads the old weights, which are not here"),
         ({"fit": "incompatible"}, None),
         ({"fit": "unknown"}, "distil needs to know both bases' shapes"),
     ],

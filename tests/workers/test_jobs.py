@@ -22,8 +22,9 @@ import pytest
 from registry.client import RegistryClient
 from registry.core.errors import DatabaseDown, RegistryUnreachable
 from registry.daemons import gc
-from registry.db.models import Checkpoint
+from registry.db.models import Checkpoint, Job
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
+from registry.services import jobs
 from registry.settings import WorkerSettings
 from registry.transfer import push_base, push_dataset
 from tests import live
@@ -372,6 +373,27 @@ def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home:
     assert list((home.worker.cache / "jobs").glob("*/attempt-*")) == []
     assert (home.worker.cache / "jobs" / long.id / "checkpoint").is_dir()  # for a retry
     assert recorded(home, long) >= 1  # and for one on another machine
+
+
+def test_what_a_pause_stops_goes_on_from_its_checkpoint_and_has_used_up_no_attempt(home: House) -> None:
+    job = home.train(steps=40, checkpoint_every=1)
+    with home.registry.parts.database.write() as session:
+        row = session.get_one(Job, job.id)
+        row.campaign_id = "c1"
+        session.add(row)
+    with home.working():
+        home.wait(job, lambda now: (now.progress or {}).get("step", 0) >= 2)
+        with home.registry.parts.database.write() as session:
+            jobs.hold(session, "c1", home.registry.parts.clock(), running=True)
+        home.await_state(job, "queued")
+    assert children() == []
+    held = home.client.job(job.id)
+    assert (held.held_by, held.attempt, held.max_attempts) == ("c1", 1, job.max_attempts + 1)
+    with home.registry.parts.database.write() as session:
+        assert jobs.let_go(session, "c1", home.registry.parts.clock()) == {"cpu"}
+    with home.working():
+        home.await_state(job, "succeeded")
+    assert home.logged(job, 2, "progress")[0]["step"] > 2
 
 
 def test_a_cancellation_ends_a_download_too(home: House) -> None:
