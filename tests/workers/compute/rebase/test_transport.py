@@ -93,6 +93,15 @@ def test_rows_of_the_vocabulary_go_where_their_tokens_are_in_a_wider_stream(
         close(new(input_ids=place[ids]).logits[..., place], expected)
 
 
+def test_heads_that_had_one_k_and_v_each_come_together_in_groups(tmp_path: Path) -> None:
+    model = lively(untied())
+    apart = rewrites.groups_split(model, 0)
+    adapter = factories.random_adapter(apart, targets=("q_proj", "o_proj", "gate_proj"))
+    old, expected = factories.saved(apart, tmp_path / "old"), answers(apart, adapter)
+    rewrites.everything(model, 7)
+    close(answers(model, transport(adapter, old, factories.saved(model, tmp_path / "new")).adapter), expected)
+
+
 def test_parts_that_another_family_holds_in_one_module_come_together_and_apart_again(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llama = lively(untied())
