@@ -1,7 +1,7 @@
 """`python -m benchmarks.rebase.widths [--in DIR]`: adapters between two models of other widths, without training.
 
 Two small Llamas of their own width, depth alike, and seed learn the same texts; adapters for the same tasks are trained
-on both. Each is brought to the other base: by weights alone, by text (`transport`, 256 prompts, no labels), and
+on both. Each is brought to the other base: by weights alone, by text (`transport`, 128 prompts, no labels), and
 on the same text by what has been published, from its formulae:
 
     Theseus (Rinaldi et al. 2026, arXiv:2602.12952)    ΔW₂ = P_out·ΔW₁·P_inᵀ, P_in from activations X that go in,
@@ -67,8 +67,8 @@ class Sizes:
 
     pretraining: int = 2500
     steps: int = 300
-    prompts: int = 256
-    test: int = 200
+    prompts: int = 128
+    test: int = 120
 
 
 ALL = Sizes()
