@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -67,6 +68,13 @@ class Vault:
         self.world.later(seconds=LEASE_S + 1)
         with self.world.database.write() as session:
             assert jobs.requeue_expired(session, self.world.now)
+
+    def cancel(self, job: str, attempt: int) -> None:
+        """Somebody asks for its end, and its worker hears of it."""
+        said: dict[str, Any] = {"problem": {}, "retryable": False, "cancelled": True, "now": self.world.now}
+        with self.world.database.write() as session:
+            jobs.cancel(session, ADMIN, job, self.world.now)
+            jobs.fail(session, ANN, job, attempt=attempt, **said)
 
     def open(self, job: str, request: CheckpointRequest, who: Caller = ANN) -> dict[str, SignedRequest]:
         with self.world.database.read() as session:
@@ -242,16 +250,14 @@ def test_a_job_that_succeeded_leaves_nothing(vault: Vault, job: str, tmp_path: P
 
 def test_a_cancelled_job_keeps_its_checkpoint_for_a_retry_and_not_for_ever(vault: Vault, job: str) -> None:
     vault.leave(job, FIRST)
-    with vault.world.database.write() as session:
-        jobs.fail(session, ANN, job, attempt=1, problem={}, retryable=False, cancelled=True, now=vault.world.now)
+    vault.cancel(job, attempt=1)
     vault.world.later(days=6)
     assert vault.sweep(job) == 0
     with vault.world.database.write() as session:
         jobs.retry(session, ADMIN, job, vault.world.now)
     assert vault.claim().attempt == 2
     assert vault.read(job, 2) == FIRST
-    with vault.world.database.write() as session:
-        jobs.fail(session, ANN, job, attempt=2, problem={}, retryable=False, cancelled=True, now=vault.world.now)
+    vault.cancel(job, attempt=2)
     vault.world.later(days=8)
     assert vault.sweep(job) == 2
     assert vault.objects(job) == set()
