@@ -1,6 +1,7 @@
 """Commands about work: datasets, suites, training, evaluation, merging, rebasing, and jobs themselves."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -540,7 +541,7 @@ def _merge_here(
         recipe = Path(scratch) / "recipe.json"
         recipe.write_text(json.dumps(wanted | {"base": str(digest), "adapter": str(version)}))
         work = Path(scratch) / "out"
-        run_here(recipe, {"base": base, "adapter": adapter}, work)
+        run_here(recipe, {"base": base, "adapter": adapter}, work, bar)
         (work / "base").replace(target)
         result = json.loads((work / "result.json").read_text())
         merged = digested(target, progress=bar, taken=result["tensors"])
@@ -570,17 +571,32 @@ def _told_deviation(deviation: dict[str, Any] | None) -> str:
     )
 
 
-def run_here(recipe: Path, inputs: dict[str, Path], target: Path) -> None:
-    """``python -m workers.run`` in a child process; its refusal as ours."""
-    line = [sys.executable, "-m", "workers.run", str(recipe), "--out", str(target)]
+def run_here(recipe: Path, inputs: dict[str, Path], target: Path, bar: Bar) -> None:
+    """``python -m workers.run`` in a child process; its progress on our bar, its refusal as ours."""
+    reading, writing = os.pipe()
+    line = [sys.executable, "-m", "workers.run", str(recipe), "--out", str(target), "--progress-fd", str(writing)]
     for role, folder in inputs.items():
         line += ["--in", f"{role}={folder.resolve()}"]
-    in_child(line, target / "error.json")
+
+    def follow() -> None:
+        with os.fdopen(reading) as lines:
+            for now in map(json.loads, lines):
+                bar("merging", now["step"], now["steps"])  # bytes
+
+    reader = Thread(target=follow, daemon=True)
+    reader.start()
+    try:
+        in_child(line, target / "error.json", pass_fds=(writing,))
+    finally:
+        os.close(writing)
+        reader.join()
 
 
-def in_child(line: list[str], refusal: Path) -> None:
+def in_child(line: list[str], refusal: Path, pass_fds: tuple[int, ...] = ()) -> None:
     """Run a program of ours in a child process; what it refuses, in the file ``refusal``, is refused here."""
-    with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=pass_fds
+    ) as child:
         try:
             _, talk = child.communicate()
         except KeyboardInterrupt:

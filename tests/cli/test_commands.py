@@ -14,6 +14,7 @@ import pytest
 from sqlmodel import col, select
 
 from cli.main import run
+from cli.output import Bar
 from cli.parameters import METRICS, bytes_of
 from registry.core.metrics import ALLOWED
 from registry.db.models import AliasMove, CampaignItem
@@ -448,13 +449,17 @@ def test_digest_needs_no_registry(call: Call, bases: tuple[Path, Path], monkeypa
     assert call("base", "digest", bases[0])["digest"] == str(base_of(bases[0]).digest)
 
 
-def test_merge_here_runs_the_workers_merge_on_folders(
-    call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path
+def test_merge_here_runs_the_workers_merge_on_folders_and_shows_how_far_it_is(
+    call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Bar, "__call__", lambda _, *now: seen.append(now))
     wanted = ("--dtype", "fp16", "--max-shard-size", "1.5MB")
     merged = call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "merged", *wanted)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
     assert merged["digest"] == str(base_of(tmp_path / "merged").digest) != str(base_of(bases[0]).digest)
+    *_, (done, total) = [now[1:] for now in seen if now[0] == "merging"]
+    assert done == total > 0
     assert sorted(path.name for path in tmp_path.iterdir() if "merg" in path.name) == ["merged"]
     call("merge", adapter, "--local", "--for", bases[0], "--out", tmp_path / "small", "--max-shard-size", "1", code=2)
     assert not list(tmp_path.glob(".*"))
