@@ -376,7 +376,7 @@ def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home:
 
 
 def test_what_a_pause_stops_goes_on_from_its_checkpoint_and_has_used_up_no_attempt(home: House) -> None:
-    job = home.train(steps=40, checkpoint_every=1)
+    job = home.train(steps=100_000, checkpoint_every=1)
     with home.registry.parts.database.write() as session:
         row = session.get_one(Job, job.id)
         row.campaign_id = "c1"
@@ -392,7 +392,9 @@ def test_what_a_pause_stops_goes_on_from_its_checkpoint_and_has_used_up_no_attem
     with home.registry.parts.database.write() as session:
         assert jobs.let_go(session, "c1", home.registry.parts.clock()) == {"cpu"}
     with home.working():
-        home.await_state(job, "succeeded")
+        home.wait(job, lambda now: now.attempt == 2 and (now.progress or {}).get("step", 0) >= 1)
+        home.client.cancel_job(job.id)
+    assert home.client.job(job.id).state == "cancelled"
     assert home.logged(job, 2, "progress")[0]["step"] > 2
 
 
