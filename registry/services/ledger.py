@@ -5,7 +5,7 @@ from datetime import datetime
 from statistics import median
 from typing import Any, get_args
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, func, select
 
 from registry.core.campaign import Expected, Item
 from registry.core.ledger import Entry, Kind, decided
@@ -17,6 +17,8 @@ from registry.schemas import DecisionInfo
 from .tokens import Caller
 
 _REMEMBERED = 500
+_LOOKED_AT = 50_000
+"""Rows of the ledger that a plan looks through for an adapter's shape: however long the ledger, a plan stays quick."""
 
 
 def note(
@@ -66,8 +68,10 @@ def _write(
 
 
 def expected(session: Session, shape: str) -> tuple[Expected, ...]:
-    """What tiers took for adapters of this shape: medians over the newest `_REMEMBERED` decisions."""
+    """What tiers took for adapters of this shape: medians over its newest verdicts."""
+    newest = select(func.max(Decision.id)).scalar_subquery()
     query = select(Decision.tier, Decision.data).where(Decision.kind == "verdict")
+    query = query.where(col(Decision.id) > newest - _LOOKED_AT)
     query = query.where(col(Decision.data)["shape"].as_string() == shape).order_by(col(Decision.id).desc())
     took: dict[str | None, list[tuple[float, float]]] = {}
     for tier, data in session.exec(query.limit(_REMEMBERED)):

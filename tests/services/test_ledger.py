@@ -115,3 +115,14 @@ def test_routing_is_refitted_from_a_ledger(upgrade: Upgrade, tmp_path: Path) -> 
     assert found.thresholds.carry == pytest.approx(0.05)
     file.write_text("[]")
     assert "Nothing to refit from" in refit.told(refit.refit(file))
+
+
+def test_a_plan_looks_through_the_newest_of_a_long_ledger(upgrade: Upgrade, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade.begin()
+    upgrade.run()
+    shape = next(row.data["shape"] for row in rows(upgrade) if row.kind == "verdict")
+    with upgrade.world.database.read() as session:
+        assert [found.tier for found in ledger.expected(session, shape)] == ["carry", "warm-start"]
+        monkeypatch.setattr(ledger, "_LOOKED_AT", 3)  # finished, outcome, and the verdict on the warm start
+        assert [found.tier for found in ledger.expected(session, shape)] == ["warm-start"]
+        assert ledger.expected(session, "another") == ()
