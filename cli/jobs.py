@@ -717,6 +717,7 @@ def _job(job: "JobInfo", refs: Sequence[str]) -> None:
         "queue": job.queue,
         "made": made,
         "steps": str(result.get("steps") or ""),
+        "learning rate": number(result.get("learning_rate")),
         "rows": told_rows(result.get("rows") or {}),
         "logits": _told_deviation(result.get("deviation")),
         "took": _took(job),

@@ -5,7 +5,8 @@ digest, adapters, datasets and suites by the digest of their version. The dump o
 whatever came out of it. `workers.run` runs any of them by hand, without a registry.
 """
 
-from typing import Annotated, Any, Literal, Self
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -411,10 +412,19 @@ def parse_recipe(data: bytes | dict[str, Any]) -> AnyRecipe:
     try:
         return _ADAPTER.validate_json(data) if isinstance(data, bytes) else _ADAPTER.validate_python(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-        )
+        problems = "; ".join(_problem(item["loc"], item["type"], item["msg"]) for item in error.errors())
         raise BadRequest(problems=problems) from error
+
+
+def _problem(where: tuple[int | str, ...], kind: str, said: str) -> str:
+    """What is wrong with one field; of a key that there is none of, the nearest one."""
+    path = ".".join(map(str, where))
+    if kind != "extra_forbidden":
+        return f"{path}: {said}"
+    keys = {get_args(model.model_fields["kind"].annotation)[0]: model.model_fields for model in get_args(AnyRecipe)}
+    keys["training"] = FineTune.model_fields
+    near = get_close_matches(str(where[-1]), keys.get(where[-2], ()), n=1)
+    return f"{path}: there is no such key{f'; did you mean {near[0]}?' if near else ''}"
 
 
 def recipe_digest(recipe: Frozen) -> Digest:

@@ -126,6 +126,15 @@ def test_a_recipe_that_cannot_be_says_why(recipe: dict[str, Any], word: str) -> 
         parse_recipe(recipe)
 
 
+def test_a_mistyped_key_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(BadRequest, match=r"finetune\.learning_rat: there is no such key; did you mean learning_rate\?"):
+        parse_recipe(TRAIN | {"learning_rat": 1})
+    with pytest.raises(BadRequest, match=r"rebase\.training\.stepps: there is no such key; did you mean steps\?"):
+        parse_recipe(RECIPES[6] | {"training": TRAIN | {"stepps": 1}})
+    with pytest.raises(BadRequest, match=r"merge\.weather: there is no such key$"):
+        parse_recipe({"kind": "merge", "base": B1, "adapter": S1, "weather": 1})
+
+
 def test_kinds_are_told_apart() -> None:
     kinds = [type(parse_recipe(recipe)) for recipe in RECIPES]
     assert kinds[:6] == [FineTune, FineTune, FullFineTune, Evaluate, Merge, Rebase]
