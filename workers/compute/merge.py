@@ -71,7 +71,8 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent, form
     if (bits := form_of(config_of(base))) is not None:
         if bits not in FORMS or not form.dequantise:
             reason = f"the base is stored in {bits}; merge into its full weights"
-            raise NotRunnable(what="Merging", reason=reason + (", or write it in full: --dequantise" * (bits in FORMS)))
+            full = ", or write it in full: loractl merge --dequantise" * (bits in FORMS)
+            raise NotRunnable(what="Merging", reason=reason + full)
         packed, beside = unpacked(stored)
         form = replace(form, dtype=form.dtype or _full_type(base))
     changes, extra, untied = _plan(model, adapter, stored)
