@@ -53,6 +53,13 @@ def test_simulated_campaigns_open_rarely_for_what_is_worse_and_mostly_for_what_i
     assert gate.table([found]) != gate.table([replace(found, tiers=0.5)])
 
 
+def test_the_plot_of_false_openings_shows_what_was_simulated(tmp_path: Path) -> None:
+    cells = [gate.Rate(cell, 1, bootstrap=0.3, one=0.01, tiers=0.01) for cell in gate.WORSE]
+    for name, rates in (("a", cells), ("b", [replace(rate, tiers=0.2) for rate in cells])):
+        gate.plot(rates, tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_text() != (tmp_path / "b.svg").read_text()
+
+
 def test_recovery_without_labels_is_measured_by_upgrade_and_task() -> None:
     found = list(labelfree.cells(TINY, {"short": 20}))
     assert len(found) == 3
