@@ -429,7 +429,13 @@ def _problem(where: tuple[int | str, ...], kind: str, said: str) -> str:
 
 def recipe_digest(recipe: Frozen) -> Digest:
     """SHA-256 of the recipe's canonical JSON: equal work has one digest."""
-    return Digest.sha256(canonical_json(recipe.model_dump(mode="json", exclude=HOW)))
+    return Digest.sha256(canonical_json(_what(recipe.model_dump(mode="json"))))
+
+
+def _what(dumped: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, and the trainings within it, without how they are done."""
+    kept = {name: value for name, value in dumped.items() if name not in HOW}
+    return {name: _what(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def inputs_of(recipe: AnyRecipe) -> dict[str, str]:

@@ -57,7 +57,10 @@ def test_equal_work_has_one_digest_and_other_work_another(rank: int, rate: float
 
 
 def test_how_often_a_checkpoint_is_made_is_not_part_of_the_result() -> None:
-    assert recipe_digest(parse_recipe(TRAIN)) == recipe_digest(parse_recipe(TRAIN | {"checkpoint_every": 5}))
+    often = TRAIN | {"checkpoint_every": 5}
+    assert recipe_digest(parse_recipe(TRAIN)) == recipe_digest(parse_recipe(often))
+    within = (SEARCH | {"training": training} for training in (TRAIN, often))
+    assert len({recipe_digest(parse_recipe(recipe)) for recipe in within}) == 1
 
 
 @pytest.mark.parametrize(
