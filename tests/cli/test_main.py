@@ -38,11 +38,12 @@ alias set · alias list · promote · rollback
 policy show · policy set · dataset push · suite push
 train · evaluate · merge · rebase · combine · compress · extract
 upgrade plan · upgrade start · upgrade status · upgrade abort · upgrade report
+upgrade pause · upgrade resume · upgrade ledger
 schedule add · schedule list · schedule rm
 jobs list · jobs show · jobs watch · jobs logs · jobs cancel · jobs retry
 token create · token list · token revoke · completion
 """
-LATER = ["ledger", "gc", "fsck", "backup", "restore", "audit", "upgrade pause"]
+LATER = ["gc", "fsck", "backup", "restore", "audit"]
 
 
 @pytest.fixture(autouse=True)

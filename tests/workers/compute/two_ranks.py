@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
                 run(recipe, inputs, folder / f"{name}.resumed", stopping(ranks), checkpoint, ranks)
             except KeyboardInterrupt:
                 left = json.loads((checkpoint / "checkpoint.json").read_text())
-                assert all(file.endswith(f"-{STOPS_AFTER}.safetensors") for file in left.values())
+                assert all(files[0].endswith(f"-{STOPS_AFTER}.safetensors") for files in left.values())
             else:
                 raise AssertionError("nobody stopped it")
             ranks.wait()
