@@ -118,10 +118,7 @@ def tokenize(tokenizer: Tokenizer, row: Row, max_length: int) -> Example:
 
 
 def encoded(tokenizer: Tokenizer, rows: Sequence[Row | Example]) -> list[Example]:
-    """Rows in tokens, however many; one whose completion gives none is refused. What is in tokens stays as it is.
-
-    Texts go to the tokenizer many at once, which takes two thirds of the time.
-    """
+    """Rows in tokens, however many; one whose completion gives none is refused. What is in tokens stays as it is."""
     texts = [row for row in rows if isinstance(row, Row)]
     some = (texts[at : at + _AT_ONCE] for at in range(0, len(texts), _AT_ONCE))
     made = iter([example for part in some for example in _encoded(tokenizer, part)])

@@ -11,6 +11,7 @@ needed to read it; tests compare with the library's own numbers. Legend: O outpu
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -57,14 +58,19 @@ class Packed(Stored):
         assert self.state is not None
         size, (start, stop) = self.state["blocksize"], (first * self.shape[1], last * self.shape[1])
         begin, blocks = start // size * size, -(-stop // size)
-        code, packed = self.parts["weight.quant_map"].read().float(), self.parts["weight"]
+        packed = self.parts["weight"]
         q = packed.elements(begin // 2, min(blocks * size // 2, packed.size))
-        pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # the first number is the high half
-        values = pairs.index_select(0, q.int()).view(-1)
+        values = self._pairs.index_select(0, q.int()).view(-1)
         if short := -len(values) % size:
             values = torch.cat([values, values.new_zeros(short)])
         scaled = values.view(-1, size) * self._scales(begin // size, blocks)[:, None]
         return scaled.view(-1)[start - begin : stop - begin].view(last - first, -1)
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        """The two numbers of each byte: the first is its high half."""
+        code = self.parts["weight.quant_map"].read().float()
+        return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
     def _scales(self, first: int, last: int) -> Tensor:
         assert self.state is not None
