@@ -32,6 +32,16 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def test_every_test_that_a_promise_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (HOUSE / "docs" / "guarantees.md").read_text())
+    assert named
+    assert [f"{file}::{test}" for file, test in named if not _has(HOUSE / file, test)] == []
+
+
+def _has(file: Path, test: str) -> bool:
+    return file.exists() and (not test or f"def {test}(" in file.read_text())
+
+
 def command_lines() -> list[str]:
     found = [line for page in WRITTEN for line in re.findall(r"^\$? ?(loractl .*)$", page.read_text(), re.MULTILINE)]
     return sorted({re.split(r"\s+#", line)[0] for line in found if "…" not in line})
