@@ -39,6 +39,7 @@ COMMANDS = {
     "export": "export",
     "jobs": "jobs",
     "upgrade": "upgrades", "schedule": "upgrades",
+    "audit": "audit",
 }  # fmt: skip
 """Command -> the module of `cli` that has it under ``COMMANDS``; in the order of the help."""
 

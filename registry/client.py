@@ -383,6 +383,18 @@ class RegistryClient:
         """Promote an adapter whose policy asks first."""
         return self._post(_path("upgrades", campaign_id, "approve"), wire.CampaignInfo, request)
 
+    # ── audit ────────────────────────────────────────────────────────────────
+
+    def audit(self, **filters: Any) -> wire.Page[wire.AuditInfo]:
+        """Changes of state, newest first."""
+        return self._get("/v1/audit", wire.Page[wire.AuditInfo], **filters)
+
+    def audit_chain(self, after: int) -> wire.ChainInfo:
+        """Links of the audit's chain behind place ``after``, as they are stored, and where it ends."""
+        return self._get("/v1/audit/chain", wire.ChainInfo, after=after)
+
+    # ── schedules ────────────────────────────────────────────────────────────
+
     def create_schedule(self, request: wire.ScheduleRequest) -> wire.ScheduleInfo:
         """A new schedule."""
         return self._post("/v1/schedules", wire.ScheduleInfo, request)

@@ -29,6 +29,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST/GET /v1/jobs/{id}/checkpoint`` · ``POST /v1/jobs/checkpoints`` | `CheckpointRequest` → `CheckpointUploads`; → `CheckpointInfo` · `CheckpointsRequest` |
 | ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/pause`` · ``/resume`` · ``/abort`` · ``/approve`` · ``/rollback`` | `UpgradeRequest` … → `CampaignInfo` |
 | ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
+| ``GET /v1/audit`` · ``GET /v1/audit/chain?after=`` | → `Page[AuditInfo]` · `ChainInfo` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
 
@@ -688,6 +689,50 @@ class DecisionInfo(Answer):
     data: dict[str, Any]
     actor: str | None
     at: datetime
+
+
+class AuditInfo(Answer):
+    """One change of state: who did what to what, when, why, and how it was before and after."""
+
+    id: int
+    at: datetime
+    actor: str
+    name: str | None
+    """What the actor's token is called."""
+    namespace: str | None
+    event: str
+    subject: str
+    reason: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    seq: int | None
+    """Its place in the chain; None until the sequencer was there."""
+
+
+class LinkedInfo(Answer):
+    """A row of the audit as it is chained (`registry.core.audit`); ``before`` and ``after`` are canonical JSON."""
+
+    seq: int
+    link: str
+    id: int
+    at: datetime
+    actor: str
+    namespace: str | None
+    event: str
+    subject: str
+    reason: str
+    before: str | None
+    after: str | None
+
+
+class ChainInfo(Answer):
+    """A stretch of the chain, and where the whole of it ends."""
+
+    seq: int
+    link: str
+    waiting: int
+    """Rows that have no place yet."""
+    rows: list[LinkedInfo]
 
 
 class ScheduleRequest(Request):

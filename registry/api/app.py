@@ -23,7 +23,7 @@ from registry.services import tokens
 from registry.settings import Settings
 from registry.storage.local import LocalStore
 
-from . import adapters, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
+from . import adapters, audit, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
 from . import tokens as token_routes
 from .deps import AppParts, known_caller
 from .store import store_router
@@ -49,8 +49,8 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     app.state.parts = parts
     problems.install(app)
     # Routes are tried in this order: what is asked most comes first.
-    nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes, meta)
-    for routes in nouns:
+    nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes)
+    for routes in (*nouns, audit, meta):
         app.router.routes.extend(routes.router.routes)  # included, each request would be matched against them twice
     if isinstance(parts.store, LocalStore):
         app.router.routes.extend(store_router(parts.store).routes)

@@ -28,4 +28,4 @@ def list_schedules(parts: Parts, caller: User) -> Page[ScheduleInfo]:
 def remove_schedule(identity: str, parts: Parts, caller: User) -> None:
     """End a schedule."""
     with parts.database.write() as session:
-        schedules.remove(session, caller, identity)
+        schedules.remove(session, caller, identity, parts.clock())

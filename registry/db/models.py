@@ -17,6 +17,7 @@ from sqlalchemy import (
     Dialect,
     ForeignKey,
     Index,
+    Integer,
     LargeBinary,
     String,
     Text,
@@ -30,6 +31,9 @@ from sqlmodel import Field, SQLModel
 from registry.core.lifecycle import CampaignState, JobState, PushState
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+Long = BigInteger().with_variant(Integer(), "sqlite")
+"""A 64-bit integer; SQLite's only primary key that counts by itself is spelled INTEGER, and holds as much."""
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -99,6 +103,42 @@ class Token(SQLModel, table=True):
     created_at: datetime = _time("when it was made")
     expires_at: datetime | None = _time("from when on it is refused", nullable=True)
     revoked_at: datetime | None = _time("from when on it is refused for good", nullable=True)
+
+
+class AuditRow(SQLModel, table=True):
+    """One change of state, written in its own transaction; never changed or removed (triggers refuse it)."""
+
+    __tablename__ = "audit"
+    __table_args__ = (
+        Index("uq_audit_seq", "seq", unique=True),
+        Index(
+            "ix_audit_waiting", "id", sqlite_where=text("seq IS NULL"), postgresql_where=text("seq IS NULL"),
+        ),
+        Index("ix_audit_namespace", "namespace", "id"),
+        Index("ix_audit_subject", "subject", "id"),
+        CheckConstraint("(seq IS NULL) = (link IS NULL)", name="link"),
+    )
+    id: int | None = Field(default=None, sa_column=Column(Long, primary_key=True))
+    at: datetime = _time("when it was done")
+    actor: str = Field(max_length=16, sa_column_kwargs={"comment": "the token's id; registry: by itself"})
+    namespace: str | None = Field(default=None, max_length=64, sa_column_kwargs={"comment": "whose admins may read it"})
+    event: str = Field(max_length=40)
+    subject: str = Field(max_length=300)
+    reason: str = Field(default="", max_length=2000)
+    before: str | None = Field(default=None, sa_column=Column(Text, nullable=True, comment="canonical JSON"))
+    after: str | None = Field(default=None, sa_column=Column(Text, nullable=True, comment="canonical JSON"))
+    seq: int | None = Field(default=None, sa_column=Column(Long, nullable=True, comment="place in the chain, given later"))
+    link: str | None = _digest("registry.core.audit: ties it to all before it", nullable=True)
+
+
+class AuditHead(SQLModel, table=True):
+    """The end of the audit's chain: one row, whose lock lets one sequencer write at a time."""
+
+    __tablename__ = "audit_head"
+    __table_args__ = (CheckConstraint("id = 1", name="one"),)
+    id: int = Field(default=1, primary_key=True)
+    seq: int = Field(sa_type=BigInteger)
+    link: str = _digest("of the last row that has its place")
 
 
 # ── bytes ────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from registry.core.policy import Evidence, Policy
 from registry.db.models import Adapter, Alias, AliasMove, Base, Version
 from registry.storage.base import BlobStore
 
-from . import bases, gates, policies
+from . import audit, bases, gates, policies
 from .gates import Lacking, Scored
 from .references import nearest
 from .tokens import Caller
@@ -100,6 +100,7 @@ def move(
         )
     )
     session.flush()
+    _audit(session, adapter, row, actor, reason, now, before, version.id, campaign_id)
     return row
 
 
@@ -122,6 +123,37 @@ def take_away(
     session.add(gone)
     session.delete(row)
     session.flush()
+    adapter = session.get_one(Adapter, row.adapter_id)
+    _audit(session, adapter, row, actor, reason, now, row.version_id, None, campaign_id)
+
+
+def _audit(
+    session: Session,
+    adapter: Adapter,
+    row: Alias,
+    actor: str,
+    reason: str,
+    now: datetime,
+    old: int | None,
+    new: int | None,
+    campaign_id: str | None,
+) -> None:
+    base = session.get_one(Base, row.base_id).digest
+
+    def at(version_id: int | None) -> dict[str, Any] | None:
+        return {"base": base, "version": session.get_one(Version, version_id).number} if version_id else None
+
+    audit.record(
+        session,
+        "alias.moved" if new else "alias.removed",
+        f"{adapter.namespace}/{adapter.name}:{row.name}",
+        actor=actor,
+        namespace=adapter.namespace,
+        reason=reason,
+        now=now,
+        before=at(old),
+        after=(at(new) or {}) | {"campaign": campaign_id},
+    )
 
 
 def _last_generation(session: Session, adapter: Adapter, base: Base, alias: str) -> int:

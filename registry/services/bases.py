@@ -25,7 +25,7 @@ from registry.db.models import Base, BaseTable, Derivation, Line, Revision, Stor
 from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Wishes
 from registry.settings import Settings
 
-from . import fits
+from . import audit, fits
 from .blobs import add_once
 from .references import nearest
 from .tokens import Caller
@@ -51,6 +51,7 @@ def register(
     location = check_location(request.location, settings) if request.location else None
     base = ensure(session, model, caller.token_id, now)
     if location and base.location != location:
+        _audit(session, "base.located", base, caller.token_id, now, {"location": base.location}, {"location": location})
         base.location = location
         session.add(base)
     apply_wishes(session, base, wishes, caller.token_id, now)
@@ -83,8 +84,23 @@ def ensure(session: Session, model: BaseModel, actor: str, now: datetime) -> Bas
     )
     base = session.exec(select(Base).where(Base.digest == digest)).one()
     add_once(session, BaseTable, {"base_id": base.id, "body": model.to_compressed()})
+    _audit(session, "base.known", base, actor, now, None, {"parameters": base.parameters, "type": base.model_type})
     fits.ensure_fits(session, new=base)
     return base
+
+
+def _audit(
+    session: Session,
+    event: str,
+    base: Base,
+    actor: str,
+    now: datetime,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+) -> None:
+    audit.record(
+        session, event, base.digest, actor=actor, namespace=NAMESPACE, now=now, before=before, after=after
+    )
 
 
 def keep_full(session: Session, base: Base, model: BaseModel) -> None:
@@ -102,10 +118,12 @@ def apply_wishes(session: Session, base: Base, wishes: Wishes, actor: str, now: 
     """Names, a declared derivation and the line that a push or a registration asked for."""
     fresh = [name for name in wishes.names if name not in base.names]
     if fresh:
-        base.names = [*base.names, *fresh]
+        names = [*base.names, *fresh]
+        _audit(session, "base.named", base, actor, now, {"names": base.names}, {"names": names})
+        base.names = names
         session.add(base)
     if wishes.parent is not None and wishes.parent_kind is not None:
-        declare(session, base, wishes.parent, wishes.parent_kind, {}, now)
+        declare(session, base, wishes.parent, wishes.parent_kind, {}, actor, now)
     return add_revision(session, wishes.line, base, wishes.revision, actor, now) if wishes.line else None
 
 
@@ -129,18 +147,36 @@ def add_revision(session: Session, line: str, base: Base, wanted: int | None, ac
     revision = Revision(line_id=row.id, number=number, base_id=base.id, created_by=actor, created_at=now)
     session.add(revision)
     session.flush()
+    before = {"revision": newest.number, "base": session.get_one(Base, newest.base_id).digest} if newest else None
+    audit.record(
+        session,
+        "line.revision",
+        line,
+        actor=actor,
+        namespace=NAMESPACE,
+        now=now,
+        before=before,
+        after={"revision": number, "base": base.digest},
+    )
     return revision
 
 
 def declare(
-    session: Session, child: Base, parent: str, kind: str, detail: dict[str, Any], now: datetime
+    session: Session, child: Base, parent: str, kind: str, detail: dict[str, Any], actor: str, now: datetime
 ) -> Derivation:
     """Record a person's word on how ``child`` came from ``parent`` (a reference)."""
-    return record_derivation(session, child, find(session, parent), kind, "declared", detail, now)
+    return record_derivation(session, child, find(session, parent), kind, "declared", detail, now, actor)
 
 
 def record_derivation(
-    session: Session, child: Base, parent: Base, kind: str, evidence: str, detail: dict[str, Any], now: datetime
+    session: Session,
+    child: Base,
+    parent: Base,
+    kind: str,
+    evidence: str,
+    detail: dict[str, Any],
+    now: datetime,
+    actor: str = audit.ITSELF,
 ) -> Derivation:
     """Record how ``child`` came from ``parent``; what was measured replaces what was declared, never the reverse.
 
@@ -169,6 +205,8 @@ def record_derivation(
         row.evidence, row.detail = evidence, detail
         session.add(row)
         session.flush()
+    told = {"parent": parent.digest, "kind": kind, "evidence": row.evidence, "job": row.detail.get("job")}
+    _audit(session, "base.derived", child, actor, now, None, told)
     if evidence == "measured":
         fits.recompute(session, old=parent, new=child)
     return row
@@ -178,7 +216,7 @@ def derive(session: Session, caller: Caller, ref: str, request: DerivationReques
     """Declare a derivation of an existing base."""
     caller.require("publish", NAMESPACE)
     child, parent = find(session, ref), find(session, request.parent)
-    row = record_derivation(session, child, parent, request.kind, "declared", request.detail, now)
+    row = record_derivation(session, child, parent, request.kind, "declared", request.detail, now, caller.token_id)
     return DerivationInfo(
         child=child.digest, parent=parent.digest, kind=row.kind, evidence=row.evidence, detail=row.detail
     )

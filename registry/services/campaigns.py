@@ -61,7 +61,7 @@ from registry.db.models import (
 from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, Scope, UpgradeRequest
 from registry.storage.base import BlobStore
 
-from . import aliases, bases, fits, gates, jobs, ledger, policies
+from . import aliases, audit, bases, fits, gates, jobs, ledger, policies
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import find_data, nearest
@@ -218,6 +218,8 @@ def create(session: Session, caller: Caller, request: UpgradeRequest, now: datet
         raise _exists(session, active) from error
     session.add_all(items)
     session.flush()
+    planned = {"line": request.line, "old": campaign.old_id, "new": campaign.new_id, "adapters": len(items)}
+    audit.record(session, "upgrade.planned", campaign.id, actor=caller.token_id, now=now, after=planned)
     for item in items:
         if State(item.state).final:
             unplanned = _look(item)

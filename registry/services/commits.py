@@ -30,7 +30,7 @@ from registry.db.models import (
 )
 from registry.schemas import Wishes
 
-from . import aliases, bases, blobs, fits, policies, pushes
+from . import aliases, audit, bases, blobs, fits, policies, pushes
 
 # ── before the bytes ─────────────────────────────────────────────────────────
 
@@ -112,7 +112,8 @@ def commit(session: Session, push: Push, now: datetime) -> dict[str, Any]:
     if push.state == "committed":
         return push.outcome or {}
     manifest, wishes = Manifest.parse(push.manifest), wishes_of(push)
-    pushes.move(push, "commit", now)
+    author = _author(session, push)
+    pushes.move(session, push, "commit", now, actor=author)
     blobs.keep_manifest(session, manifest)
     facts = push.facts or {}
     match push.kind:
@@ -127,6 +128,16 @@ def commit(session: Session, push: Push, now: datetime) -> dict[str, Any]:
     push.facts = None
     session.add(push)
     session.flush()
+    audit.record(
+        session,
+        f"{push.kind}.version",
+        outcome["ref"],
+        actor=author,
+        namespace=push.namespace,
+        reason=wishes.message,
+        now=now,
+        after=push.outcome | {"job": push.job_id},
+    )
     return push.outcome
 
 

@@ -17,6 +17,7 @@ from registry.db.models import Adapter, Base, DatasetVersion, Evaluation, Versio
 from registry.schemas import EvaluationInfo
 from registry.storage.base import BlobStore
 
+from . import audit
 from .gates import Scored, verdict
 from .policies import effective
 
@@ -53,6 +54,9 @@ def record(
     )
     session.add(row)
     session.flush()
+    told = {"base": base.digest, "version": version.digest if version else None, "suite": suite.digest}
+    of = session.get_one(Adapter, version.adapter_id).namespace if version else None
+    audit.record(session, "evaluation.recorded", job_id, actor=audit.ITSELF, namespace=of, now=now, after=told)
     declared = select(Version).where(Version.base_id == base.id, Version.evidence == Evidence.DECLARED)
     if version is not None:
         declared = declared.where(Version.id == version.id)
@@ -60,16 +64,26 @@ def record(
         scored = select(Evaluation.version_id).where(Evaluation.base_id == base.id, queries.on_suite(suite.digest))
         declared = declared.where(col(Version.id).in_(scored))
     for waiting in session.exec(declared).all():
-        _strengthen(session, store, base, waiting)
+        _strengthen(session, store, base, waiting, now)
     return row
 
 
-def _strengthen(session: Session, store: BlobStore, base: Base, version: Version) -> None:
+def _strengthen(session: Session, store: BlobStore, base: Base, version: Version, now: datetime) -> None:
     adapter = session.get_one(Adapter, version.adapter_id)
     policy = effective(session, adapter.namespace, adapter.name)
     found = verdict(session, store, policy, candidate=Scored(base, version), serving=None)
     if isinstance(found, Verdict) and found.adds_value:
         shown = next(str(criterion) for criterion in found.criteria if criterion.name == "adds-value")
+        audit.record(
+            session,
+            "version.evidence",
+            f"{adapter.namespace}/{adapter.name}@v{version.number}",
+            actor=audit.ITSELF,
+            namespace=adapter.namespace,
+            now=now,
+            before={"evidence": version.evidence},
+            after={"evidence": Evidence.BEHAVIOURAL, "behavioural": shown},
+        )
         version.evidence = Evidence.BEHAVIOURAL
         version.binding = {**version.binding, "behavioural": shown}
         session.add(version)

@@ -74,7 +74,7 @@ from registry.db.models import (
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, ScoredInfo, Wishes
 from registry.storage.base import BlobStore
 
-from . import bases, blobs, commits, evaluations, fits
+from . import audit, bases, blobs, commits, evaluations, fits
 from .adapters import resolve
 from .policies import effective
 from .pushes import BASES
@@ -150,7 +150,7 @@ def submit(
                 session.add(job)
         except IntegrityError:  # two asked at once: the other's row is there now
             continue
-        _note(session, job, "queued", {"by": caller.name}, now)
+        _note(session, job, "queued", {"by": caller.name}, now, caller.token_id)
         return job, False
     if found.held_by not in (None, campaign_id):  # who pauses a campaign keeps nobody else waiting
         found.held_by = None
@@ -455,7 +455,7 @@ def _lease(
     job.token_id, job.worker = caller.token_id, request.worker
     job.started_at, job.progress, job.error = now, None, None
     session.add(job)
-    _note(session, job, "claimed", {"worker": request.worker}, now)
+    _note(session, job, "claimed", {"worker": request.worker}, now, caller.token_id)
 
 
 def claim_beside(
@@ -582,7 +582,7 @@ def finish(
     job.lease_until, job.finished_at = None, now
     job.result = plain({**request.result, "made": made})
     session.add(job)
-    _note(session, job, "succeeded", {"made": made}, now)
+    _note(session, job, "succeeded", {"made": made}, now, caller.token_id)
     return job
 
 
@@ -689,7 +689,7 @@ def _ended(
 
 def cancel(session: Session, caller: Caller, identity: str, now: datetime) -> Job:
     """Cancel at once when queued; ask the worker to stop when running. Cancelling again is fine."""
-    return _stopped(session, _locked(session, caller, identity), caller.name, now)
+    return _stopped(session, _locked(session, caller, identity), caller.name, now, caller.token_id)
 
 
 def withdraw(session: Session, campaign_id: str, identity: str, now: datetime) -> None:
@@ -723,18 +723,18 @@ def _of_campaign(session: Session, campaign_id: str, which: ColumnElement[bool])
     return session.exec(query.with_for_update().execution_options(populate_existing=True)).all()
 
 
-def _stopped(session: Session, job: Job, by: str, now: datetime) -> Job:
+def _stopped(session: Session, job: Job, by: str, now: datetime, actor: str = audit.ITSELF) -> Job:
     if job.state == JobState.CANCELLED or (job.state == JobState.RUNNING and job.cancel_requested):
         return job
     if job.state == JobState.RUNNING:
         job.cancel_requested = True
         session.add(job)
-        _note(session, job, "cancelling", {"by": by}, now)
+        _note(session, job, "cancelling", {"by": by}, now, actor)
         return job
     job.state = JOB.after("cancel", job.state, job.id)
     job.finished_at = now
     session.add(job)
-    _note(session, job, "cancelled", {"by": by}, now)
+    _note(session, job, "cancelled", {"by": by}, now, actor)
     return job
 
 
@@ -752,8 +752,8 @@ def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job
     job.max_attempts = job.attempt + _FIRST_ATTEMPTS
     job.cancel_requested, job.finished_at, job.held_by = False, None, None
     session.add(job)
+    _note(session, job, "queued", {"by": caller.name}, now, caller.token_id)
     session.flush()
-    _note(session, job, "queued", {"by": caller.name}, now)
     return job
 
 
@@ -790,8 +790,26 @@ def waiting(session: Session) -> dict[str, int]:
     return dict(session.exec(query).all())
 
 
-def _note(session: Session, job: Job, kind: str, data: dict[str, Any] | None, now: datetime) -> None:
+def _note(
+    session: Session, job: Job, kind: str, data: dict[str, Any] | None, now: datetime, actor: str = audit.ITSELF
+) -> None:
+    """Write down what happened to the job; unless it is only progress, for the audit too."""
     session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=kind, data=plain(data or {}), at=now))
+    if kind in ("log", "progress"):
+        return
+    before, after = audit.changed(job, "state", "attempt", "worker", "cancel_requested", "held_by", "max_attempts")
+    said = (after or {}) | ({"kind": job.kind, "output": job.output} if before is None else {})
+    audit.record(
+        session,
+        f"job.{kind}",
+        job.id,
+        actor=actor,
+        namespace=job.namespace,
+        reason=str((data or {}).get("detail", "")),
+        now=now,
+        before=before,
+        after=said,
+    )
 
 
 def plain(value: Any) -> Any:

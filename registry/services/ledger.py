@@ -14,6 +14,7 @@ from registry.core.recipes import Tier
 from registry.db.models import Adapter, Campaign, CampaignItem, Decision, Line, Token
 from registry.schemas import DecisionInfo
 
+from . import audit
 from .tokens import Caller
 
 _REMEMBERED = 500
@@ -64,6 +65,21 @@ def _write(
             actor=by.token_id if by else None,
             at=now,
         )
+    )
+    adapter = session.get_one(Adapter, item.adapter_id) if item else None
+    audit.record(
+        session,
+        f"upgrade.{entry.kind}",
+        campaign.id,
+        actor=by.token_id if by else audit.ITSELF,
+        namespace=adapter.namespace if adapter else None,
+        now=now,
+        after={
+            "adapter": f"{adapter.namespace}/{adapter.name}:{item.alias}" if adapter and item else None,
+            "state": item.state if item else campaign.state,
+            "tier": entry.tier,
+            **entry.data,
+        },
     )
 
 

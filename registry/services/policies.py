@@ -13,6 +13,7 @@ from registry.core.recipes import FineTune, parse_recipe
 from registry.db import queries
 from registry.db.models import StoredPolicy
 
+from . import audit
 from .gates import every_gate
 from .references import find_data, find_dataset
 from .tokens import Caller
@@ -82,6 +83,16 @@ def put(
     )
     session.add(row)
     session.flush()
+    audit.record(
+        session,
+        "policy.set",
+        subject,
+        actor=caller.token_id,
+        namespace=namespace,
+        now=now,
+        before=before.body if before else None,
+        after=row.body,
+    )
     return row, notes
 
 

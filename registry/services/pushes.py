@@ -43,7 +43,7 @@ from registry.settings import Settings
 from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
-from . import blobs, commits
+from . import audit, blobs, commits
 from .tokens import Caller
 
 BASES = "base"
@@ -136,6 +136,10 @@ def open_push(
             )
         )
     session.flush()
+    asked = {"version": push.manifest_digest, "kind": kind, "series": str(series), "job": push.job_id}
+    audit.record(
+        session, "push.opened", push.id, actor=caller.token_id, namespace=push.namespace, now=now, after=asked
+    )
     return push
 
 
@@ -468,7 +472,7 @@ def ask_commit(database: Database, store: BlobStore, caller: Caller, push_id: st
         if push.state == PushState.REJECTED:
             raise refusal(push)
         if push.state in (PushState.OPEN, PushState.UPLOADING):
-            move(push, "verify", now)
+            move(session, push, "verify", now, actor=caller.token_id)
             push.lease_until = None
         elif push.state == PushState.VERIFIED and push.job_id is None:
             commits.commit(session, push, now)
@@ -489,7 +493,7 @@ def abort(session: Session, caller: Caller, push_id: str, now: datetime) -> Push
     """End the push; the garbage collector removes what was staged."""
     get(session, caller, push_id)
     push = locked(session, push_id)
-    move(push, "abort", now)
+    move(session, push, "abort", now, actor=caller.token_id)
     push.facts = None
     session.add(push)
     return push
@@ -504,7 +508,7 @@ def expire(session: Session, now: datetime, limit: int = 100) -> list[str]:
     )
     ended = session.exec(query.limit(limit).with_for_update(skip_locked=True)).all()
     for push in ended:
-        move(push, "expire", now)
+        move(session, push, "expire", now)
         push.facts = None
         session.add(push)
     return [push.id for push in ended]
@@ -554,10 +558,22 @@ def locked(session: Session, push_id: str) -> Push:
     return push
 
 
-def move(push: Push, name: str, now: datetime) -> None:
-    """Change the state as `lifecycle.PUSH` allows."""
-    push.state = PUSH.after(name, push.state, push.id)
+def move(
+    session: Session, push: Push, name: str, now: datetime, *, actor: str = audit.ITSELF, **after: object
+) -> None:
+    """Change the state as `lifecycle.PUSH` allows; ``after`` is what the audit says of it beside the state."""
+    before, push.state = push.state, PUSH.after(name, push.state, push.id)
     push.changed_at = now
+    audit.record(
+        session,
+        f"push.{push.state}",
+        push.id,
+        actor=actor,
+        namespace=push.namespace,
+        now=now,
+        before={"state": before},
+        after={"state": push.state, **after},
+    )
 
 
 def clear_staging(store: BlobStore, push_id: str, uploads: Iterable[tuple[str, str]]) -> int:

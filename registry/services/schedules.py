@@ -19,7 +19,7 @@ from registry.core.names import Reference, SeriesName, check_name
 from registry.db.models import Base, Dataset, DatasetVersion, Firing, Line, Revision, Schedule
 from registry.schemas import JobRequest, ScheduleInfo, ScheduleRequest, UpgradeRequest
 
-from . import campaigns, jobs
+from . import audit, campaigns, jobs
 from .tokens import Caller, acting
 
 Due = tuple[str, dict[str, Any]]
@@ -61,6 +61,15 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
     if found := _NEWEST[request.trigger](session, schedule):
         # What was there before is no news, whatever the clocks of those who made it say.
         session.add(Firing(schedule_id=schedule.id, key=found[0], outcome={_BEFORE: True}, at=now))
+    audit.record(
+        session,
+        "schedule.added",
+        schedule.id,
+        actor=caller.token_id,
+        namespace=schedule.namespace,
+        now=now,
+        after={"trigger": schedule.trigger, "subject": schedule.subject, "action": schedule.action},
+    )
     return schedule
 
 
@@ -77,7 +86,7 @@ def _action_kind(request: ScheduleRequest) -> str:
     raise BadRequest(problems=f"action of a {request.trigger} schedule: expected {allowed}")
 
 
-def remove(session: Session, caller: Caller, identity: str) -> None:
+def remove(session: Session, caller: Caller, identity: str, now: datetime) -> None:
     """End a schedule; its firings stay on record."""
     schedule = session.get(Schedule, identity)
     if schedule is None or not caller.can("read", schedule.namespace):
@@ -85,6 +94,15 @@ def remove(session: Session, caller: Caller, identity: str) -> None:
     caller.require("run", schedule.namespace)
     schedule.enabled = False
     session.add(schedule)
+    audit.record(
+        session,
+        "schedule.removed",
+        identity,
+        actor=caller.token_id,
+        namespace=schedule.namespace,
+        now=now,
+        before={"trigger": schedule.trigger, "subject": schedule.subject, "action": schedule.action},
+    )
 
 
 def listed(session: Session, caller: Caller) -> list[ScheduleInfo]:
@@ -135,6 +153,15 @@ def fire(session: Session, identity: str, now: datetime) -> set[str]:
         outcome, queues = {"refused": error.problem()}, set()
     session.add(Firing(schedule_id=identity, key=key, outcome=outcome, at=now))
     session.flush()
+    audit.record(
+        session,
+        "schedule.fired",
+        identity,
+        actor=audit.ITSELF,
+        namespace=schedule.namespace,
+        now=now,
+        after={"key": key, "outcome": outcome},
+    )
     return queues
 
 

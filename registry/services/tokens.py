@@ -20,6 +20,8 @@ from registry.core.names import check_name
 from registry.db.models import Token
 from registry.schemas import SCOPES, Scope
 
+from . import audit
+
 _PREFIX = "lora"
 EVERYWHERE = "*"
 
@@ -138,7 +140,8 @@ def create(
             caller.require("admin", namespace)
         granted = {namespace: [s for s in SCOPES if s in listed] for namespace, listed in scopes.items()}
     text = make_text()
-    return _store(session, text, name, kind, granted, now, timedelta(seconds=expires_in) if expires_in else None), text
+    life = timedelta(seconds=expires_in) if expires_in else None
+    return _store(session, text, name, kind, granted, now, life, caller.token_id), text
 
 
 def ensure(
@@ -156,7 +159,7 @@ def ensure(
     if found is None:
         try:
             with session.begin_nested():
-                _store(session, text, name, kind, scopes, now, None)
+                _store(session, text, name, kind, scopes, now, None, audit.ITSELF)
             return
         except IntegrityError:  # two processes start at once
             found = session.get_one(Token, identity)
@@ -172,6 +175,7 @@ def _store(
     scopes: dict[str, list[str]],
     now: datetime,
     life: timedelta | None,
+    actor: str,
 ) -> Token:
     identity, secret = split(text)
     token = Token(
@@ -185,6 +189,9 @@ def _store(
     )
     session.add(token)
     session.flush()
+    given = {"name": name, "kind": kind, "scopes": scopes, "expires_at": token.expires_at}
+    of = next(iter(scopes)) if kind == "user" and len(scopes) == 1 and EVERYWHERE not in scopes else None
+    audit.record(session, "token.created", identity, actor=actor, namespace=of, now=now, after=given)
     return token
 
 
@@ -205,6 +212,7 @@ def revoke(session: Session, caller: Caller, identity: str, now: datetime) -> To
         raise MoveNotAllowed(noun="token", id=identity, state="revoked", move="revoke", allowed="active")
     token.revoked_at = now
     session.add(token)
+    audit.record(session, "token.revoked", token.id, actor=caller.token_id, now=now, before={"name": token.name})
     return token
 
 

@@ -60,7 +60,7 @@ from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_ad
 from registry.schemas import Wishes
 from registry.storage.base import BlobReader, BlobStore, Part
 
-from . import bases, blobs, commits, datasets, fits, pushes
+from . import audit, bases, blobs, commits, datasets, fits, pushes
 
 Clock = Callable[[], datetime]
 LEASE = timedelta(seconds=60)
@@ -196,7 +196,7 @@ def _release(database: Database, claim: Claim) -> None:
 def _pass(session: Session, push: Push, facts: dict[str, Any], now: datetime) -> None:
     """Verified; and committed at once unless a job's end, or a conflict, says otherwise."""
     push.facts, push.lease_until = facts, None
-    pushes.move(push, "pass", now)
+    pushes.move(session, push, "pass", now)
     session.add(push)
     session.flush()
     if push.job_id is not None:
@@ -217,7 +217,7 @@ def _reject(database: Database, store: BlobStore, claim: Claim, errors: list[Lor
         row = _mine(session, claim)
         if row is None:
             return
-        pushes.move(row, "reject", claim.clock())
+        pushes.move(session, row, "reject", claim.clock(), codes=[error.code for error in errors])
         row.findings = [error.problem() for error in errors]
         row.facts, row.lease_until = None, None
         session.add(row)
@@ -631,6 +631,17 @@ def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
             session.flush()
             for digest in damaged:
                 blobs.remove_damaged(session, store, digest)
+        audit.record(
+            session,
+            "base.read" if error is None else "base.damaged",
+            base.digest,
+            actor=audit.ITSELF,
+            namespace=bases.NAMESPACE,
+            reason=error.message if error else "",
+            now=clock(),
+            before={"weights": "parts"},
+            after={"weights": row.weights},
+        )
     log.info("base-read", base=base.digest, whole=error is None)
     return True
 

@@ -63,6 +63,7 @@ STEERS_CAMPAIGN = "its work rests on its creator's rights, asked again each time
 STEERED = "seen by who reads, steered by who runs"
 OWN_PUSH = "a push is its author's; the namespace's admin may look and end it"
 CLAIMED = "a worker touches jobs that it claimed, and nothing else"
+AUDITED = "who administers a namespace sees what was done in it, and by whom"
 GIVEN = "nobody gives what no admin of that namespace gave them"
 
 
@@ -175,6 +176,8 @@ ROWS: dict[str, Row] = {
     ),
     "GET /v1/schedules": listed(),
     "DELETE /v1/schedules/{identity}": Row("user", ("read", "run"), STEERED, refused=403),
+    "GET /v1/audit": Row("user", ("admin",), AUDITED, named=False, refused=403),
+    "GET /v1/audit/chain": Row("user", ("admin",), "the chain runs through all namespaces", named=False, refused=403, where=("*",)),
 }
 NAMES = {"GET  v1 datasets": "data", "GET  v1 suites": "suite"}
 """Series of the seeded registry that are no adapters."""

@@ -206,7 +206,7 @@ def test_a_removed_schedule_fires_no_more_and_its_firings_stay(small: Clockwork)
 
     def remove(who: Caller) -> None:
         with small.world.database.write() as session:
-            schedules.remove(session, who, schedule.id)
+            schedules.remove(session, who, schedule.id, small.world.now)
 
     with pytest.raises(ScheduleNotFound):
         remove(stranger)
