@@ -24,7 +24,7 @@ MAX_SKEW_S = 60.0
 LITTLE_DISK = 5 << 30
 
 
-@click.group("token", short_help="Tokens: create, list, revoke.")
+@click.group("token", short_help="Tokens: create, list, rotate, revoke.")
 def token() -> None:
     """What people, programs and workers authenticate with."""
 
@@ -183,15 +183,36 @@ def create(
     out.emit(made, show)
 
 
-@command(token, "loractl token list", name="list")
-def list_tokens(out: Output) -> None:
+@command(token, "loractl token list", "loractl token list --prefix lora_0123", name="list")
+@click.option("--prefix", metavar="TEXT", help="Only tokens whose text begins so.")
+def list_tokens(out: Output, prefix: str | None) -> None:
     """List tokens; their secrets are kept nowhere."""
+    public = "_".join(prefix.split("_")[:2]) if prefix else None  # a secret goes into no query
     with config.connect() as client:
-        found = client.tokens().items
+        found = client.tokens(prefix=public).items
     out.emit(found, lambda: table(
-        ["token", "name", "kind", "scopes", "made", "expires", "revoked"],
-        ([t.id, t.name, t.kind, _scopes(t), ago(t.created_at), ago(t.expires_at), ago(t.revoked_at)] for t in found),
+        ["token", "name", "kind", "scopes", "made", "used", "expires", "revoked"],
+        ([t.id, t.name, t.kind, _scopes(t), *map(ago, (t.created_at, t.last_used_at, t.expires_at, t.revoked_at))]
+         for t in found),
     ))  # fmt: skip
+
+
+@command(token, "loractl token rotate 0123456789ab", "loractl token rotate 0123456789ab --grace 24")
+@click.argument("token_id", metavar="ID")
+@click.option("--grace", type=click.FloatRange(0, 720), default=1.0, show_default=True, metavar="HOURS",
+              help="How long the old secret stays good; 0: not at all.")  # fmt: skip
+def rotate(out: Output, token_id: str, grace: float) -> None:
+    """Give a token a new secret; it is shown this once."""
+    from registry.schemas import RotateRequest
+
+    with config.connect() as client:
+        made = client.rotate_token(token_id, RotateRequest(grace_s=grace * 3600))
+
+    def show() -> None:
+        out.say(f"Token {made.id} ({made.name}); the old secret is good for {grace:g} h. It is not shown again:")
+        click.echo(made.token)
+
+    out.emit(made, show)
 
 
 @command(token, "loractl token revoke 0123456789ab")

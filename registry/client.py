@@ -96,9 +96,13 @@ class RegistryClient:
         """A new token, shown this once."""
         return self._post("/v1/tokens", wire.NewToken, request)
 
-    def tokens(self) -> wire.Page[wire.TokenInfo]:
-        """Tokens that the caller may see."""
-        return self._get("/v1/tokens", wire.Page[wire.TokenInfo])
+    def tokens(self, *, prefix: str | None = None) -> wire.Page[wire.TokenInfo]:
+        """Tokens that the caller may see; with ``prefix`` those whose text begins so."""
+        return self._get("/v1/tokens", wire.Page[wire.TokenInfo], prefix=prefix)
+
+    def rotate_token(self, token_id: str, request: wire.RotateRequest) -> wire.NewToken:
+        """A new secret, shown this once; the old one stays good for a grace."""
+        return self._post(_path("tokens", token_id, "rotate"), wire.NewToken, request)
 
     def revoke_token(self, token_id: str) -> None:
         """End a token's life."""

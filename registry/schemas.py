@@ -8,7 +8,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 |---|---|
 | ``GET /health`` | → `Health` (the only route without a token) |
 | ``GET /v1/whoami`` · ``GET /v1/doctor`` | → `WhoAmI` · `DoctorReport` |
-| ``POST/GET /v1/tokens``, ``DELETE /v1/tokens/{id}`` | `TokenRequest` → `NewToken`; → `Page[TokenInfo]` |
+| ``POST/GET /v1/tokens``, ``POST /v1/tokens/{id}/rotate``, ``DELETE /v1/tokens/{id}`` | `TokenRequest`, `RotateRequest` → `NewToken`; → `Page[TokenInfo]` |
 | ``POST /v1/{adapters|datasets|suites}/{ns}/{name}/pushes``, ``POST /v1/bases/pushes`` | `PushRequest` → `PushInfo` (201; 200 and state ``committed`` when this exact version exists) |
 | ``POST /v1/pushes/{id}/parts`` | `PartsRequest` → `PartsInfo` |
 | ``GET /v1/pushes/{id}`` · ``POST …/commit`` · ``DELETE`` | → `PushInfo` (202 while verifying, 201 when committed) |
@@ -120,9 +120,18 @@ class TokenRequest(Request):
     """Seconds, a century at most; None for no expiry."""
 
 
+class RotateRequest(Request):
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86400)] = 3600.0
+    """For how many seconds the old secret stays good."""
+
+
 class TokenInfo(WhoAmI):
     created_at: datetime
     revoked_at: datetime | None
+    last_used_at: datetime | None = None
+    """To about a minute."""
+    previous_until: datetime | None = None
+    """Until when the secret before the last rotation is good."""
 
 
 class NewToken(TokenInfo):

@@ -8,7 +8,10 @@ workers) comes after the block.
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from time import monotonic
 from typing import Annotated
 
@@ -16,9 +19,9 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from registry import parts as house
-from registry.core.errors import ScopeMissing, TokenMissing
+from registry.core.errors import ScopeMissing, TokenMissing, Unavailable
 from registry.db import queries
-from registry.services.tokens import Caller, authenticate
+from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
 
 from .answers import Answers
 from .together import Together
@@ -38,6 +41,9 @@ class AppParts(house.Parts):
     resolutions: Answers = field(default_factory=Answers)
     """Bodies of `resolve` by the question and all facts that may change."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
+    """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
+    _noted: dict[str, datetime] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """What is asked together is asked of the database once."""
@@ -63,7 +69,29 @@ class AppParts(house.Parts):
             self.callers.move_to_end(token)
             while len(self.callers) > _TOKENS_KEPT:
                 self.callers.popitem(last=False)
+        self._note_use(caller)
         return caller
+
+    def _note_use(self, caller: Caller) -> None:
+        """Write down the use, about once a minute and token, as soon as the clerk comes to it."""
+        now = self.clock()
+        last = max(filter(None, (caller.last_used_at, self._noted.get(caller.token_id))), default=None)
+        if last is not None and now - last < LAST_USE_EVERY:
+            return
+        self._noted = {token: at for token, at in self._noted.items() if now - at < LAST_USE_EVERY}
+        self._noted[caller.token_id] = now
+
+        def write() -> None:
+            with suppress(Unavailable), self.database.write() as session:
+                note_use(session, caller.token_id, now)
+
+        with suppress(RuntimeError):  # the process ends
+            self._clerk.submit(write)
+
+    def close(self) -> None:
+        """Let the clerk finish, and give connections back."""
+        self._clerk.shutdown()
+        super().close()
 
     def known(self, token: str) -> Caller | None:
         """The caller behind ``token`` if it is remembered; asks nobody."""

@@ -1,9 +1,12 @@
-"""Routes of tokens: make, list, revoke."""
+"""Routes of tokens: make, list, rotate, revoke."""
 
-from fastapi import APIRouter
+from datetime import timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 
 from registry.db.models import Token
-from registry.schemas import NewToken, Page, TokenInfo, TokenRequest
+from registry.schemas import NewToken, Page, RotateRequest, TokenInfo, TokenRequest
 from registry.services import tokens
 
 from .deps import Parts, User
@@ -24,10 +27,26 @@ def create_token(request: TokenRequest, parts: Parts, caller: User) -> NewToken:
 
 
 @router.get("")
-def list_tokens(parts: Parts, caller: User) -> Page[TokenInfo]:
-    """Tokens that the caller administers."""
+def list_tokens(
+    parts: Parts, caller: User, prefix: Annotated[str, Query(max_length=21)] = ""
+) -> Page[TokenInfo]:
+    """Tokens that the caller administers; with ``prefix`` those whose text begins so: lora_ID, or a part of it."""
     with parts.database.read() as session:
-        return Page(items=[_info(token) for token in tokens.listed(session, caller)])
+        return Page(items=[_info(token) for token in tokens.listed(session, caller, prefix)])
+
+
+@router.post("/{identity}/rotate")
+def rotate_token(identity: str, request: RotateRequest, parts: Parts, caller: User) -> NewToken:
+    """A new secret, in this answer and nowhere else; the old one is good for ``grace_s`` seconds more."""
+    settings = parts.settings
+    fixed = {tokens.split(text)[0] for text in (settings.bootstrap_token, settings.bootstrap_worker_token) if text}
+    with parts.database.write() as session:
+        token, text = tokens.rotate(
+            session, caller, identity, timedelta(seconds=request.grace_s), parts.clock(), fixed=fixed
+        )
+        made = NewToken(**_info(token).model_dump(), token=text)
+    parts.forget(identity)
+    return made
 
 
 @router.delete("/{identity}")

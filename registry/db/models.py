@@ -103,6 +103,9 @@ class Token(SQLModel, table=True):
     created_at: datetime = _time("when it was made")
     expires_at: datetime | None = _time("from when on it is refused", nullable=True)
     revoked_at: datetime | None = _time("from when on it is refused for good", nullable=True)
+    previous_hash: str | None = Field(default=None, max_length=64, sa_column_kwargs={"comment": "of the secret before the rotation"})
+    previous_until: datetime | None = _time("until when the secret before the rotation is good", nullable=True)
+    last_used_at: datetime | None = _time("to about a minute", nullable=True)
 
 
 class AuditRow(SQLModel, table=True):

@@ -1,19 +1,21 @@
 """Bearer tokens: shown once, stored hashed, with scopes per namespace; who may do what.
 
 A token is ``lora_<id>_<secret>``. The secret has 256 random bits, so a plain SHA-256 is enough to store
-it: there is nothing to guess. Worker tokens are a kind of their own: they hold queues in place of
-scopes, and may touch only the jobs they claimed (`registry.services.jobs`).
+it: there is nothing to guess. A rotation gives a token a new secret; the one before stays good for a grace,
+so that whoever holds it can be told the new one without a gap. Worker tokens are a kind of their own: they hold
+queues in place of scopes, and may touch only the jobs they claimed (`registry.services.jobs`).
 """
 
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, select, update
 
 from registry.core.errors import BadRequest, MoveNotAllowed, ScopeMissing, TokenNotFound, TokenRefused
 from registry.core.names import check_name
@@ -23,6 +25,8 @@ from registry.schemas import SCOPES, Scope
 from . import audit
 
 _PREFIX = "lora"
+LAST_USE_EVERY = timedelta(minutes=1)
+"""How often at most a token's last use is written down."""
 EVERYWHERE = "*"
 
 
@@ -35,6 +39,7 @@ class Caller:
     kind: Literal["user", "worker"]
     scopes: dict[str, list[str]]
     expires_at: datetime | None = None
+    last_used_at: datetime | None = field(default=None, compare=False)
 
     def can(self, scope: Scope, namespace: str) -> bool:
         """Whether ``scope`` is granted on ``namespace``; admin covers every other scope there."""
@@ -87,9 +92,25 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     """The caller behind a bearer token; `TokenRefused` when it is unknown, revoked or expired."""
     identity, secret = split(text)
     token = session.get(Token, identity)
-    if token is None or not hmac.compare_digest(token.hash, _hash(secret)):
+    if token is None or not _opens(token, _hash(secret), now):
         raise TokenRefused(reason="it is unknown here")
     return _caller(token, now)
+
+
+def _opens(token: Token, hashed: str, now: datetime) -> bool:
+    """Whether this is the token's secret, or the one before its rotation while that is good."""
+    if hmac.compare_digest(token.hash, hashed):
+        return True
+    if token.previous_hash is None or token.previous_until is None or token.previous_until <= now:
+        return False
+    return hmac.compare_digest(token.previous_hash, hashed)
+
+
+def note_use(session: Session, identity: str, now: datetime) -> None:
+    """Write down when the token was used, unless somebody did so a moment ago."""
+    old = col(Token.last_used_at)
+    stale = old.is_(None) | (old < now - LAST_USE_EVERY)
+    session.exec(update(Token).where(col(Token.id) == identity, stale).values(last_used_at=now))
 
 
 def acting(session: Session, identity: str, now: datetime) -> Caller:
@@ -111,6 +132,7 @@ def _caller(token: Token, now: datetime) -> Caller:
         kind="worker" if token.kind == "worker" else "user",
         scopes=token.scopes,
         expires_at=token.expires_at,
+        last_used_at=token.last_used_at,
     )
 
 
@@ -195,24 +217,57 @@ def _store(
     return token
 
 
-def listed(session: Session, caller: Caller) -> list[Token]:
-    """Tokens that the caller administers, newest first."""
+def listed(session: Session, caller: Caller, prefix: str = "") -> list[Token]:
+    """Tokens that the caller administers and whose text begins with ``prefix``, newest first."""
     if not caller.can_somewhere("admin"):
         caller.require("admin", EVERYWHERE)
-    tokens = session.exec(select(Token).order_by(col(Token.created_at).desc(), col(Token.id)))
+    begins = col(Token.id).startswith(prefix.removeprefix(f"{_PREFIX}_"), autoescape=True)
+    tokens = session.exec(select(Token).where(begins).order_by(col(Token.created_at).desc(), col(Token.id)))
     return [token for token in tokens if _administers(caller, token)]
+
+
+def rotate(
+    session: Session, caller: Caller, identity: str, grace: timedelta, now: datetime, *, fixed: Collection[str] = ()
+) -> tuple[Token, str]:
+    """A new secret for the token, and its text, shown this once; the old secret is good for ``grace`` from now on.
+
+    One's own token may be rotated by itself. Rotating again ends the grace of the secret before the last one.
+    ``fixed``: tokens that the settings name, whose secret only who writes the settings can change.
+    """
+    token = _mine(session, caller, identity)
+    dead = "revoked" if token.revoked_at else "expired" if token.expires_at and token.expires_at <= now else None
+    if dead or identity in fixed:
+        raise MoveNotAllowed(
+            noun="token", id=identity, state=dead or "named by the settings", move="rotate",
+            allowed="active, made by loractl token create",
+        )  # fmt: skip
+    text = f"{_PREFIX}_{identity}_{secrets.token_urlsafe(32)}"
+    token.previous_hash, token.previous_until = token.hash, now + grace
+    token.hash = _hash(split(text)[1])
+    session.add(token)
+    until = {"previous_until": token.previous_until}
+    audit.record(session, "token.rotated", identity, actor=caller.token_id, now=now, after=until)
+    session.flush()
+    return token, text
 
 
 def revoke(session: Session, caller: Caller, identity: str, now: datetime) -> Token:
     """Refuse the token from now on; one's own token may always be revoked."""
-    token = session.get(Token, identity)
-    if token is None or not (token.id == caller.token_id or _administers(caller, token)):
-        raise TokenNotFound(id=identity)
+    token = _mine(session, caller, identity)
     if token.revoked_at is not None:
         raise MoveNotAllowed(noun="token", id=identity, state="revoked", move="revoke", allowed="active")
     token.revoked_at = now
     session.add(token)
     audit.record(session, "token.revoked", token.id, actor=caller.token_id, now=now, before={"name": token.name})
+    return token
+
+
+def _mine(session: Session, caller: Caller, identity: str) -> Token:
+    """The caller's own token, or one that they administer, held until the end of the transaction."""
+    query = select(Token).where(Token.id == identity).with_for_update().execution_options(populate_existing=True)
+    token = session.exec(query).first()
+    if token is None or not (token.id == caller.token_id or _administers(caller, token)):
+        raise TokenNotFound(id=identity[:16])
     return token
 
 

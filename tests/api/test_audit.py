@@ -92,6 +92,7 @@ def test_every_route_that_changes_anything_leaves_a_row(embedded: World, tmp_pat
 def _access(call: Walk) -> None:
     asked = {"name": "x", "scopes": {"team": ["read"]}}
     made = call("POST /v1/tokens", asked)
+    call("POST /v1/tokens/{identity}/rotate", {}, at={"identity": made["id"]})
     call("DELETE /v1/tokens/{identity}", at={"identity": made["id"]})
     action = {"job": {"recipe": {"kind": "evaluate"}}}
     added = call(

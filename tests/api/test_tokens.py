@@ -1,6 +1,7 @@
 """The life of a token over HTTP, on both databases: shown once, used, limited, expired, revoked."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,6 +27,18 @@ def api(world: World) -> Iterator[TestClient]:
     parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
     with TestClient(create_app(parts), headers=bearer(ADMIN)) as client:
         yield client
+
+
+def parts_of(world: World) -> AppParts:
+    """Those of another process."""
+    return AppParts(SETTINGS, world.database, world.store, Broker("memory://"), world.clock)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -95,6 +108,66 @@ def test_a_revoked_token_opens_nothing_though_it_was_just_used(world: World, api
     assert "revoked" in answer.json()["detail"]
     assert api.delete(f"/v1/tokens/{made['id']}").json()["code"] == "move-not-allowed"
     assert api.delete("/v1/tokens/absent").status_code == 404
+
+
+def test_a_rotated_token_has_a_new_secret_and_the_old_one_for_the_grace(world: World, api: TestClient) -> None:
+    made = make(api)
+    old = bearer(made["token"])
+    rotated = api.post(f"/v1/tokens/{made['id']}/rotate", json={"grace_s": 60}, headers=old).json()  # its own
+    new = bearer(rotated["token"])
+    assert (rotated["id"], rotated["scopes"]) == (made["id"], made["scopes"])
+    assert datetime.fromisoformat(rotated["previous_until"]) == world.now + timedelta(seconds=60)
+    assert rotated["token"] != made["token"]
+    for token in (old, new):
+        assert api.get("/v1/whoami", headers=token).json()["id"] == made["id"]
+    world.later(seconds=61)
+    wait_for(lambda: api.get("/v1/whoami", headers=old).status_code == 401)
+    assert api.get("/v1/whoami", headers=new).status_code == 200
+    assert rotated["token"].split("_", 2)[2] not in api.get("/v1/tokens").text
+
+
+def test_a_rotation_without_a_grace_or_a_second_one_ends_the_old_secret(api: TestClient) -> None:
+    made = make(api)
+    first = api.post(f"/v1/tokens/{made['id']}/rotate", json={"grace_s": 600}).json()["token"]
+    second = api.post(f"/v1/tokens/{made['id']}/rotate", json={"grace_s": 600}).json()["token"]
+    good = {token: api.get("/v1/whoami", headers=bearer(token)).status_code for token in (made["token"], first, second)}
+    assert good == {made["token"]: 401, first: 200, second: 200}
+    third = api.post(f"/v1/tokens/{made['id']}/rotate", json={"grace_s": 0}).json()["token"]
+    assert api.get("/v1/whoami", headers=bearer(second)).status_code == 401
+    assert api.get("/v1/whoami", headers=bearer(third)).status_code == 200
+
+
+def test_what_the_settings_name_or_is_over_is_not_rotated(world: World, api: TestClient) -> None:
+    revoked, expired = make(api), make(api, expires_in=1)
+    api.delete(f"/v1/tokens/{revoked['id']}")
+    world.later(seconds=2)
+    for identity, state in (
+        (ADMIN.split("_")[1], "named by the settings"), (revoked["id"], "revoked"), (expired["id"], "expired"),
+    ):  # fmt: skip
+        answer = api.post(f"/v1/tokens/{identity}/rotate", json={})
+        assert (answer.status_code, answer.json()["facts"]["state"]) == (409, state)
+    assert api.get("/v1/whoami").status_code == 200
+
+
+def test_what_a_leak_shows_of_a_token_finds_it(api: TestClient) -> None:
+    made = make(api)
+    for prefix in (made["id"][:4], f"lora_{made['id'][:4]}", f"lora_{made['id']}", made["id"]):
+        found = api.get("/v1/tokens", params={"prefix": prefix}).json()["items"]
+        assert made["id"] in {token["id"] for token in found}
+    assert api.get("/v1/tokens", params={"prefix": "%"}).json()["items"] == []
+    assert api.get("/v1/tokens", params={"prefix": made["token"]}).status_code == 400
+
+
+def test_the_last_use_is_written_down_about_once_a_minute(world: World, api: TestClient) -> None:
+    made = make(api)
+    assert made["last_used_at"] is None
+    began = world.now
+    for seconds, seen in ((0, 0), (30, 0), (40, 70)):
+        world.later(seconds=seconds)
+        with TestClient(create_app(parts_of(world))) as other:  # its end waits for what is to be written
+            assert other.get("/v1/whoami", headers=bearer(made["token"])).status_code == 200
+        used = world.one(select(Token).where(Token.id == made["id"])).last_used_at
+        assert used == began + timedelta(seconds=seen)
 
 
 def test_a_workers_token_has_queues_and_no_scopes(api: TestClient) -> None:
