@@ -120,6 +120,10 @@ class RegistryClient:
         """Signed URLs for parts, and which have arrived."""
         return self._post(_path("pushes", push_id, "parts"), wire.PartsInfo, request, again=True)
 
+    def seal(self, push_id: str, request: wire.SealRequest) -> wire.PushInfo:
+        """Tell the digests that the draft of a push lacked; the committed push when its version is there by now."""
+        return self._post(_path("pushes", push_id, "seal"), wire.PushInfo, request, again=True)
+
     def push(self, push_id: str) -> wire.PushInfo:
         """State of a push, with fresh URLs."""
         return self._get(_path("pushes", push_id), wire.PushInfo)

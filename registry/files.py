@@ -25,7 +25,15 @@ from typing import IO, Any, NoReturn
 from blake3 import blake3
 
 from registry.core.adapter import CONFIG_FILE, AdapterSpec
-from registry.core.base_model import TOKENIZER_FILES, BaseModel, Tensor, Tokenizer, canonical_arch, tokenizer_digests
+from registry.core.base_model import (
+    TOKENIZER_FILES,
+    BaseModel,
+    Tensor,
+    Tokenizer,
+    canonical_arch,
+    canonical_name,
+    tokenizer_digests,
+)
 from registry.core.digest import Digest
 from registry.core.errors import (
     BadConfig,
@@ -40,7 +48,7 @@ from registry.core.errors import (
     PickleRefused,
     ZeroUpdate,
 )
-from registry.core.manifest import FileEntry, Kind, Lineage, Manifest, check_path
+from registry.core.manifest import Draft, FileEntry, Kind, LateFile, Lineage, Manifest, check_path
 from registry.core.safetensors import PREFIX_BYTES, Header, TensorInfo, header_bytes, parse_header
 
 Progress = Callable[[int], None]
@@ -303,6 +311,8 @@ _TRAINER = re.compile(
 )
 _BESIDE = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY)(\.\w+)?|.*\.jinja", re.IGNORECASE)
 _ADAPTER_WEIGHTS = re.compile(r"adapter_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_LATE_FROM = 1 << 20
+"""Smaller files are hashed sooner than asked about."""
 _BASE_EXTRAS = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX_FILE)
 
 
@@ -349,6 +359,14 @@ class Scan:
     files: Mapping[str, Path]
 
 
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A draft, and where on this machine each of its files lies."""
+
+    draft: Draft
+    files: Mapping[str, Path]
+
+
 def scan_folder(
     kind: Kind,
     folder: Path,
@@ -376,23 +394,59 @@ def scan_folder(
         files = _adapter_files(folder) if kind == "adapter" else _base_files(folder)
     if kind == "adapter":
         config = read_json(files[CONFIG_FILE])
-    report = _in_turn(progress)
+    entries = _hashed(files, _in_turn(progress), cache)
+    return Scan(Manifest.parse(_listing(kind, entries, base, config, lineage)), files)
+
+
+def sketch_base(
+    folder: Path, base: Digest, *, lineage: Lineage | None = None, cache: HashCache | None = None
+) -> Sketch | None:
+    """As `scan_folder` of a base, but large files that the cache does not know are not read: their digests come later.
+
+    None when there is no such file.
+    """
+    files = _base_files(folder)
+    late = {
+        name: path
+        for name, path in files.items()
+        if name.endswith(".safetensors")
+        and path.stat().st_size >= _LATE_FROM
+        and not (cache and isinstance(cache.get(path, "sha256"), str))
+    }
+    if not late:
+        return None
+    config = read_json(files["config.json"]) if "config.json" in files else None
+    entries: list[FileEntry | LateFile] = [*_hashed({n: p for n, p in files.items() if n not in late}, _silent, cache)]
+    for name, path in late.items():
+        tensors = (canonical_name(tensor.name, config) for tensor in read_header(path))
+        known = tuple(tensor for tensor in tensors if tensor is not None)
+        entries.append(LateFile(path=name, size=path.stat().st_size, tensors=known))
+    return Sketch(Draft.parse(_listing("base", entries, base, None, lineage)), files)
+
+
+def _hashed(files: Mapping[str, Path], report: Progress, cache: HashCache | None) -> list[FileEntry]:
     with ThreadPoolExecutor(cores(), "sha256") as pool:
         digests = list(pool.map(lambda path: sha256_file(path, report, cache), files.values()))
-    entries = [
+    return [
         FileEntry(path=name, size=path.stat().st_size, digest=str(digest))
         for (name, path), digest in zip(files.items(), digests, strict=True)
     ]
-    manifest = Manifest.parse(
-        {
-            "kind": kind,
-            "files": sorted(entries, key=lambda entry: entry.path),
-            "base": str(base) if base else None,
-            "config": _finite(dict(config or {})),
-            "lineage": lineage or Lineage(),
-        }
-    )
-    return Scan(manifest, files)
+
+
+def _listing(
+    kind: Kind,
+    entries: Iterable[FileEntry | LateFile],
+    base: Digest | None,
+    config: Mapping[str, Any] | None,
+    lineage: Lineage | None,
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "files": sorted(entries, key=lambda entry: entry.path),
+        "base": str(base) if base else None,
+        "config": _finite(dict(config or {})),
+        "lineage": lineage or Lineage(),
+    }
 
 
 def base_shards(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST/GET /v1/tokens``, ``POST /v1/tokens/{id}/rotate``, ``DELETE /v1/tokens/{id}`` | `TokenRequest`, `RotateRequest` → `NewToken`; → `Page[TokenInfo]` |
 | ``POST /v1/{adapters|datasets|suites}/{ns}/{name}/pushes``, ``POST /v1/bases/pushes`` | `PushRequest` → `PushInfo` (201; 200 and state ``committed`` when this exact version exists) |
 | ``POST /v1/pushes/{id}/parts`` | `PartsRequest` → `PartsInfo` |
+| ``POST /v1/pushes/{id}/seal`` | `SealRequest` → `PushInfo`: the digests that a draft lacked |
 | ``GET /v1/pushes/{id}`` · ``POST …/commit`` · ``DELETE`` | → `PushInfo` (202 while verifying, 201 when committed) |
 | ``POST /v1/bases`` | `BaseRegistration` → `BaseInfo`: by its table, without weights |
 | ``GET /v1/bases`` · ``/v1/bases/{ref}`` · ``/v1/bases/{ref}/table`` | → `Page[BaseInfo]` · `BaseInfo` · compressed table |
@@ -38,7 +39,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from .core.manifest import BaseDigest, FileEntry, Sha256
+from .core.manifest import MAX_FILES, BaseDigest, FileEntry, Sha256
 from .core.policy import Policy
 
 Scope = Literal["read", "publish", "promote", "run", "admin"]
@@ -163,6 +164,7 @@ class Wishes(Request):
 
 class PushRequest(Request):
     manifest: dict[str, Any]
+    """Of a base it may be a draft, in which files have no digest yet (`registry.core.manifest.Draft`)."""
     wishes: Wishes = Wishes()
     table: str | None = None
     """Bases: the tensor table, base64 of its compressed form (`BaseModel.to_bytes`)."""
@@ -185,6 +187,8 @@ class BlobState(Answer):
     """A needed blob below the multipart threshold."""
     part_size: int | None = None
     """A needed blob above it: ask for its parts."""
+    path: str | None = None
+    """A file of a draft that is new here for certain: send its parts at once, by ``digest``, which stands for its own."""
 
 
 class PushInfo(Answer):
@@ -198,6 +202,13 @@ class PushInfo(Answer):
     """Problems (code, detail, hint, facts) that led to a rejection."""
     outcome: dict[str, Any] | None = None
     """After the commit: ``ref``, ``version``, ``digest``, ``base``, ``evidence``, ``aliases``, ``warnings``."""
+    sealed: bool = True
+    """Whether all digests are known; before, ``version_digest`` is the draft's."""
+
+
+class SealRequest(Request):
+    digests: Annotated[dict[str, Sha256], Field(max_length=MAX_FILES)]
+    """Path -> digest, of every file of the draft that had none."""
 
 
 class PartWanted(Request):

@@ -1,6 +1,7 @@
 """Bytes between folders and the blob store: parallel, resumable, verified, in bounded memory.
 
     push   hash → open (want/have) → send only what is needed → commit, and wait while it is verified
+           of a base: open a draft → hash what is new while it is sent → seal → what is still needed → commit
     pull   signed GETs → ranges into <out>/.partial/<digest>… → verify → fsync → rename
 
 A push that was killed goes on where it stopped: the same folder gives the same manifest, the registry
@@ -36,25 +37,40 @@ from .client import PAUSE_S, TRIES, RegistryClient, user_agent
 from .core.base_model import BaseModel
 from .core.digest import Digest
 from .core.errors import (
+    BadManifest,
     BadPath,
     BlobNotFound,
     ChecksumRefused,
     DigestMismatch,
+    DraftTaken,
     LoractlError,
     PathUnusable,
     PushExpired,
     PushRejected,
+    RouteNotFound,
     SignatureRefused,
     StorageDown,
 )
-from .core.manifest import Kind, Lineage, check_path
+from .core.manifest import Kind, Lineage, Listing, check_path
 from .core.tasks import parse_tasks
-from .files import HashCache, Scan
-from .schemas import BlobState, Download, PartsRequest, PartWanted, PushInfo, PushRequest, SignedRequest, Wishes
+from .files import HashCache, Scan, Sketch
+from .schemas import (
+    BlobState,
+    Download,
+    PartsRequest,
+    PartWanted,
+    PushInfo,
+    PushRequest,
+    SealRequest,
+    SignedRequest,
+    Wishes,
+)
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, bytes done, bytes in all); called from many threads, one at a time."""
 Refresh = Callable[[], Sequence[Download]]
+Opening = Callable[[PushRequest], PushInfo]
+"""How a push is opened: by a person, or for a job."""
 
 THREADS = 8
 CHUNK = 1 << 18
@@ -105,8 +121,45 @@ def push_base(
 ) -> PushInfo:
     """Push the base model in ``folder`` with its weights; ``base`` is its table when it is known already."""
     base = base or digested(folder, progress=progress, cache=cache)
-    scan = scanned("base", folder, base=base.digest, progress=progress, cache=cache)
-    return push(client, "base", None, scan, wishes, table=table_of(base), progress=progress, threads=threads)
+
+    def opening(request: PushRequest) -> PushInfo:
+        return client.open_push("base", None, request)
+
+    return send_base(client, opening, folder, base, wishes, progress=progress, cache=cache, threads=threads)
+
+
+def send_base(
+    client: RegistryClient,
+    opening: Opening,
+    folder: Path,
+    base: BaseModel,
+    wishes: Wishes | None = None,
+    *,
+    lineage: Lineage | None = None,
+    progress: Progress = silent,
+    cache: HashCache | None = None,
+    threads: int = THREADS,
+) -> PushInfo:
+    """Push the base model in ``folder`` by ``opening``; large files that are new to the registry are hashed while sent.
+
+    A base that is there already is one request, and no file of it is read. A registry that does not know drafts is
+    told all digests at once, and so is one where other files go by the same draft.
+    """
+    scan, table = None, table_of(base)
+    if sketch := files.sketch_base(folder, base.digest, lineage=lineage, cache=cache):
+        with suppress(BadManifest, DraftTaken, RouteNotFound):
+            info = opening(_request(sketch.draft, wishes, table))
+            if info.state == "committed":
+                return info
+            if not info.sealed:
+                digests = _hash_and_send(client, info, sketch, progress, cache, threads)
+                scan = Scan(sketch.draft.sealed(digests), sketch.files)
+                info = client.seal(info.id, SealRequest(digests=digests))
+                return finish_push(client, info, scan, progress=progress, threads=threads)
+    if scan is None:
+        scan = scanned("base", folder, base=base.digest, lineage=lineage, progress=progress, cache=cache)
+    info = opening(request_of(scan, wishes, table))
+    return finish_push(client, info, scan, progress=progress, threads=threads)
 
 
 def push_dataset(
@@ -163,7 +216,11 @@ def finish_push(
 
 def request_of(scan: Scan, wishes: Wishes | None = None, table: str | None = None) -> PushRequest:
     """The body that opens a push of what was scanned."""
-    manifest = scan.manifest.model_dump(mode="json", by_alias=True)
+    return _request(scan.manifest, wishes, table)
+
+
+def _request(listing: Listing, wishes: Wishes | None, table: str | None) -> PushRequest:
+    manifest = listing.model_dump(mode="json", by_alias=True)
     return PushRequest(manifest=manifest, wishes=wishes or Wishes(), table=table)
 
 
@@ -228,6 +285,31 @@ def upload(
                 sender.parts(blob, blob.part_size, path, threads)
 
 
+def _hash_and_send(
+    client: RegistryClient,
+    info: PushInfo,
+    sketch: Sketch,
+    progress: Progress,
+    cache: HashCache | None,
+    threads: int,
+) -> dict[str, str]:
+    """The digests of all late files, path -> digest; those that the registry named as new are in the store by then."""
+    new = {blob.path: blob for blob in info.blobs if blob.path is not None}
+    meter = _Meter(progress, "sending", sum(blob.size for blob in new.values()))
+    digests: dict[str, Digest] = {}
+    with _Store(threads) as store, _Crew(threads) as crew:
+        sender = _Sender(client, info.id, store, crew, meter)
+        for path, blob in new.items():
+            digests[path] = sender.late(blob, sketch.files[path], threads)
+        rest = {entry.path: sketch.files[entry.path] for entry in sketch.draft.late if entry.path not in new}
+        hashing = {path: crew.do(files.sha256_file, file, None, cache) for path, file in rest.items()}
+    if cache:
+        for path, digest in digests.items():
+            cache.put(sketch.files[path], "sha256", str(digest))
+    found = digests | {path: future.result() for path, future in hashing.items()}
+    return {path: str(digest) for path, digest in found.items()}
+
+
 def send(wanted: Iterable[tuple[Path, SignedRequest]], check: Callable[[], None] = lambda: None) -> None:
     """Make the signed PUT of each file, one after another; ``check`` is called between chunks and may end it."""
 
@@ -288,14 +370,28 @@ class _Sender:
     def parts(self, blob: BlobState, part_size: int, path: Path, threads: int) -> None:
         """Hand the parts that have not arrived to the crew, a few at a time so that requests are few."""
         arrived = self.client.parts(self.push_id, PartsRequest(digest=blob.digest)).arrived
-        count = math.ceil(blob.size / part_size)
         self.meter.add(sum(_length(blob.size, part_size, number) for number in arrived))
-        missing = [number for number in range(1, count + 1) if number not in arrived]
-        step = max(1, min(8, len(missing) // (2 * threads)))
-        for start in range(0, len(missing), step):
-            self.crew.do(self._some_parts, blob, part_size, path, missing[start : start + step])
+        missing = [number for number in range(1, _count(blob, part_size) + 1) if number not in arrived]
+        for numbers in _some(missing, threads):
+            self.crew.do(self._some_parts, blob, part_size, path, numbers)
 
-    def _some_parts(self, blob: BlobState, part_size: int, path: Path, numbers: list[int]) -> None:
+    def late(self, blob: BlobState, path: Path, threads: int) -> Digest:
+        """The digest of a file, read in order; each part is handed to the crew behind the reader, so that it is sent
+        from the page cache.
+
+        All parts are offered, those that arrived too: their checksums tell whether another file goes by the same name.
+        """
+        part_size = blob.part_size or blob.size
+        hashed, offset = hashlib.sha256(), 0
+        for numbers in _some(range(1, _count(blob, part_size) + 1), threads):
+            length = sum(_length(blob.size, part_size, number) for number in numbers)
+            for chunk in self._chunks(path, offset, length):
+                hashed.update(chunk)
+            offset += length
+            self.crew.do(self._some_parts, blob, part_size, path, numbers)
+        return Digest("sha256", hashed.hexdigest())
+
+    def _some_parts(self, blob: BlobState, part_size: int, path: Path, numbers: Sequence[int]) -> None:
         wanted = []
         for number in numbers:
             chunks = self._chunks(path, (number - 1) * part_size, _length(blob.size, part_size, number))
@@ -355,6 +451,16 @@ class _Sender:
                     raise PathUnusable(path=str(path), reason="it became shorter while it was read")
                 length -= len(chunk)
                 yield chunk
+
+
+def _count(blob: BlobState, part_size: int) -> int:
+    return math.ceil(blob.size / part_size)
+
+
+def _some(numbers: Sequence[int], threads: int) -> Iterator[Sequence[int]]:
+    """A few parts at a time, so that requests are few and every thread has work."""
+    step = max(1, min(8, len(numbers) // (2 * threads)))
+    return (numbers[start : start + step] for start in range(0, len(numbers), step))
 
 
 def _length(size: int, part_size: int, number: int) -> int:

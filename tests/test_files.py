@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from registry import files
 from registry.core.adapter import RECORDED_BASE
 from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
@@ -48,6 +49,7 @@ from registry.files import (
     refuse_os_error,
     scan_folder,
     sha256_file,
+    sketch_base,
 )
 from tests.factories import (
     adapter_config,
@@ -546,3 +548,34 @@ def test_a_device_without_room_is_a_full_disk() -> None:
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PathUnusable, match="No such file"), atomic_write(tmp_path / "no" / "x"):
         raise AssertionError("never reached")
+
+
+# ── sketches ─────────────────────────────────────────────────────────────────
+
+
+def test_a_sketch_leaves_the_digests_of_large_files_open_and_names_their_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_base(tmp_path / "shards", shards=2)
+    assert sketch_base(folder, BASE) is None
+    monkeypatch.setattr(files, "_LATE_FROM", 1000)
+    sketch = sketch_base(folder, BASE)
+    assert sketch is not None
+    late = {entry.path: entry for entry in sketch.draft.late}
+    assert set(late) == {path.name for path in folder.glob("*.safetensors")}
+    assert {name for entry in late.values() for name in entry.tensors} == set(digest_base(folder).by_name)
+    told = {path: str(sha256_file(folder / path)) for path in late}
+    assert sketch.draft.sealed(told) == scan_folder("base", folder, base=BASE).manifest
+
+
+def test_a_sketch_takes_digests_that_the_cache_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LATE_FROM", 1000)
+    folder, cache = tiny_base(tmp_path / "shards", shards=2), HashCache(tmp_path / "cache")
+    age(folder)
+    first, second = sorted(folder.glob("*.safetensors"))
+    sha256_file(first, cache=cache)
+    sketch = sketch_base(folder, BASE, cache=cache)
+    assert sketch is not None
+    assert [entry.path for entry in sketch.draft.late] == [second.name]
+    sha256_file(second, cache=cache)
+    assert sketch_base(folder, BASE, cache=cache) is None

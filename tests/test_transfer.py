@@ -3,7 +3,10 @@
 import datetime as dt
 import hashlib
 import json
+import os
 import random
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,10 +29,14 @@ from registry.core.errors import (
     LoractlError,
     NonFinite,
     PathUnusable,
+    RouteNotFound,
     SignatureRefused,
     StorageDown,
 )
-from registry.schemas import BaseRegistration, Download, SignedRequest, Wishes
+from registry.core.manifest import Manifest
+from registry.files import HashCache, scan_folder, sha256_file
+from registry.schemas import BaseRegistration, Download, PushInfo, SealRequest, SignedRequest, Wishes
+from registry.services import pushes
 from tests import live
 from tests.factories import base_of, tiny_adapter, tiny_base, write_safetensors
 
@@ -91,6 +98,112 @@ def test_a_base_in_many_parts_and_shards_comes_back_as_it_was(client: RegistryCl
     transfer.pull(client, info.version_digest, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(folder)
     assert base_of(tmp_path / "out").digest == base_of(folder).digest
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A base whose weights come in nine parts, beside small files."""
+    return tiny_base(tmp_path / "large", secrets.randbits(30), width=128, vocabulary=16_384)
+
+
+def sent_of(registry: live.Live) -> int:
+    """Bytes of the weights that were sent; a config of before may be there."""
+    return sum(request.received for request in registry.puts() if request.received > 1000)
+
+
+def sealed(registry: live.Live) -> list[int]:
+    return [request.status for request in registry.seen if request.path.endswith("/seal")]
+
+
+def test_a_new_base_is_sealed_after_its_parts_were_sent_and_each_byte_travels_once(
+    registry: live.Live, client: RegistryClient, fresh: Path, tmp_path: Path
+) -> None:
+    info = transfer.push_base(client, fresh)
+    assert sent_of(registry) == (fresh / "model.safetensors").stat().st_size
+    last = max(at for at, request in enumerate(registry.seen) if request.received == live.PART)
+    [seal] = [at for at, request in enumerate(registry.seen) if request.path.endswith("/seal")]
+    assert last < seal
+    transfer.pull(client, info.version_digest, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(fresh)
+
+
+def test_a_base_that_is_there_is_one_request_and_its_files_are_not_read(
+    registry: live.Live, client: RegistryClient, fresh: Path
+) -> None:
+    model = base_of(fresh)
+    first = transfer.push_base(client, fresh, base=model)
+    registry.seen.clear()
+    weights = fresh / "model.safetensors"
+    with weights.open("r+b") as file:  # what is in it now is never seen
+        file.seek(-4, 2)
+        file.write(b"else")
+    again = transfer.push_base(client, fresh, base=model)
+    assert [request.method for request in registry.seen] == ["POST"]
+    assert (again.id, registry.sent()) == (first.id, 0)
+
+
+def test_a_base_whose_digests_are_known_is_pushed_without_a_seal(
+    registry: live.Live, client: RegistryClient, fresh: Path, tmp_path: Path
+) -> None:
+    for path in fresh.iterdir():
+        os.utime(path, (1e9, 1e9))
+    cache = HashCache(tmp_path / "cache")
+    scan_folder("base", fresh, base=base_of(fresh).digest, cache=cache)
+    assert transfer.push_base(client, fresh, cache=cache).state == "committed"
+    assert sealed(registry) == []
+
+
+def test_digests_that_were_taken_while_sending_are_remembered(
+    registry: live.Live, client: RegistryClient, fresh: Path, tmp_path: Path
+) -> None:
+    for path in fresh.iterdir():
+        os.utime(path, (1e9, 1e9))
+    cache = HashCache(tmp_path / "cache")
+    transfer.push_base(client, fresh, cache=cache)
+    assert sealed(registry) == [200]
+    weights = fresh / "model.safetensors"
+    assert cache.get(weights, "sha256") == str(sha256_file(weights))
+
+
+def test_a_registry_that_does_not_know_drafts_is_told_all_digests_first(
+    registry: live.Live, client: RegistryClient, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushes, "parse_listing", Manifest.parse)  # as it was
+    assert transfer.push_base(client, fresh).state == "committed"
+    assert sealed(registry) == []
+    assert sent_of(registry) == (fresh / "model.safetensors").stat().st_size
+
+
+def test_a_registry_of_which_one_process_knows_no_seal_gets_its_base(
+    registry: live.Live, client: RegistryClient, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(push_id: str, request: SealRequest) -> PushInfo:
+        raise RouteNotFound(method="POST", path=f"/v1/pushes/{push_id}/seal ({len(request.digests)} digests)")
+
+    monkeypatch.setattr(client, "seal", unknown)
+    assert transfer.push_base(client, fresh).state == "committed"
+
+
+def test_other_files_under_the_same_draft_are_pushed_with_all_digests(
+    registry: live.Live, client: RegistryClient, fresh: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(fresh, other)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"pt"', b'"tp"'))  # the same tensors in another file
+    assert base_of(other).digest == base_of(fresh).digest
+
+    def killed(what: str, done: int, total: int) -> None:
+        if what == "sending" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer.push_base(client, fresh, progress=killed)
+    info = transfer.push_base(client, other)
+    assert info.state == "committed"
+    assert sealed(registry) == []
+    transfer.pull(client, info.version_digest, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(other)
 
 
 def test_pushing_the_same_adapter_again_is_one_request_and_no_bytes(
@@ -250,6 +363,38 @@ def test_a_client_killed_at_random_bytes_resumes_and_sends_no_finished_part_twic
     with registry.client() as client:
         transfer.pull(client, ended.stdout.split()[-2], tmp_path / "out")
     assert (tmp_path / "out" / "data.jsonl").read_bytes() == file.read_bytes()
+
+
+PUSH_BASE = PUSH.replace(
+    'push_dataset(client, "dataset", Path(file), name, ', "push_base(client, Path(file), "
+)
+
+
+def test_a_client_killed_while_it_hashes_and_sends_resumes_and_sends_no_finished_part_twice(
+    registry: live.Live, fresh: Path, tmp_path: Path
+) -> None:
+    registry.seen.clear()
+    line = [sys.executable, "-c", PUSH_BASE, registry.url, registry.token, str(fresh), "-"]
+    draw = random.Random(7)
+    for _ in range(3):
+        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            limit = draw.randrange(1, 6 * live.PART)
+            for said in child.stdout:
+                if said.startswith("sending") and int(said.split()[1]) > limit:
+                    break
+            child.kill()
+    ended = subprocess.run(line, check=True, capture_output=True, text=True)
+    parts = [
+        request.headers["x-amz-checksum-sha256"]
+        for request in registry.puts()
+        if request.status == 200 and request.received > 1000
+    ]
+    assert len(parts) == len(set(parts)) == -(-(fresh / "model.safetensors").stat().st_size // live.PART)
+    assert sealed(registry) == [200]
+    with registry.client() as client:
+        transfer.pull(client, ended.stdout.split()[-2], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(fresh)
 
 
 def test_a_url_that_expired_is_asked_for_once_more(client: RegistryClient, tmp_path: Path) -> None:

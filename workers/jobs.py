@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -57,7 +58,7 @@ from registry.core.recipes import (
     parse_recipe,
     recipe_digest,
 )
-from registry.files import Scan, digest_base, scan_folder
+from registry.files import digest_base, scan_folder
 from registry.schemas import (
     ClaimInfo,
     ClaimRequest,
@@ -66,11 +67,13 @@ from registry.schemas import (
     FinishRequest,
     HeartbeatRequest,
     JobPushRequest,
+    PushInfo,
+    PushRequest,
     ScoredInfo,
     Wishes,
 )
 from registry.settings import WorkerSettings
-from registry.transfer import finish_push, request_of, table_of
+from registry.transfer import finish_push, request_of, send_base
 
 from .cache import Cache
 from .checkpoints import Keeper, Kept, restore
@@ -357,7 +360,8 @@ class Worker:
             recipe=recipe.model_dump(mode="json"),
         )
         scan = scan_folder("adapter", folder, base=Digest.parse(recipe.base), lineage=lineage)
-        return self._push(scan, Wishes(**_wishes(lease)), None, lease)
+        opened = self._open(lease, request_of(scan, Wishes(**_wishes(lease))))
+        return finish_push(self.client, opened, scan, progress=lease.transfer).id
 
     def _push_base(self, recipe: MakesBase, folder: Path, taken: Mapping[str, str], lease: "_Lease") -> str:
         base = digest_base(folder, taken=taken)
@@ -366,13 +370,13 @@ class Worker:
                 lineage = Lineage(parents=(recipe.adapter,), recipe=recipe.model_dump(mode="json"))
             case FullFineTune():
                 lineage = Lineage(datasets=recipe.datasets, recipe=recipe.model_dump(mode="json"))
-        scan = scan_folder("base", folder, base=base.digest, lineage=lineage)
-        return self._push(scan, Wishes(line=lease.output.get("line")), table_of(base), lease)
+        wishes = Wishes(line=lease.output.get("line"))
+        return send_base(
+            self.client, partial(self._open, lease), folder, base, wishes, lineage=lineage, progress=lease.transfer
+        ).id
 
-    def _push(self, scan: Scan, wishes: Wishes, table: str | None, lease: "_Lease") -> str:
-        request = JobPushRequest(attempt=lease.attempt, push=request_of(scan, wishes, table))
-        opened = self.client.job_push(lease.id, request)
-        return finish_push(self.client, opened, scan, progress=lease.transfer).id
+    def _open(self, lease: "_Lease", push: PushRequest) -> PushInfo:
+        return self.client.job_push(lease.id, JobPushRequest(attempt=lease.attempt, push=push))
 
     def _fail(self, lease: "_Lease", problem: LoractlError, *, retryable: bool, cancelled: bool = False) -> None:
         request = FailRequest(

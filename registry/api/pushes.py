@@ -1,11 +1,11 @@
-"""Routes of pushes: open, parts, state, commit, abort. A worker's own pushes are opened at its job."""
+"""Routes of pushes: open, parts, seal, state, commit, abort. A worker's own pushes are opened at its job."""
 
 from fastapi import APIRouter, Response
 
 from registry.core.lifecycle import PushState
 from registry.core.manifest import Kind
 from registry.core.names import SeriesName
-from registry.schemas import PartsInfo, PartsRequest, PushInfo, PushRequest
+from registry.schemas import PartsInfo, PartsRequest, PushInfo, PushRequest, SealRequest
 from registry.services import pushes
 from registry.services.tokens import Caller
 
@@ -56,6 +56,16 @@ def _opened(
 def parts_of(push_id: str, request: PartsRequest, parts: Parts, caller: Anyone) -> PartsInfo:
     """Signed URLs for parts of a large blob, and which have arrived."""
     return pushes.parts(parts.database, parts.store, parts.settings, caller, push_id, request, parts.clock())
+
+
+@router.post("/pushes/{push_id}/seal")
+def seal(push_id: str, request: SealRequest, parts: Parts, caller: Anyone) -> PushInfo:
+    """Tell the digests that a draft lacked: the push, or the committed one when its version is there by now."""
+    now = parts.clock()
+    with parts.database.write() as session:
+        push = pushes.seal(session, caller, parts.settings, push_id, request.digests, now)
+    with parts.database.read() as session:  # it may be another's, as when a push is opened
+        return pushes.describe(session, parts.store, parts.settings, push, now)
 
 
 @router.get("/pushes/{push_id}")

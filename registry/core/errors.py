@@ -494,6 +494,18 @@ class PushRejected(BadFile):
     says = "Push {id} was verified and rejected: {findings}"
 
 
+class NotSealed(Conflict):
+    code = "not-sealed"
+    says = "Push {id} cannot be committed: the digests of {count} of its files have not been told."
+    help = "Repeat the push; it resumes where it stopped."
+
+
+class DraftTaken(Conflict):
+    code = "draft-taken"
+    says = "Push {id} is of other files with the same names and sizes: '{path}' has other bytes there."
+    help = "Push with all digests, as clients do when they hear this."
+
+
 class AliasMoved(Conflict):
     code = "alias-moved"
     says = "Alias '{alias}' of {name} moved in between: it is now {current} (generation {generation})."

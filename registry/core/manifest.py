@@ -3,9 +3,13 @@
 A version's digest is the digest of its manifest, and the manifest holds nothing that differs between
 two pushes of one folder (message, time and aliases live on the version's row), so pushing twice is one
 version. Blobs are named ``sha256:<hex>``, as object stores, LFS and OCI name them.
+
+A draft is a manifest whose sender does not know all digests yet: large files that are new to the registry are sent
+while they are hashed, and the digests come last (docs/adr/0019).
 """
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -89,12 +93,21 @@ class Lineage(Frozen):
     """The frozen recipe, as `registry.core.recipes` dumps it."""
 
 
-class Manifest(Frozen):
-    """Everything that makes a version what it is."""
+class LateFile(Frozen):
+    """A file of a draft whose digest comes with the seal."""
+
+    path: str
+    size: Annotated[int, Field(ge=0, le=1 << 44)]
+    tensors: tuple[str, ...] = ()
+    """Bases: canonical names of the tensors in it, by which the registry tells whether it may hold such a file."""
+
+
+class Listing(Frozen):
+    """What manifests and drafts have in common."""
 
     schema_: Annotated[Literal["loractl/1"], Field(alias="schema")] = "loractl/1"
     kind: Kind
-    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=MAX_FILES)]
+    files: Annotated[tuple[FileEntry | LateFile, ...], Field(min_length=1, max_length=MAX_FILES)]
     base: BaseDigest | None = None
     """Adapters: the base they are bound to. Bases: their own base digest."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -135,10 +148,49 @@ class Manifest(Frozen):
 
     @property
     def digest(self) -> Digest:
-        """The version's digest: the SHA-256 of the canonical bytes."""
+        """The SHA-256 of the canonical bytes; a manifest's is the version's digest."""
         return Digest.sha256(self.canonical())
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files)
+
+
+class Manifest(Listing):
+    """Everything that makes a version what it is."""
+
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=MAX_FILES)]
+
+
+class Draft(Listing):
+    """A manifest that lacks the digests of some files; its own digest is its name until they are there."""
+
+    @property
+    def late(self) -> tuple[LateFile, ...]:
+        """The files whose digests are not known."""
+        return tuple(entry for entry in self.files if isinstance(entry, LateFile))
+
+    def sealed(self, digests: Mapping[str, str]) -> Manifest:
+        """The manifest that the draft becomes by ``digests``, path -> digest of every late file and of no other.
+
+        `BadManifest` names what is missing, or too many.
+        """
+        wanted = {entry.path for entry in self.late}
+        for path in sorted(wanted ^ digests.keys()):
+            why = "has no digest" if path in wanted else "is no file whose digest was left open"
+            raise BadManifest(reason=f"'{path[:100]}' {why}")
+        files = [
+            FileEntry(path=entry.path, size=entry.size, digest=digests[entry.path])
+            if isinstance(entry, LateFile)
+            else entry
+            for entry in self.files
+        ]
+        return Manifest.parse({**self.model_dump(by_alias=True, exclude={"files"}), "files": files})
+
+
+def parse_listing(data: dict[str, Any]) -> Manifest | Draft:
+    """A manifest, or a draft when a file in it has no digest; `BadManifest` or `BadPath`."""
+    files = data.get("files")
+    open_ended = isinstance(files, list) and any(isinstance(entry, dict) and "digest" not in entry for entry in files)
+    return Draft.parse(data) if open_ended else Manifest.parse(data)

@@ -185,6 +185,7 @@ class Push(SQLModel, table=True):
         _one_of("state", PushState),
         Index("ix_pushes_state_expires_at", "state", "expires_at"),
         Index("ix_pushes_manifest_digest", "manifest_digest"),
+        Index("ix_pushes_draft", "draft"),
     )
     id: str = Field(primary_key=True, max_length=32)
     kind: str = Field(max_length=8)
@@ -192,6 +193,7 @@ class Push(SQLModel, table=True):
     name: str = Field(max_length=64)
     manifest_digest: str = _digest("digest of the version it would make")
     manifest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    draft: str | None = _digest("digest of the draft it was opened with; it is the manifest's until the seal", nullable=True)
     wishes: dict[str, Any] = _json("aliases, message, overrides and line as asked for")
     state: str = Field(max_length=12)
     findings: list[Any] | None = _json("problems that led to the rejection", nullable=True)
@@ -212,6 +214,9 @@ class PushBlob(SQLModel, table=True):
     __table_args__ = (_one_of("state", ["present", "needed", "arrived", "verified", "placed"]),)
     push_id: str = Field(foreign_key="pushes.id", primary_key=True, max_length=32)
     digest: str = _digest("sha256 promised by the manifest", primary_key=True)
+    path: str | None = Field(
+        default=None, sa_column=Column(Text, nullable=True, comment="of a file that was opened without digest")
+    )
     size: int = Field(sa_type=BigInteger)
     state: str = Field(max_length=8)
     upload_id: str | None = Field(default=None, sa_column=Column(Text, nullable=True, comment="of a multipart"))

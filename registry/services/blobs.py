@@ -17,7 +17,17 @@ from sqlmodel.sql.expression import SelectOfScalar
 from registry.core.digest import Digest
 from registry.core.manifest import Manifest
 from registry.db.engine import Database
-from registry.db.models import Adapter, Base, Blob, Dataset, DatasetVersion, ManifestBlob, StoredManifest, Version
+from registry.db.models import (
+    Adapter,
+    Base,
+    Blob,
+    Dataset,
+    DatasetVersion,
+    ManifestBlob,
+    PushBlob,
+    StoredManifest,
+    Version,
+)
 from registry.storage.base import BlobStore
 
 from .tokens import Caller
@@ -26,6 +36,16 @@ from .tokens import Caller
 def staging_key(push_id: str, digest: str) -> str:
     """Where clients write the blob ``digest`` of a push."""
     return f"staging/{push_id}/{Digest.parse(digest).hex}"
+
+
+def late_name(push_id: str, path: str) -> str:
+    """What stands for the digest of a late file until it is known; nobody can choose bytes that have it as digest."""
+    return str(Digest.sha256(f"loractl/1 late\0{push_id}\0{path}".encode()))
+
+
+def staged_at(row: PushBlob) -> str:
+    """Where the bytes of a push's blob are staged: what was sent before it had its digest stays where it is."""
+    return staging_key(row.push_id, late_name(row.push_id, row.path) if row.path else row.digest)
 
 
 def blob_key(digest: str) -> str:

@@ -15,7 +15,7 @@ from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
 from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed
 from registry.core.fit import Binding, TargetSet, binding_evidence
-from registry.core.manifest import Manifest
+from registry.core.manifest import Listing, Manifest
 from registry.core.names import SeriesName
 from registry.db import queries
 from registry.db.models import (
@@ -35,7 +35,7 @@ from . import aliases, audit, bases, blobs, fits, policies, pushes
 # ── before the bytes ─────────────────────────────────────────────────────────
 
 
-def base_of(session: Session, manifest: Manifest) -> Base:
+def base_of(session: Session, manifest: Listing) -> Base:
     """The base that an adapter's manifest is bound to; `BaseNotFound`."""
     found = queries.base_by_digest(session, str(manifest.base))
     if found is None:
@@ -43,7 +43,7 @@ def base_of(session: Session, manifest: Manifest) -> Base:
     return found
 
 
-def look_early(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> None:
+def look_early(session: Session, series: SeriesName, manifest: Listing, wishes: Wishes) -> None:
     """Refuse before any byte is sent what config and manifest alone show to be wrong.
 
     `BaseNotFound`; `EvidenceContradicts` when the declared base name stands for other weights here.
@@ -74,7 +74,7 @@ def binding(session: Session, spec: AdapterSpec, base: Base, series: SeriesName,
     )
 
 
-def require_ungated(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> None:
+def require_ungated(session: Session, series: SeriesName, manifest: Listing, wishes: Wishes) -> None:
     """`GateNotPassed` for a wished alias that the policy gates: nothing can have been evaluated before its push."""
     for alias in _gated(session, series, wishes.aliases):
         raise GateNotPassed(
@@ -86,7 +86,7 @@ def require_ungated(session: Session, series: SeriesName, manifest: Manifest, wi
         )
 
 
-def seen(session: Session, series: SeriesName, manifest: Manifest, wishes: Wishes) -> dict[str, int]:
+def seen(session: Session, series: SeriesName, manifest: Listing, wishes: Wishes) -> dict[str, int]:
     """The generation of every wished alias as it is now (0: not there), which the commit compares with."""
     base = queries.base_by_digest(session, str(manifest.base))
     adapter = queries.adapter_by_name(session, series.namespace, series.name)

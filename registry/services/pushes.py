@@ -7,16 +7,21 @@ Clients write only below ``staging/{push}/``, by signed requests; `verification`
 it lives, is resuming it; so after ``alias-moved`` one looks and repeats the push: the repetition takes the
 aliases as they are now for what its author saw, and no byte is sent or read again.
 
+A base may be opened as a draft, whose large files are named by path and size: those that are new here for certain are
+sent at once, below a name that stands for their digest, and `seal` brings all digests (docs/adr/0019). From there on
+such a push is like any other.
+
 Verbs that talk to the store for long take the `Database` and hold no transaction meanwhile.
 """
 
 import base64
 import binascii
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlmodel import Session, col, or_, select, update
+from sqlalchemy import ColumnElement
+from sqlmodel import Session, col, delete, or_, select, update
 
 from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
@@ -25,8 +30,10 @@ from registry.core.errors import (
     BadRequest,
     BlobNotFound,
     BlobsMissing,
+    DraftTaken,
     FileTooLarge,
     LoractlError,
+    NotSealed,
     PickleRefused,
     PushExpired,
     PushNotFound,
@@ -34,16 +41,25 @@ from registry.core.errors import (
     UploadNotFound,
 )
 from registry.core.lifecycle import PUSH, PushState
-from registry.core.manifest import MAX_MANIFEST_BYTES, Kind, Manifest
+from registry.core.manifest import (
+    MAX_MANIFEST_BYTES,
+    Draft,
+    FileEntry,
+    Kind,
+    LateFile,
+    Listing,
+    Manifest,
+    parse_listing,
+)
 from registry.core.names import SeriesName, check_name
 from registry.db.engine import Database
-from registry.db.models import Base, Job, Push, PushBlob
+from registry.db.models import Base, Blob, Job, ManifestBlob, Push, PushBlob
 from registry.schemas import BlobState, PartsInfo, PartsRequest, PushInfo, PushRequest, SignedRequest, Wishes
 from registry.settings import Settings
 from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
-from . import audit, blobs, commits
+from . import audit, blobs, commits, fits
 from .tokens import Caller
 
 BASES = "base"
@@ -56,6 +72,8 @@ MAX_ADAPTER_WEIGHTS = 64
 """Safetensors files of one adapter."""
 MAX_SMALL_FILE = 1 << 30
 """Bytes of a file that is no safetensors and no JSONL: it is read whole by nobody, but pulled by everybody."""
+_ALIKE = 8
+"""Bases with files of the same sizes that a draft is compared with, the newest first."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 
 
@@ -78,10 +96,12 @@ def open_push(
     ``series`` is the adapter, dataset or suite; for bases `base_series` of the wished line. A worker pushes
     only for a job that it claimed (``job``), whose planning checked the rights of who asked for it.
     """
-    manifest = Manifest.parse(request.manifest)
+    manifest = parse_listing(request.manifest)
     wishes = request.wishes if job is None else wishes_of_job(request.wishes, kind, job)
     if manifest.kind != kind:
         raise BadManifest(reason=f"its kind is '{manifest.kind}'; here goes '{kind}'")
+    if isinstance(manifest, Draft) and kind != "base":
+        raise BadManifest(reason="a file lacks its digest; only those of base models may come later")
     if len(manifest.canonical()) > MAX_MANIFEST_BYTES:
         raise BadManifest(reason=f"over {MAX_MANIFEST_BYTES} bytes")
     if job is None:
@@ -94,7 +114,7 @@ def open_push(
         if job is None:
             commits.wish_again(session, found, wishes, caller.token_id, now)
         return found
-    table = _table(request, manifest) if kind == "base" else None
+    model = _promised(request, manifest) if kind == "base" else None
     if kind == "adapter":
         commits.look_early(session, series, manifest, wishes)
     seen = commits.seen(session, series, manifest, wishes) if kind == "adapter" else {}
@@ -111,9 +131,10 @@ def open_push(
         name=series.name,
         manifest_digest=str(manifest.digest),
         manifest=manifest.canonical(),
+        draft=str(manifest.digest) if isinstance(manifest, Draft) else None,
         wishes=stored,
         state=PushState.OPEN,
-        facts={"table": table} if table else None,
+        facts={"table": request.table} if model else None,
         created_by=caller.token_id,
         job_id=job.id if job else None,
         created_at=now,
@@ -122,7 +143,25 @@ def open_push(
     )
     session.add(push)
     session.flush()
-    sizes = {entry.digest: entry.size for entry in manifest.files}
+    _want(session, caller, settings, push, {e.digest: e.size for e in manifest.files if isinstance(e, FileEntry)})
+    if isinstance(manifest, Draft) and model is not None:
+        for late in _surely_new(session, caller, settings, manifest, model):
+            name, part_size = blobs.late_name(push.id, late.path), _part_size(late.size, settings.part_size)
+            session.add(
+                PushBlob(
+                    push_id=push.id, digest=name, path=late.path, size=late.size, state="needed", part_size=part_size
+                )
+            )
+        session.flush()
+    asked = {"version": push.manifest_digest, "kind": kind, "series": str(series), "job": push.job_id}
+    audit.record(
+        session, "push.opened", push.id, actor=caller.token_id, namespace=push.namespace, now=now, after=asked
+    )
+    return push
+
+
+def _want(session: Session, caller: Caller, settings: Settings, push: Push, sizes: Mapping[str, int]) -> None:
+    """A row for each blob (digest -> size): ``present`` when the caller may read it, else ``needed``."""
     here = blobs.held(session, caller, sizes)
     for digest, size in sorted(sizes.items()):
         multipart = size > settings.multipart_from
@@ -136,11 +175,45 @@ def open_push(
             )
         )
     session.flush()
-    asked = {"version": push.manifest_digest, "kind": kind, "series": str(series), "job": push.job_id}
-    audit.record(
-        session, "push.opened", push.id, actor=caller.token_id, namespace=push.namespace, now=now, after=asked
+
+
+def _surely_new(
+    session: Session, caller: Caller, settings: Settings, draft: Draft, promised: BaseModel
+) -> list[LateFile]:
+    """The large late files that cannot be here: no file of a base that the caller reads has their size and tensors.
+
+    The others are to be hashed before they are sent, as they may be ``present``.
+    """
+    large = [late for late in draft.late if late.size > settings.multipart_from]
+    row = session.exec(select(Base).where(Base.digest == draft.base)).first()
+    if row is not None and row.weights == "parts":  # these very files may be here, and are not read yet
+        return []
+    query = (
+        select(Base.id, Blob.size)
+        .join(ManifestBlob, col(ManifestBlob.manifest) == Base.manifest)
+        .join(Blob, col(Blob.digest) == ManifestBlob.blob)
+        .where(col(Blob.size).in_({late.size for late in large}), Blob.verified == "full")
+        .where(col(Base.manifest).in_(blobs.readable_manifests(caller)))
+        .distinct()
     )
-    return push
+    alike = [(base_id, size) for base_id, size in session.exec(query) if base_id is not None]
+    newest = sorted({base_id for base_id, _ in alike}, reverse=True)[:_ALIKE]
+    models = {base_id: fits.model_of(session, base_id) for base_id in newest}
+    return [
+        late
+        for late in large
+        if all(
+            _differs(late, promised, models[base_id])
+            for base_id, size in alike
+            if size == late.size and base_id in models
+        )
+    ]
+
+
+def _differs(late: LateFile, promised: BaseModel, other: BaseModel) -> bool:
+    """Whether a tensor in the file is another one than ``other`` has, so that no file of ``other`` is this one."""
+    mine, theirs = promised.by_name, other.by_name
+    return any(name in mine and mine[name] != theirs.get(name) for name in late.tensors)
 
 
 def wishes_of_job(wishes: Wishes, kind: str, job: Job) -> Wishes:
@@ -163,7 +236,7 @@ def base_series(wishes: Wishes) -> SeriesName:
     return SeriesName(BASES, wishes.line or "")
 
 
-def committed(session: Session, kind: str, series: SeriesName, manifest: Manifest) -> Push | None:
+def committed(session: Session, kind: str, series: SeriesName, manifest: Listing) -> Push | None:
     """The push that made exactly this version, if there is one: one query.
 
     A base is its content: once its weights were read completely, other files of the same base bring nothing.
@@ -179,7 +252,7 @@ def committed(session: Session, kind: str, series: SeriesName, manifest: Manifes
     return session.exec(query.order_by(col(Push.created_at).desc()).limit(1)).first()
 
 
-def check_files(manifest: Manifest, settings: Settings) -> None:
+def check_files(manifest: Listing, settings: Settings) -> None:
     """What the list of files alone shows to be wrong: pickles, sizes, one blob with two sizes."""
     weights = sum(entry.path.endswith(".safetensors") for entry in manifest.files)
     if manifest.kind == "adapter" and weights > MAX_ADAPTER_WEIGHTS:
@@ -192,7 +265,7 @@ def check_files(manifest: Manifest, settings: Settings) -> None:
         limit = settings.max_file_bytes if streamed else min(MAX_SMALL_FILE, settings.max_file_bytes)
         if entry.size > limit:
             raise FileTooLarge(path=entry.path, size=entry.size, limit=limit)
-        if sizes.setdefault(entry.digest, entry.size) != entry.size:
+        if isinstance(entry, FileEntry) and sizes.setdefault(entry.digest, entry.size) != entry.size:
             raise BadManifest(reason=f"blob {entry.digest} is listed with two sizes")
 
 
@@ -229,21 +302,21 @@ def read_table(text: str) -> BaseModel:
         raise BadManifest(reason=f"the base table is not base64: {error}") from error
 
 
-def _table(request: PushRequest, manifest: Manifest) -> str:
+def _promised(request: PushRequest, manifest: Listing) -> BaseModel:
     if request.table is None:
         raise BadManifest(reason="a base is pushed with its tensor table")
-    actual = read_table(request.table).digest
-    if str(actual) != manifest.base:
-        raise BadManifest(reason=f"the table has the base digest {actual}, the manifest says {manifest.base}")
-    return request.table
+    model = read_table(request.table)
+    if str(model.digest) != manifest.base:
+        raise BadManifest(reason=f"the table has the base digest {model.digest}, the manifest says {manifest.base}")
+    return model
 
 
 def _living(
-    session: Session, caller: Caller, kind: str, series: SeriesName, manifest: Manifest, job: Job | None, now: datetime
+    session: Session, caller: Caller, kind: str, series: SeriesName, manifest: Listing, job: Job | None, now: datetime
 ) -> Push | None:
     mine = [col(Push.job_id) == job.id] if job else [Push.created_by == caller.token_id, col(Push.job_id).is_(None)]
     query = select(Push).where(
-        Push.manifest_digest == str(manifest.digest),
+        or_(Push.manifest_digest == str(manifest.digest), Push.draft == str(manifest.digest)),
         Push.kind == kind,
         Push.namespace == series.namespace,
         Push.name == series.name,
@@ -264,6 +337,66 @@ def _part_size(size: int, wanted: int) -> int:
     return max(wanted, -(-least // (1 << 20)) << 20)
 
 
+# ── sealing ──────────────────────────────────────────────────────────────────
+
+
+def seal(
+    session: Session, caller: Caller, settings: Settings, push_id: str, digests: Mapping[str, str], now: datetime
+) -> Push:
+    """Join the digests of its late files (path -> digest) to a push that was opened as a draft; again is fine.
+
+    The push, or the committed one when the version that it makes is there by now.
+
+    Raises:
+        BadManifest: a late file without digest, or a digest of another file.
+        DraftTaken: it was sealed with another digest before.
+    """
+    get(session, caller, push_id)
+    push = _alive(locked(session, push_id), now)
+    if push.draft is None:
+        raise BadManifest(reason="the push was opened with all digests")
+    manifest = Draft.parse(push.manifest).sealed(digests) if is_draft(push) else Manifest.parse(push.manifest)
+    known = {entry.path: entry.digest for entry in manifest.files}
+    if other := sorted(path for path, digest in digests.items() if known.get(path) != digest):
+        raise DraftTaken(id=push.id, path=other[0][:100])
+    check_files(manifest, settings)
+    if found := committed(session, push.kind, SeriesName(push.namespace, push.name), manifest):
+        if push.job_id is None:
+            commits.wish_again(session, found, commits.wishes_of(push), caller.token_id, now)
+        return found
+    if is_draft(push):
+        push.manifest, push.manifest_digest = manifest.canonical(), str(manifest.digest)
+        session.add(push)
+        audit.record(
+            session, "push.sealed", push.id, actor=caller.token_id, namespace=push.namespace, now=now,
+            before={"version": push.draft}, after={"version": push.manifest_digest},
+        )  # fmt: skip
+        _name_late(session, caller, settings, push, manifest)
+    return push
+
+
+def is_draft(push: Push) -> bool:
+    """Whether digests of the push have not been told."""
+    return push.draft == push.manifest_digest
+
+
+def _name_late(session: Session, caller: Caller, settings: Settings, push: Push, manifest: Manifest) -> None:
+    """Give every late blob its digest. Of several with one digest one stays; the sweep forgets the others' uploads."""
+    rows = session.exec(select(PushBlob.digest, PushBlob.path).where(PushBlob.push_id == push.id)).all()
+    named, sent = {digest for digest, path in rows if path is None}, {path for _, path in rows if path is not None}
+    here = blobs.held(session, caller, {entry.digest for entry in manifest.files if entry.path in sent})
+    for entry in manifest.files:
+        mine = (col(PushBlob.push_id) == push.id, col(PushBlob.path) == entry.path)
+        if entry.path in sent and entry.digest in named:
+            session.exec(delete(PushBlob).where(*mine))
+        elif entry.path in sent:
+            state = "present" if entry.digest in here else "needed"
+            session.exec(update(PushBlob).where(*mine).values(digest=entry.digest, state=state))
+            named.add(entry.digest)
+    sizes = {entry.digest: entry.size for entry in manifest.files}
+    _want(session, caller, settings, push, {digest: sizes[digest] for digest in sizes.keys() - named})
+
+
 # ── looking ──────────────────────────────────────────────────────────────────
 
 
@@ -280,7 +413,11 @@ def get(session: Session, caller: Caller, push_id: str) -> Push:
 
 
 def describe(session: Session, store: BlobStore, settings: Settings, push: Push, now: datetime) -> PushInfo:
-    """The push as its client sees it: the state of every blob, and fresh URLs for what is still needed."""
+    """The push as its client sees it: the state of every blob, and fresh URLs for what is still needed.
+
+    Before the seal, a late blob goes by the name that stands for its digest, and is ``needed`` whatever arrived: only
+    its sender can tell whether that is the file.
+    """
     state = str(push.state)
     info = PushInfo(
         id=push.id,
@@ -290,19 +427,21 @@ def describe(session: Session, store: BlobStore, settings: Settings, push: Push,
         expires_at=push.expires_at,
         findings=push.findings or [],
         outcome=push.outcome,
+        sealed=not is_draft(push),
     )
     if info.state not in (PushState.OPEN, PushState.UPLOADING):
         return info
     rows = session.exec(select(PushBlob).where(PushBlob.push_id == push.id).order_by(col(PushBlob.digest))).all()
-    whole = _arrived(store, push.id, rows)
+    whole = _arrived(store, push.id, [row for row in rows if info.sealed or row.path is None])
     for row in rows:
-        blob = BlobState(digest=row.digest, size=row.size, state="needed", part_size=row.part_size)
+        late = None if info.sealed else row.path
+        blob = BlobState(digest=row.digest, size=row.size, state="needed", part_size=row.part_size, path=late)
         if row.state == "present":
             blob.state = "present"
         elif row.digest in whole:
             blob.state = "arrived"
         elif row.part_size is None:
-            key, sha256 = blobs.staging_key(push.id, row.digest), Digest.parse(row.digest)
+            key, sha256 = blobs.staged_at(row), Digest.parse(row.digest)
             blob.put = signed(store.presign_put(key, size=row.size, sha256=sha256, expires_s=int(settings.url_ttl_s)))
         info.blobs.append(blob)
     return info
@@ -323,7 +462,7 @@ def _arrived(store: BlobStore, push_id: str, rows: Sequence[PushBlob]) -> set[st
     staged = {stat.key: stat.size for stat in store.walk(f"staging/{push_id}/")}
     whole = set()
     for row in rows:
-        key = blobs.staging_key(push_id, row.digest)
+        key = blobs.staged_at(row)
         if staged.get(key) == row.size or (row.upload_id and _all_parts(store, key, row)):
             whole.add(row.digest)
     return whole
@@ -351,14 +490,19 @@ def parts(
     request: PartsRequest,
     now: datetime,
 ) -> PartsInfo:
-    """Signed URLs for the wanted parts of one blob that have not arrived, and which parts have."""
+    """Signed URLs for the wanted parts of one blob that have not arrived, and which parts have.
+
+    `DraftTaken` when a part of a late file was signed for with other bytes: two files go by its name.
+    """
     with database.read() as session:
         push = get(session, caller, push_id)
         PUSH.after("upload", _alive(push, now).state, push.id)
-        row = session.get(PushBlob, (push_id, request.digest))
-    if row is None or row.part_size is None or row.state == "present":
+        row = _row(session, push_id, request.digest)
+    if row is None or row.part_size is None or (row.state == "present" and row.path is None):
         raise BlobNotFound(digest=f"{request.digest} in parts of push {push_id}")
-    key = blobs.staging_key(push_id, request.digest)
+    if row.state == "present":  # sealed meanwhile, and here already
+        return PartsInfo(digest=request.digest, part_size=row.part_size, arrived=_every(row), put={})
+    key = blobs.staged_at(row)
     upload_id = row.upload_id or _begin(database, store, key, row, now)
     try:
         arrived = {part.number: part for part in store.list_parts(key, upload_id)}
@@ -366,7 +510,7 @@ def parts(
         if store.head(key) is None:
             raise
         arrived = {}  # completed already: nothing is wanted any more
-        return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=_every(row), put={})
+        return PartsInfo(digest=request.digest, part_size=row.part_size, arrived=_every(row), put={})
     sizes = part_sizes(row.size, row.part_size)
     put: dict[int, SignedRequest] = {}
     promised: dict[str, str] = {}
@@ -375,6 +519,7 @@ def parts(
             raise BadRequest(problems=f"parts: number {part.number}; blob {row.digest} has {len(sizes)} parts")
         sha256 = Digest.parse(part.sha256)
         there = arrived.get(part.number)
+        _check_same(row, {str(part.number): part.sha256})
         if there is None or there.size != sizes[part.number - 1] or there.sha256 not in (None, sha256):
             size = sizes[part.number - 1]
             expires_s = int(settings.url_ttl_s)
@@ -385,7 +530,28 @@ def parts(
     if any((row.parts or {}).get(number, "").split()[:1] != [sha256] for number, sha256 in promised.items()):
         _promise(database, row, promised)
     told = {number: str(part.sha256) if part.sha256 else None for number, part in sorted(arrived.items())}
-    return PartsInfo(digest=row.digest, part_size=row.part_size, arrived=told, put=put)
+    return PartsInfo(digest=request.digest, part_size=row.part_size, arrived=told, put=put)
+
+
+def _row(session: Session, push_id: str, name: str) -> PushBlob | None:
+    """The blob by its digest, or by what stood for it before the seal."""
+    if row := session.get(PushBlob, (push_id, name)):
+        return row
+    late = session.exec(select(PushBlob).where(PushBlob.push_id == push_id, col(PushBlob.path).is_not(None)))
+    return next((row for row in late if row.path and blobs.late_name(push_id, row.path) == name), None)
+
+
+def _same(row: PushBlob) -> tuple[ColumnElement[bool], ...]:
+    """The condition for this row, also when a seal gives it its digest meanwhile."""
+    which = col(PushBlob.path) == row.path if row.path else col(PushBlob.digest) == row.digest
+    return col(PushBlob.push_id) == row.push_id, which
+
+
+def _check_same(row: PushBlob, wanted: Mapping[str, str]) -> None:
+    """Whether parts of a late file are the bytes that were signed for before: its digest is not there to say so."""
+    for number, sha256 in wanted.items():
+        if row.path and (row.parts or {}).get(number, sha256) != sha256:
+            raise DraftTaken(id=row.push_id, path=row.path[:100])
 
 
 def _promise(database: Database, row: PushBlob, promised: dict[str, str]) -> None:
@@ -394,8 +560,10 @@ def _promise(database: Database, row: PushBlob, promised: dict[str, str]) -> Non
     Each of several contents may still arrive, so the newest few are kept, newest first.
     """
     with database.write() as session:
-        query = select(PushBlob).where(PushBlob.push_id == row.push_id, PushBlob.digest == row.digest)
-        found = session.exec(query.with_for_update()).one()
+        found = session.exec(select(PushBlob).where(*_same(row)).with_for_update()).first()
+        if found is None:
+            raise BlobNotFound(digest=f"{row.digest} in parts of push {row.push_id}")
+        _check_same(found, promised)
         known = found.parts or {}
         for number, sha256 in promised.items():
             others = [other for other in known.get(number, "").split() if other != sha256]
@@ -415,25 +583,17 @@ def _begin(database: Database, store: BlobStore, key: str, row: PushBlob, now: d
     mine = store.start_multipart(key, size=row.size, part_size=row.part_size)
     with database.write() as session:
         session.exec(
-            update(PushBlob)
-            .where(
-                col(PushBlob.push_id) == row.push_id,
-                col(PushBlob.digest) == row.digest,
-                col(PushBlob.upload_id).is_(None),
-            )
-            .values(upload_id=mine)
-        )
-        session.exec(
             update(Push)
             .where(col(Push.id) == row.push_id, col(Push.state) == PushState.OPEN)
             .values(state=PushState.UPLOADING, changed_at=now)
         )
-        won = session.exec(
-            select(PushBlob.upload_id).where(PushBlob.push_id == row.push_id, PushBlob.digest == row.digest)
-        ).one()
+        fresh = (*_same(row), col(PushBlob.upload_id).is_(None))
+        session.exec(update(PushBlob).where(*fresh).values(upload_id=mine))
+        won = session.exec(select(PushBlob.upload_id).where(*_same(row))).first()
     if won != mine:
         store.abort_multipart(key, mine)
-    assert won is not None
+    if won is None:
+        raise BlobNotFound(digest=f"{row.digest} in parts of push {row.push_id}")
     return won
 
 
@@ -454,6 +614,7 @@ def ask_commit(database: Database, store: BlobStore, caller: Caller, push_id: st
 
     Raises:
         BlobsMissing: what has not arrived.
+        NotSealed: digests of it have not been told.
         AliasMoved: a wished alias moved since the push was opened; repeat the push to take it as it is now.
         LoractlError: the one finding of a rejection; `PushRejected` with all of them where there are more.
     """
@@ -461,6 +622,8 @@ def ask_commit(database: Database, store: BlobStore, caller: Caller, push_id: st
         push = _alive(get(session, caller, push_id), now)
         if push.state in (PushState.OPEN, PushState.UPLOADING):
             rows = session.exec(select(PushBlob).where(PushBlob.push_id == push_id, PushBlob.state != "present")).all()
+    if is_draft(push):
+        raise NotSealed(id=push_id, count=len(Draft.parse(push.manifest).late))
     if push.state in (PushState.OPEN, PushState.UPLOADING):
         whole = _arrived(store, push_id, rows)
         missing = [row.digest for row in rows if row.digest not in whole]
@@ -529,7 +692,7 @@ def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta)
         ).all()
     gone = 0
     for row in uploads:
-        store.abort_multipart(blobs.staging_key(row.push_id, row.digest), str(row.upload_id))
+        store.abort_multipart(blobs.staged_at(row), str(row.upload_id))
         gone += 1
     if uploads:
         with database.write() as session:
@@ -577,9 +740,9 @@ def move(
 
 
 def clear_staging(store: BlobStore, push_id: str, uploads: Iterable[tuple[str, str]]) -> int:
-    """Remove what a push staged; ``uploads`` are (digest, upload id). How many objects went."""
-    for digest, upload_id in uploads:
-        store.abort_multipart(blobs.staging_key(push_id, digest), upload_id)
+    """Remove what a push staged; ``uploads`` are (key, upload id). How many objects went."""
+    for key, upload_id in uploads:
+        store.abort_multipart(key, upload_id)
     removed = 0
     for stat in list(store.walk(f"staging/{push_id}/")):
         store.delete(stat.key)
@@ -588,8 +751,8 @@ def clear_staging(store: BlobStore, push_id: str, uploads: Iterable[tuple[str, s
 
 
 def uploads_of(session: Session, push_id: str) -> list[tuple[str, str]]:
-    """Multipart uploads that a push may have left open: (digest, upload id)."""
+    """Multipart uploads that a push may have left open: (key, upload id)."""
     rows = session.exec(select(PushBlob).where(PushBlob.push_id == push_id, col(PushBlob.upload_id).is_not(None)))
-    return [(row.digest, row.upload_id) for row in rows if row.upload_id]
+    return [(blobs.staged_at(row), row.upload_id) for row in rows if row.upload_id]
 
 

@@ -385,7 +385,7 @@ def _whole(store: BlobStore, push_id: str, row: PushBlob) -> str:
     """The key where a blob's bytes lie, its upload completed."""
     if row.state == "present":
         return blobs.blob_key(row.digest)
-    key = blobs.staging_key(push_id, row.digest)
+    key = blobs.staged_at(row)
     if row.upload_id is not None:
         try:
             listed = store.list_parts(key, row.upload_id)
@@ -425,7 +425,7 @@ def _place(database: Database, store: BlobStore, claim: Claim, facts: dict[str, 
     verified = facts.get("verified", "full")
     with claim.kept():
         for row in rows:
-            source = blobs.staging_key(claim.push.id, row.digest)
+            source = blobs.staged_at(row)
             blobs.place(database, store, source, digest=row.digest, size=row.size, verified=verified, now=claim.clock())
             with database.write() as session:
                 mine = (col(PushBlob.push_id) == row.push_id, col(PushBlob.digest) == row.digest)

@@ -123,7 +123,9 @@ class S3Store:
                 Bucket=self._bucket, Key=check_key(key), UploadId=upload_id
             )
             found = [part for page in pages for part in page.get("Parts", [])]
-        return [Part(part["PartNumber"], part["Size"], _digest(part), part["ETag"]) for part in found]
+        found.sort(key=lambda part: part["LastModified"])  # SeaweedFS lists what came twice twice: the later counts
+        parts = {part["PartNumber"]: part for part in found}
+        return [Part(number, part["Size"], _digest(part), part["ETag"]) for number, part in sorted(parts.items())]
 
     def complete_multipart(self, key: str, upload_id: str, parts: Sequence[Part]) -> None:
         """Make the blob of all ``parts``."""

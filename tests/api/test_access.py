@@ -100,6 +100,7 @@ ROWS: dict[str, Row] = {
     "POST /v1/suites/{namespace}/{name}/pushes": Row("user", ("publish",), PUBLISH, lambda f: f["suite_push"], refused=403),
     "POST /v1/bases/pushes": Row("user", ("publish",), TO_BASES, lambda f: f["base_push"], named=False, refused=403, where=("base",)),
     "POST /v1/pushes/{push_id}/parts": Row("anyone", ("admin",), OWN_PUSH, lambda _: {"digest": ZERO}),
+    "POST /v1/pushes/{push_id}/seal": Row("anyone", ("admin",), OWN_PUSH, lambda _: {"digests": {"a": ZERO}}),
     "GET /v1/pushes/{push_id}": Row("anyone", ("admin",), OWN_PUSH),
     "POST /v1/pushes/{push_id}/commit": Row("anyone", ("admin",), OWN_PUSH),
     "DELETE /v1/pushes/{push_id}": Row("anyone", ("admin",), OWN_PUSH),

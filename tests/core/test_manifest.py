@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.core.errors import BadManifest, BadPath, LoractlError
-from registry.core.manifest import MAX_FILES, Manifest, canonical_json, check_path
+from registry.core.manifest import MAX_FILES, Draft, Manifest, canonical_json, check_path, parse_listing
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "manifest.json"
 SHA = "sha256:" + "0" * 64
@@ -128,3 +128,36 @@ def test_an_oversize_manifest_is_refused_before_it_is_read() -> None:
 def test_a_dataset_has_no_base_and_its_size_is_the_sum() -> None:
     found = Manifest.parse(json.dumps(manifest("a", "b", kind="dataset", base=None)).encode())
     assert found.size == 2
+
+
+# ── drafts ───────────────────────────────────────────────────────────────────
+
+DRAFT = {"kind": "base", "base": B3, "files": [entry("a"), {"path": "b", "size": 2}, {"path": "c", "size": 3}]}
+
+
+def test_a_listing_with_a_file_that_lacks_its_digest_is_a_draft() -> None:
+    draft = parse_listing(DRAFT)
+    assert isinstance(draft, Draft)
+    assert [late.path for late in draft.late] == ["b", "c"]
+    assert isinstance(parse_listing(manifest("a")), Manifest)
+    assert Draft.parse(draft.canonical()) == draft
+
+
+def test_a_sealed_draft_is_the_manifest_that_was_never_open() -> None:
+    told = {path: f"sha256:{digit * 64}" for path, digit in (("b", "1"), ("c", "2"))}
+    files = [entry("a"), {"path": "b", "size": 2, "digest": told["b"]}, {"path": "c", "size": 3, "digest": told["c"]}]
+    sealed = Draft.parse(DRAFT).sealed(told)
+    assert sealed.canonical() == Manifest.parse(DRAFT | {"files": files}).canonical()
+    assert sealed.digest != Draft.parse(DRAFT).digest
+
+
+@pytest.mark.parametrize("paths", [[], ["b"], ["a", "b", "c"], ["b", "d"]])
+def test_a_draft_is_sealed_with_the_digests_that_it_lacks_and_no_others(paths: list[str]) -> None:
+    with pytest.raises(BadManifest):
+        Draft.parse(DRAFT).sealed(dict.fromkeys(paths, SHA))
+
+
+@pytest.mark.parametrize("change", [{"files": [*DRAFT["files"], {"path": "../x", "size": 1}]}, {"base": None}])
+def test_a_draft_keeps_the_rules_of_a_manifest(change: dict[str, Any]) -> None:
+    with pytest.raises((BadManifest, BadPath)):
+        parse_listing(DRAFT | change)

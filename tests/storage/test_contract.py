@@ -330,6 +330,14 @@ def test_an_interrupted_upload_says_what_arrived_and_goes_on(upload: Upload) -> 
     assert content(upload.store, upload.key) == upload.data
 
 
+def test_a_part_that_came_twice_is_one_part(upload: Upload) -> None:
+    for number in (1, 2, 3, 1):
+        assert upload.send(number).status_code == 200
+    assert upload.arrived() == [1, 2, 3]
+    upload.complete()
+    assert content(upload.store, upload.key) == upload.data
+
+
 def test_a_part_with_wrong_bytes_does_not_arrive(upload: Upload) -> None:
     assert upload.send(1, content=bytes(PART)).status_code in REFUSED
     assert upload.send(3, content=b"the rEst").status_code in REFUSED

@@ -19,16 +19,18 @@ from typing import Any
 import psutil
 import pytest
 
+from registry import files
 from registry.client import RegistryClient
 from registry.core.errors import DatabaseDown, RegistryUnreachable
 from registry.daemons import gc
 from registry.db.models import Checkpoint, Job
+from registry.files import digest_base
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, Output, TokenRequest, Wishes
 from registry.services import jobs
 from registry.settings import WorkerSettings
-from registry.transfer import push_base, push_dataset
+from registry.transfer import push_adapter, push_base, push_dataset
 from tests import live
-from tests.factories import tiny_llama
+from tests.factories import tiny_adapter, tiny_llama
 from workers.jobs import Worker
 
 PATIENCE_S = 90.0
@@ -82,8 +84,9 @@ class House:
 
 
 @contextmanager
-def house(folder: Path, base: Path, broker: str = "memory://") -> Iterator[House]:
-    with live.registry(folder / "registry", broker_url=broker, lease_s=4) as found, found.client() as client:
+def house(folder: Path, base: Path, broker: str = "memory://", **changes: Any) -> Iterator[House]:
+    made = live.registry(folder / "registry", broker_url=broker, lease_s=4, **changes)
+    with made as found, found.client() as client:
         push_base(client, base, Wishes(line="demo"))
         for kind, text in (("dataset", ROWS), ("suite", ITEMS)):
             (folder / f"{kind}.jsonl").write_text(text)
@@ -127,6 +130,27 @@ def eventually(question: Callable[[], Any]) -> Any:
 
 
 # ── every kind ───────────────────────────────────────────────────────────────
+
+
+def test_a_merged_base_is_hashed_while_it_is_sent(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LATE_FROM", 0)
+    (tmp_path / "registry").mkdir()
+    with house(tmp_path, base, multipart_from=4096, part_size=4096) as home:
+        adapter = tiny_adapter(tmp_path / "adapter", base)
+        push_adapter(home.client, adapter, "team/bot", str(digest_base(base).digest))
+        home.registry.seen.clear()
+        job = home.submit({"kind": "merge", "adapter": "team/bot"}, line="demo")
+        with home.working():
+            done = home.await_state(job, "succeeded", "failed")
+        assert done.state == "succeeded", done.error
+        sealed = [request for request in home.registry.seen if request.path.endswith("/seal")]
+        assert [request.status for request in sealed] == [200]
+        parts = [request for request in home.registry.puts() if "/staging/" in request.path]
+        assert home.registry.seen.index(parts[0]) < home.registry.seen.index(sealed[0])
+        merged = home.client.base("demo@r2")
+        assert (merged.weights, merged.revisions) == ("full", ["demo@r2"])
 
 
 def test_a_search_makes_a_version_with_the_recipe_that_it_found(home: House, tmp_path: Path) -> None:
