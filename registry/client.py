@@ -2,9 +2,10 @@
 
 A refusal comes back as the exception it was (`LoractlError.from_problem`), so a program catches
 `GateNotPassed` and not a status code. Safe requests are tried again when a proxy, a restart or a broken
-connection got in between; a registry that does not answer is `RegistryUnreachable`. The token is sent to
-the registry and nowhere else: redirects are not followed, and signed URLs are used by another connection
-(`registry.transfer`).
+connection got in between, and every request when the registry turned it away at its door (asked too often,
+overloaded), after the pause that it names; a registry that does not answer is `RegistryUnreachable`. The token
+is sent to the registry and nowhere else: redirects are not followed, and signed URLs are used by another
+connection (`registry.transfer`).
 """
 
 import json
@@ -21,7 +22,7 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from . import schemas as wire
-from .core.errors import BadName, LoractlError, RegistryUnreachable, UnknownProblem
+from .core.errors import BadName, LoractlError, Overloaded, RegistryUnreachable, UnknownProblem
 from .core.lifecycle import JobState
 from .core.manifest import Kind
 from .core.names import Reference, SeriesName
@@ -35,6 +36,8 @@ PAUSE_S = 0.1
 """Before the first repetition; doubled before each further one, and shortened by chance."""
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 """A job in one of these has nothing more to say."""
+MOST_PATIENCE_S = 30.0
+"""The longest pause that is made because the registry asks for it."""
 _PASSING = {502, 503, 504}
 _PLURAL = {"adapter": "adapters", "dataset": "datasets", "suite": "suites"}
 _ALIASES = TypeAdapter(list[wire.AliasInfo])
@@ -457,8 +460,16 @@ class RegistryClient:
             else:
                 if reply.is_success:
                     return reply
-                if last or reply.status_code not in _PASSING or not (again or method == "GET"):
+                turned_away = reply.status_code == 429 or isinstance(self._refusal(reply), Overloaded)
+                passing = reply.status_code in _PASSING and (again or method == "GET")
+                if last or not (turned_away or passing):
                     raise self._refusal(reply)
+                asked = reply.headers.get("retry-after", "") if turned_away else ""
+                if asked.isdigit():
+                    if int(asked) > MOST_PATIENCE_S:
+                        raise self._refusal(reply)
+                    self._sleep(int(asked) + random.random() / 2)
+                    continue
             self._sleep(PAUSE_S * 2**attempt * (0.5 + random.random() / 2))
         raise AssertionError("the last attempt returns or raises")
 

@@ -65,6 +65,12 @@ class Settings:
     max_file_bytes: int = 1 << 40
     max_checkpoint_bytes: int = 16 << 30
     """Larger checkpoints of jobs stay on the disk of their worker."""
+    rate: int = 1000
+    """Requests a second that a token may make for good, and twice as many at once; 0: any number."""
+    failed_sign_ins: int = 60
+    """Refused tokens a minute that an address may send, and a sixth of them of one token; 0: any number."""
+    in_flight: int = 512
+    """Requests that one API process is at work on at most; 0: any number."""
     log_level: str = "info"
 
     @classmethod
@@ -102,6 +108,9 @@ class Settings:
             multipart_from=read.number("MULTIPART_FROM", 64 << 20),
             max_file_bytes=read.number("MAX_FILE_BYTES", 1 << 40),
             max_checkpoint_bytes=read.number("MAX_CHECKPOINT_BYTES", 16 << 30),
+            rate=read.number("RATE", 1000, least=0),
+            failed_sign_ins=read.number("FAILED_SIGN_INS", 60, least=0),
+            in_flight=read.number("IN_FLIGHT", 512, least=0),
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 
@@ -157,14 +166,14 @@ class _Reader:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text[:40]}'; {allowed} are allowed")
         return text
 
-    def number(self, name: str, default: int, most: int | None = None) -> int:
+    def number(self, name: str, default: int, most: int | None = None, least: int = 1) -> int:
         text = self(name, str(default))
         try:
             value = int(text)
         except ValueError as error:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text}'; expected a whole number") from error
-        if value <= 0:
-            raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; expected more than 0")
+        if value < least:
+            raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; expected more than {least - 1}")
         if most is not None and value > most:
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is {value}; {most} is the most")
         return value

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import logs
-from registry.core.errors import BodyTooLarge, LoractlError, SchemaMissing
+from registry.core.errors import BodyTooLarge, LoractlError, Overloaded, SchemaMissing
 from registry.db import migrate
 from registry.services import tokens
 from registry.settings import Settings
@@ -55,6 +55,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     if isinstance(parts.store, LocalStore):
         app.router.routes.extend(store_router(parts.store).routes)
     app.add_middleware(Bodies, limit=MAX_BODY_BYTES)
+    app.add_middleware(InFlight, limit=parts.settings.in_flight)
     app.add_middleware(RequestIds)
     if alone:
         gc.collect()
@@ -83,6 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 now=now,
             )
     yield
+    await parts.limits.close()
     parts.close()
 
 
@@ -121,6 +123,46 @@ class RequestIds:
                 ms=round(1000 * (time.perf_counter() - began), 1),
             )
             structlog.contextvars.unbind_contextvars("request")
+
+
+class InFlight:
+    """Refuse a request at its door once ``limit`` are being answered; what was let in is answered.
+
+    Health is always told, bytes for the local store have a bound of their own, and an answer that only waits for
+    events takes no place.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+        self.now = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        free = scope["type"] != "http" or not self.limit or scope["path"].startswith(("/store/", "/health"))
+        if free:
+            await self.app(scope, receive, send)
+            return
+        if self.now >= self.limit:
+            await _refuse(Overloaded(limit=self.limit, retry_after=1), scope, receive, send)
+            return
+        held = True
+        self.now += 1
+
+        def let_go() -> None:
+            nonlocal held
+            self.now -= held
+            held = False
+
+        async def answer(message: Message) -> None:
+            if (b"content-type", b"text/event-stream; charset=utf-8") in message.get("headers", ()):
+                let_go()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            let_go()
 
 
 class Bodies:

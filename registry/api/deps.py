@@ -5,6 +5,7 @@ and call one service in it: the end of the write block is the commit. What must 
 workers) comes after the block.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,11 +20,19 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from registry import parts as house
-from registry.core.errors import ScopeMissing, TokenMissing, Unavailable
+from registry.core.errors import (
+    RateExceeded,
+    ScopeMissing,
+    SignInsLimited,
+    TokenMissing,
+    TokenRefused,
+    Unavailable,
+)
 from registry.db import queries
 from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
 
 from .answers import Answers
+from .limits import Buckets, Limits, Rate
 from .together import Together
 
 _TOKEN_TTL_S = 0.8
@@ -43,11 +52,16 @@ class AppParts(house.Parts):
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
+    limits: Limits = field(init=False)
+    refused: Buckets = field(default_factory=Buckets)
+    """Refused tokens by address: of this process alone, as a secret has 256 bits and this only keeps load away."""
     _noted: dict[str, datetime] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """What is asked together is asked of the database once."""
         self._pointed = Together(self._all_pointed_at)
+        broker = self.settings.broker_url
+        self.limits = Limits(broker if broker.startswith(("redis://", "rediss://", "unix://")) else None)
 
     async def pointed(self, pointer: queries.Pointer) -> queries.Pointed | None:
         """What an alias means now."""
@@ -92,6 +106,34 @@ class AppParts(house.Parts):
         """Let the clerk finish, and give connections back."""
         self._clerk.shutdown()
         super().close()
+
+    async def sign_in(self, token: str, address: str) -> Caller:
+        """`caller`, unless too many tokens were refused that came from ``address``.
+
+        Counted are refusals of an address, and of one token's public part from there: so one job with an old token
+        does not lock its neighbours out at once, and nobody elsewhere can lock a token out by guessing at it.
+        """
+        most = self.settings.failed_sign_ins
+        if not most:
+            return await run_in_threadpool(self.caller, token)
+        one = max(1, most // 6)
+        public = "_".join(token.split("_")[:2])[:21]
+        rates = {address: Rate(most / 60, most), f"{address} {public}": Rate(one / 60, one)}
+        if wait := max(self.refused.wait(key, rate) for key, rate in rates.items()):
+            raise SignInsLimited(address=address, retry_after=math.ceil(wait))
+        try:
+            return await run_in_threadpool(self.caller, token)
+        except TokenRefused:
+            for key, rate in rates.items():
+                self.refused.take(key, rate)
+            raise
+
+    async def count(self, caller: Caller) -> None:
+        """`RateExceeded` when the token asks more often than it may."""
+        if per_s := self.settings.rate:
+            wait = await self.limits.take(f"token:{caller.token_id}", Rate(per_s, 2 * per_s))
+            if wait:
+                raise RateExceeded(id=caller.token_id, per_s=per_s, retry_after=math.ceil(wait))
 
     def known(self, token: str) -> Caller | None:
         """The caller behind ``token`` if it is remembered; asks nobody."""
@@ -139,10 +181,16 @@ async def _parts(request: Request) -> AppParts:
 
 
 async def known_caller(request: Request) -> Caller:
-    """`anyone`, without a thread for who is remembered."""
+    """`anyone`, without a thread for who is remembered; each request is counted once."""
+    if (counted := request.scope.get("caller")) is not None:
+        who: Caller = counted
+        return who
     found, token = parts(request), _bearer(request)
-    caller = found.known(token)
-    return caller if caller is not None else await run_in_threadpool(found.caller, token)
+    address = request.client.host if request.client is not None else "nowhere"
+    caller = found.known(token) or await found.sign_in(token, address)
+    await found.count(caller)
+    request.scope["caller"] = caller
+    return caller
 
 
 async def _user(request: Request) -> Caller:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from registry.schemas import DoctorReport, Health, WhoAmI
 from registry.services import doctor
 
-from .deps import Anyone, Parts, User, anyone
+from .deps import Anyone, Parts, User, known_caller
 
 router = APIRouter(tags=["meta"])
 
@@ -35,7 +35,7 @@ def look(parts: Parts, caller: User) -> DoctorReport:
         return DoctorReport(findings=doctor.findings(parts.database, parts.store, parts.broker, http))
 
 
-@router.get("/openapi.json", include_in_schema=False, dependencies=[Depends(anyone)])
+@router.get("/openapi.json", include_in_schema=False, dependencies=[Depends(known_caller)])
 def openapi(request: Request) -> dict[str, Any]:
     """The routes, described."""
     app: FastAPI = request.app

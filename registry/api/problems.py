@@ -28,6 +28,7 @@ STATUS: dict[type[errors.LoractlError], int] = {
     errors.DoesNotFit: 422,
     errors.Invalid: 422,
     errors.StorageFull: 507,
+    errors.Limited: 429,
     errors.Unavailable: 503,
     errors.InternalError: 500,
     errors.UnknownProblem: 500,
@@ -54,8 +55,8 @@ def respond(error: errors.LoractlError, request: Request) -> Response:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if status == 503:
-        headers["Retry-After"] = "2"
+    if status in (429, 503):
+        headers["Retry-After"] = str(error.facts.get("retry_after", 2))
     return JSONResponse(body.model_dump(), status, headers, media_type="application/problem+json")
 
 

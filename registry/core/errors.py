@@ -13,6 +13,7 @@
     ├── Gone              it was there, and has ended                (410)
     ├── TooLarge          over a stated bound                        (413)
     ├── Unavailable       a part we need is down or full             (503/507, exit 3)
+    │   └── Limited       somebody asked too often                   (429)
     └── LocalFailure      this machine's own disk, process or files  (exit 1)
 
 A class states its sentence once: ``says`` (what happened, with which value, what is allowed) and
@@ -125,6 +126,9 @@ class TooLarge(LoractlError): ...
 
 
 class Unavailable(LoractlError): ...
+
+
+class Limited(Unavailable): ...
 
 
 class LocalFailure(LoractlError): ...
@@ -452,6 +456,18 @@ class ScopeMissing(Forbidden):
     help = "Ask an admin of the namespace: loractl token create --scope {scope} --namespace {namespace}"
 
 
+class RateExceeded(Limited):
+    code = "rate-exceeded"
+    says = "Token {id} asks more often than {per_s} times a second; nothing was done. Ask again in {retry_after} s."
+    help = "Ask for several things in one request, or operators: LORACTL_RATE"
+
+
+class SignInsLimited(Limited):
+    code = "sign-ins-limited"
+    says = "Too many tokens from {address} were refused; none is looked at for {retry_after} s."
+    help = "Look which token is sent: loractl whoami; a new one: loractl login URL --token TOKEN"
+
+
 class GateLoosened(Forbidden):
     code = "gate-loosened"
     says = "This policy asks less of {name} than the one in force: {what}. That needs 'admin' on '{namespace}'."
@@ -632,6 +648,12 @@ class WriteConflict(Unavailable):
     code = "write-conflict"
     says = "Somebody else changed the same thing at the same moment: {reason}"
     help = "Nothing was changed; try again."
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+    says = "The registry is at work on {limit} requests, the most it takes; nothing was done. Ask again in {retry_after} s."
+    help = "Try again; if it stays, operators start more API processes: docs/deploy.md"
 
 
 class StorageDown(Unavailable):

@@ -3,10 +3,12 @@
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
@@ -51,6 +53,37 @@ def serving(stack: ExitStack, folder: Path, env: dict[str, str]) -> httpx.Client
 
     process.wait_until(answers)
     return client
+
+
+def test_what_is_too_much_is_refused_at_the_door_and_what_was_let_in_is_answered(
+    postgres_database: Database, s3_settings: S3Settings, tmp_path: Path
+) -> None:
+    limit = 3
+    env = environment(postgres_database, s3_settings, LORACTL_IN_FLIGHT=str(limit))
+    admin, wanted = {"authorization": f"Bearer {ADMIN}"}, {"name": "x", "scopes": {"team": ["read"]}}
+    url = make_url(postgres_database.engine.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    waiting = b"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'tokens'::regclass"
+    with ExitStack() as stack:
+        client = serving(stack, tmp_path / "one", env)
+        client.get("/v1/whoami", headers=admin)
+        lock = stack.enter_context(psycopg.connect(url))
+        look = stack.enter_context(psycopg.connect(url, autocommit=True))
+        pool = stack.enter_context(ThreadPoolExecutor(limit))
+        lock.execute("LOCK TABLE tokens IN EXCLUSIVE MODE")  # reading goes on, writing waits
+        let_in = [pool.submit(client.post, "/v1/tokens", json=wanted, headers=admin) for _ in range(limit)]
+        deadline = time.monotonic() + 30
+        while look.execute(waiting).fetchone() not in ((limit,), (limit + 1,)):  # one may write down the last use
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for _ in range(10):
+            refused = client.post("/v1/tokens", json=wanted, headers=admin)
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert refused.headers["retry-after"] == "1"
+        assert client.get("/health").status_code == 200
+        lock.rollback()
+        assert [done.result().status_code for done in let_in] == [201] * limit
+        assert len(client.get("/v1/tokens", headers=admin).json()["items"]) == limit + 1
+        assert client.post("/v1/tokens", json=wanted, headers=admin).status_code == 201
 
 
 @pytest.fixture
