@@ -166,6 +166,7 @@ class House:
             "LORACTL_URL": self.url,
             "LORACTL_TOKEN": work,
             "LORACTL_CACHE_DIR": str(self.folder / "cache"),
+            "LORACTL_GRACE_S": "0",  # who waits for a prompt waits for no job: it goes on from its checkpoint
             "LORACTL_WORKER_NAME": f"{socket.gethostname()}-{os.getpid()}",
         }
         return common | server, common | worker

@@ -130,6 +130,8 @@ class WorkerSettings:
     """How many jobs are trained at most at once on one loaded base."""
     checkpoint_s: float = 60.0
     """The shortest time between two checkpoints that are sent to storage."""
+    grace_s: float = 10.0
+    """For how long a job may go on to its end after SIGTERM, before it is stopped and handed back."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Self:
@@ -145,6 +147,7 @@ class WorkerSettings:
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
             together=read.number("TOGETHER", 8, MOST_TOGETHER),
             checkpoint_s=read.number("CHECKPOINT_S", 60),
+            grace_s=read.number("GRACE_S", 10, least=0),
         )
 
 

@@ -9,12 +9,12 @@ import logging
 import os
 
 from celery import Celery
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_shutting_down
 
 from registry import logs
 from registry.settings import WorkerSettings
 
-from .processes import die_with
+from .processes import Word, die_with
 
 settings = WorkerSettings.from_environment(os.environ)
 app = Celery("workers", broker=settings.broker_url, include=["workers.tasks"])
@@ -37,6 +37,15 @@ if settings.broker_url.startswith("sqla"):
     Transport.polling_interval = 0.25
 logs.configure(settings.log_level)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it would name signed URLs
+
+
+stopping = Word()
+"""Said on SIGTERM: jobs that do not end within their grace are handed back (`workers.jobs`)."""
+
+
+@worker_shutting_down.connect
+def _told(**_: object) -> None:
+    stopping.say()
 
 
 @worker_process_init.connect

@@ -3,7 +3,8 @@
 The child is ``python -m workers.run``: progress comes over a pipe, cancellation goes by signal, and running
 out of memory ends the child and not the worker. A thread keeps the lease; when the registry says that it
 is lost, the work is stopped and nothing is reported, because another attempt owns the job by now. While the
-registry does not answer at all, the work goes on: nobody can have taken it.
+registry does not answer at all, the work goes on: nobody can have taken it. A worker that is told to stop lets
+its job end within a grace; else the job leaves a checkpoint, is handed back, and has used up no attempt.
 """
 
 import contextlib
@@ -99,12 +100,19 @@ log = structlog.get_logger()
 class Worker:
     """A worker's right to claim (a token), its cache, and the folder it works in."""
 
-    def __init__(self, settings: WorkerSettings, client: RegistryClient | None = None) -> None:
-        """``client``: another way to the registry, for tests."""
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        client: RegistryClient | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``client``: another way to the registry, for tests. ``stopping``: whether this worker is to end."""
         self.settings = settings
         self.client = client or RegistryClient(settings.url, settings.token)
         self.cache = Cache(settings.cache / "inputs", settings.cache_bytes)
         self.jobs = settings.cache / "jobs"
+        self._stopping = stopping
+        self._grace_until: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +127,7 @@ class Worker:
         so that the attempts of a job are not used up in a moment, and another worker may have it.
         """
         ran = 0
-        while True:
+        while not self._stopping():
             wanted = ClaimRequest(
                 queue=queue, worker=self.settings.name, cached=self.cache.holds(), group=self.settings.together
             )
@@ -133,6 +141,16 @@ class Worker:
             ran += 1 + len(claimed.others)
             if not self.run(claimed):
                 return ran
+        return ran
+
+    def _is_over(self) -> bool:
+        """Whether this worker is to end, and the grace of what it is at is over."""
+        if not self._stopping():
+            return False
+        if self._grace_until is None:
+            self._grace_until = time.monotonic() + self.settings.grace_s
+            log.info("worker-stops", grace_s=self.settings.grace_s)
+        return time.monotonic() >= self._grace_until
 
     def run(self, claimed: ClaimInfo) -> bool:
         """Run claimed work to its end, whatever that is; whether this machine can take the next at once."""
@@ -148,6 +166,10 @@ class Worker:
             return True
         except (LeaseLost, NotYourJob, JobNotFound):
             log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
+            return True
+        except _HandedBack:
+            log.info("job-handed-back", job=lease.id, attempt=lease.attempt)
+            self._fail(lease, WorkFailed(id=lease.id, reason="its worker stopped"), retryable=True, cancelled=True)
             return True
         except _Cancelled:
             self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
@@ -184,9 +206,15 @@ class Worker:
         out = home / f"attempt-{lease.attempt}"
         out.mkdir()
         stack.callback(shutil.rmtree, out, ignore_errors=True)
+
+        def fetched(what: str, done: int, total: int) -> None:
+            if self._is_over():
+                raise _HandedBack
+            lease.transfer(what, done, total)
+
         folders = {
             role: stack.enter_context(
-                self.cache.use(manifest, lambda manifest=manifest: self._downloads(lease, manifest), lease.transfer)  # type: ignore[misc]
+                self.cache.use(manifest, lambda manifest=manifest: self._downloads(lease, manifest), fetched)  # type: ignore[misc]
             )
             for role, manifest in claimed.inputs.items()
         }
@@ -237,7 +265,7 @@ class Worker:
                 sound.append(self._guarded(seat.lease, lambda: self._conclude(seat, status)))
 
         def is_over() -> bool:
-            """Push what has ended, take out who is to stop; whether nobody is left that the child works for."""
+            """Push what has ended, take out who is to stop; whether the child is to end."""
             with contextlib.suppress(queue.Empty):
                 while True:
                     conclude(ended.get_nowait(), 0)
@@ -245,7 +273,7 @@ class Worker:
                 if seats[place].lease.cancelled or seats[place].lease.lost:
                     (seats[place].out / "unwanted").touch()
                     conclude(place, 0)
-            return not going
+            return not going or self._is_over()
 
         line = [str(seat.out / "recipe.json") for seat in seats]
         line += [part for seat in seats for part in ("--out", str(seat.out))]
@@ -271,6 +299,8 @@ class Worker:
         if (out / "error.json").exists():
             raise LoractlError.from_problem(json.loads((out / "error.json").read_text()))
         if not (out / "result.json").exists():
+            if self._is_over():
+                raise _HandedBack
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             reason = f"the process {how}: {' | '.join(lease.tail()) or 'it said nothing'}"
             raise WorkFailed(id=lease.id, reason=reason)
@@ -299,7 +329,10 @@ class Worker:
             checkpoint = seat.home / "checkpoint"
             line += ["--checkpoint", str(checkpoint)]
             with Keeper(self.client, checkpoint, [seat.kept], self.settings.checkpoint_s) as keeper:
-                status = _followed(line, lease.progressed, lease.said, lambda: lease.cancelled or lease.lost)
+                def is_over() -> bool:
+                    return lease.cancelled or lease.lost or self._is_over()
+
+                status = _followed(line, lease.progressed, lease.said, is_over)
                 if not (seat.has_ended or lease.lost):
                     keeper.last_word()
             self._conclude(seat, status)
@@ -409,6 +442,10 @@ class _Seat:
         """Where earlier attempts left checkpoints: alone, and in the company of others."""
         noted = self.home / _COMPANY
         return [self.home / "checkpoint", *([self.home.parent / noted.read_text()] if noted.is_file() else [])]
+
+
+class _HandedBack(Exception):  # noqa: N818  # a word, not a failure
+    """The worker is to end before its job did."""
 
 
 class _Cancelled(Exception):  # noqa: N818  # a word, not a failure

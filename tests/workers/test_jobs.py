@@ -483,12 +483,12 @@ def environment(home: House) -> dict[str, str]:
 
 
 @contextmanager
-def celery(home: House, log: Path) -> Iterator[psutil.Process]:
+def celery(home: House, log: Path, **more: str) -> Iterator[psutil.Process]:
     """A real Celery worker; killed on leaving if it lives."""
     command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "INFO"]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env=environment(home), stdout=output, stderr=output
+            command, env=environment(home) | more, stdout=output, stderr=output
         )
     try:
         yield psutil.Process(process.pid)
@@ -529,6 +529,45 @@ def test_killing_the_worker_changes_nothing_but_time(
         if kind == "valkey":
             [password] = re.findall(r"://:([^@]+)@", broker)
             assert password not in log.read_text()
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_a_worker_that_is_told_to_stop_hands_its_jobs_back_and_they_go_on_elsewhere(
+    together: bool, tmp_path: Path, base: Path, valkey_url: str
+) -> None:
+    (tmp_path / "registry").mkdir()
+    with house(tmp_path, base, valkey_url) as home:
+        names = ("team/one", "team/two") if together else ("team/one",)
+        jobs = [home.train(name, steps=100_000, checkpoint_every=1) for name in names]
+        with celery(home, tmp_path / "celery.log", LORACTL_GRACE_S="0") as worker:
+            for job in jobs:
+                home.wait(job, lambda now: (now.progress or {}).get("step", 0) >= 1)
+            worker.terminate()
+            assert worker.wait(PATIENCE_S) == 0
+        for job in jobs:
+            now = home.client.job(job.id)
+            assert (now.state, now.attempt, now.max_attempts) == ("queued", 1, 4)
+            assert now.error is not None and "its worker stopped" in now.error["detail"]
+            assert recorded(home, job) >= 1
+        other = elsewhere(home, tmp_path)
+        with other.working():
+            for job in jobs:
+                home.wait(job, lambda now: now.attempt == 2 and (now.progress or {}).get("step", 0) >= 1)
+                home.client.cancel_job(job.id)
+        for job in jobs:
+            assert home.logged(job, 2, "progress")[0]["step"] > 1  # not from the beginning
+
+
+def test_a_job_that_ends_within_the_grace_is_let_end(tmp_path: Path, base: Path, valkey_url: str) -> None:
+    (tmp_path / "registry").mkdir()
+    with house(tmp_path, base, valkey_url) as home:
+        job = home.train()
+        with celery(home, tmp_path / "celery.log", LORACTL_GRACE_S="90") as worker:
+            eventually(lambda: children(worker.pid))
+            worker.terminate()
+            assert worker.wait(PATIENCE_S) == 0
+        done = home.client.job(job.id)
+        assert (done.state, done.attempt) == ("succeeded", 1)
 
 
 def test_a_run_child_ends_with_the_process_that_started_it(home: House, tmp_path: Path) -> None:
