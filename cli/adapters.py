@@ -540,6 +540,8 @@ def policy_show(out: Output, name: str) -> None:
               help="The weakest binding that a gated alias accepts.")  # fmt: skip
 @click.option("--max-flips", type=click.FloatRange(0, 1), help="Share of answers that may turn wrong.")
 @click.option("--retained", metavar="D", help="A dataset with inputs kept for label-free repair.")
+@click.option("--pool", metavar="D",
+              help="A dataset of unlabelled inputs to decide what the suite cannot tell; 'none': no more.")  # fmt: skip
 def policy_set(
     out: Output,
     name: str,
@@ -557,6 +559,7 @@ def policy_set(
     evidence: str | None,
     max_flips: float | None,
     retained: str | None,
+    pool: str | None,
 ) -> None:
     """Set the policy of an adapter (team/bot), or the default of a namespace (team).
 
@@ -582,6 +585,7 @@ def policy_set(
             "evidence": evidence,
             "max_negative_flips": max_flips,
             "retained": retained,
+            "pool": pool,
         }
         if suite:
             gate = make_gate(suite, metric, margin)
@@ -591,6 +595,8 @@ def policy_set(
         if recipe:
             changes["recipe"] = json.dumps(resolved_recipe(client, load_recipe(recipe).recipe))
         changed = {key: value for key, value in changes.items() if value is not None}
+        if pool == "none":
+            changed["pool"] = None
         info = client.set_policy(name, Policy.model_validate(before.model_dump() | changed))
     out.emit(info, lambda: _policy(info))
 
@@ -640,6 +646,7 @@ def _policy(info: "PolicyInfo") -> None:
         "flips": f"at most {found.max_negative_flips:.0%} may turn wrong",
         "recipe": found.recipe,
         "retained": found.retained,
+        "pool": found.pool,
     })  # fmt: skip
     for note in info.notes:
         click.echo(f"note     {note}")

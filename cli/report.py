@@ -90,13 +90,14 @@ def write(info: "CampaignInfo", text: str, folder: Path) -> list[Path]:
     drawn = plots(info)
     shown = "\n\n".join(f"![{name}]({name}.svg)" for name in drawn)
     written = [
-        _whole(folder / "report.json", lambda path: path.write_text(json.dumps(plain(info), indent=2))),
-        _whole(folder / "report.md", lambda path: path.write_text(f"{text}\n\n{shown}".rstrip() + "\n")),
+        whole(folder / "report.json", lambda path: path.write_text(json.dumps(plain(info), indent=2))),
+        whole(folder / "report.md", lambda path: path.write_text(f"{text}\n\n{shown}".rstrip() + "\n")),
     ]
     return [*written, *(path for name, draw in drawn.items() for path in _figure(folder, name, draw))]
 
 
-def _whole(path: Path, make: Callable[[Path], object]) -> Path:
+def whole(path: Path, make: Callable[[Path], object]) -> Path:
+    """The file that ``make`` writes, under its name only once all of it is there."""
     part = path.with_name(f".{path.name}.partial{path.suffix}")
     make(part)
     return part.replace(path)
@@ -112,8 +113,8 @@ def _figure(folder: Path, name: str, draw: Callable[["Axes"], None]) -> Iterator
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         draw(figure.add_subplot())
-        yield _whole(folder / f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
-        yield _whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=144))
+        yield whole(folder / f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
+        yield whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=144))
 
 
 # ── plots ────────────────────────────────────────────────────────────────────

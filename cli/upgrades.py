@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.core.errors import CampaignNotFound
+from registry.core.errors import CampaignNotFound, PathUnusable
 from registry.core.names import SeriesName, check_name
 
 from . import bases, config
@@ -28,7 +28,7 @@ _ID = click.argument("campaign", metavar="ID")
 POLL_S = 1.0
 
 
-@click.group("upgrade", short_help="Base upgrades: plan, start, status, pause, approve, abort, report, ledger.")
+@click.group("upgrade", short_help="Base upgrades: plan, start, status, approve, label, abort, report.")
 def upgrade() -> None:
     """Carry every adapter of a line to new base weights, each as far as its gate allows."""
 
@@ -132,6 +132,54 @@ def approve(out: Output, campaign: str, name: str, alias_name: str, decline: boo
         series = str(SeriesName.parse(name))
         info = client.approve(campaign, ApproveRequest(adapter=series, alias=alias_name, approved=not decline))
     out.emit(info, lambda: _status(info))
+
+
+@command(upgrade, "loractl upgrade disagreements c0123 team/bot -o differ.jsonl")
+@_ID
+@click.argument("name", metavar="ADAPTER")
+@click.option("--alias", "alias_name", default="prod", show_default=True, help="The alias that waits.")
+@click.option("-o", "--out", "path", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Where to; default: print it.")
+def disagreements(out: Output, campaign: str, name: str, alias_name: str, path: Path | None) -> None:
+    """Fetch the pool's inputs on which an adapter's candidate and what serves differ, to be labelled.
+
+    Each line has the input, the answers by letter (nothing says whose they are), and 'right' to be filled in: the
+    letters of all right answers, such as "a" or "a b", or "none", or "all".
+    """
+    from .report import whole
+
+    if path is not None and path.exists():
+        raise PathUnusable(path=str(path), reason="it is there already, and may hold labels: name another file")
+    with config.connect() as client:
+        info = client.disagreements(campaign, str(SeriesName.parse(name)), alias_name)
+    if path is None:
+        out.emit(info, lambda: click.echo(info.lines, nl=False))
+        return
+    whole(path, lambda part: part.write_text(info.lines, encoding="utf-8"))
+    told = f"{info.differ} of {info.n} differ. Fill in 'right', then: loractl upgrade label {campaign} {name} {path}"
+    out.emit({"written": str(path), "differ": info.differ, "n": info.n}, lambda: click.echo(told))
+
+
+@command(upgrade, "loractl upgrade label c0123 team/bot differ.jsonl")
+@_ID
+@click.argument("name", metavar="ADAPTER")
+@click.argument("path", metavar="FILE", type=FILE)
+@click.option("--alias", "alias_name", default="prod", show_default=True, help="The alias that waits.")
+def label(out: Output, campaign: str, name: str, path: Path, alias_name: str) -> None:
+    """Give the labels of all differing answers; the gate then decides on all inputs of the pool, once."""
+    from registry.schemas import LabelsRequest
+
+    series, lines = str(SeriesName.parse(name)), _text(path)
+    with config.connect() as client:
+        info = client.label(campaign, LabelsRequest(adapter=series, alias=alias_name, lines=lines))
+    out.emit(info, lambda: _status(info))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PathUnusable(path=str(path), reason=f"it is no UTF-8 text: {error.reason}") from error
 
 
 @command(upgrade, "loractl upgrade pause c0123", "loractl upgrade pause c0123 --now")
@@ -258,6 +306,12 @@ def _because(row: "DecisionInfo") -> str:
             return f"{data['state']}: {data['reason']}"
         case "lost":
             return str(data["error"])
+        case "asked":
+            return f"{data['differ']} of {data['n']} inputs of {data['pool']} differ"
+        case "labelled":
+            return f"{data['differ']} inputs of {data['pool']}"
+        case "pool":
+            return f"{data['differ']} of {data['n']} differ: {data['verdict']['reason']}"
         case "replanned":
             return f"{short(data['to'])} serves in place of {short(data['from'])}"
         case "paused":
@@ -310,8 +364,12 @@ def _follow(out: Output, client: "RegistryClient", info: "CampaignInfo") -> "Cam
                 break
             time.sleep(POLL_S)
             info = client.upgrade(info.id)
-    if waiting:
+    asked = [item for item in info.items if item.state == "waiting" and not (item.pool and item.pool.waits)]
+    if waiting and asked:
         out.say(f"Adapters wait for approval: loractl upgrade approve {info.id} ADAPTER (--decline says no)")
+    for item in info.items:
+        if waiting and item.pool and item.pool.waits:
+            out.say(_wanted(info, item))
     return info
 
 
@@ -414,11 +472,24 @@ HEADINGS = ["adapter", "alias", "state", "tier", "serving", "final", "metric",
             *(name.replace("_", " ") for name in SCORES), "cost", "retraining", "why"]  # fmt: skip
 
 
+def _wanted(info: "CampaignInfo", item: "CampaignItemInfo") -> str:
+    """How to go on with an adapter that waits for labels."""
+    assert item.pool is not None
+    named = item.adapter if item.alias == "prod" else f"{item.adapter} --alias {item.alias}"
+    return (
+        f"{item.adapter}:{item.alias} waits for labels: {item.pool.differ} of {item.pool.n} differ. "
+        f"Fetch them: loractl upgrade disagreements {info.id} {named} -o FILE"
+    )
+
+
 def _status(info: "CampaignInfo") -> None:
     _heading(info)
     rows = [_row(item) for item in info.items]
     kept = [i for i, heading in enumerate(HEADINGS) if heading == "adapter" or any(row[i] for row in rows)]
     table([HEADINGS[i] for i in kept], ([row[i] for i in kept] for row in rows), empty="No adapters.")
+    for item in info.items:
+        if item.pool and item.pool.waits:
+            click.echo(_wanted(info, item))
 
 
 def report_text(info: "CampaignInfo") -> str:

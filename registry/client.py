@@ -394,6 +394,15 @@ class RegistryClient:
         """Promote an adapter whose policy asks first."""
         return self._post(_path("upgrades", campaign_id, "approve"), wire.CampaignInfo, request)
 
+    def disagreements(self, campaign_id: str, adapter: str, alias: str = "prod") -> wire.DisagreementsInfo:
+        """The pool's inputs on which an adapter's candidate and what serves differ, as a file to be labelled."""
+        path = _path("upgrades", campaign_id, "disagreements")
+        return self._get(path, wire.DisagreementsInfo, adapter=adapter, alias=alias)
+
+    def label(self, campaign_id: str, request: wire.LabelsRequest) -> wire.CampaignInfo:
+        """Give the labels of all these inputs; the same ones again change nothing."""
+        return self._post(_path("upgrades", campaign_id, "labels"), wire.CampaignInfo, request, again=True)
+
     # ── audit ────────────────────────────────────────────────────────────────
 
     def audit(self, **filters: Any) -> wire.Page[wire.AuditInfo]:

@@ -29,6 +29,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST /v1/jobs/claim`` · ``/{id}/heartbeat`` · ``/{id}/pushes`` · ``/{id}/finish`` · ``/{id}/fail`` · ``/{id}/inputs`` | a worker's side: `ClaimRequest` → `ClaimInfo` … |
 | ``POST/GET /v1/jobs/{id}/checkpoint`` · ``POST /v1/jobs/checkpoints`` | `CheckpointRequest` → `CheckpointUploads`; → `CheckpointInfo` · `CheckpointsRequest` |
 | ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/pause`` · ``/resume`` · ``/abort`` · ``/approve`` · ``/rollback`` | `UpgradeRequest` … → `CampaignInfo` |
+| ``GET /v1/upgrades/{id}/disagreements?adapter=&alias=`` · ``POST …/labels`` | → `DisagreementsInfo` · `LabelsRequest` → `CampaignInfo` |
 | ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
 | ``GET /v1/audit`` · ``GET /v1/audit/chain?after=`` | → `Page[AuditInfo]` · `ChainInfo` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
@@ -602,12 +603,22 @@ class ScoredInfo(Request):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
+class AnsweredInfo(Request):
+    """What one version, or the bare base, answered to a pool's inputs."""
+
+    adapter: Sha256 | None
+    answers: str
+    """The answers' JSONL (`registry.core.pool.Answered`)."""
+    harness: Sha256
+
+
 class FinishRequest(Request):
     attempt: int
     result: dict[str, Any]
     pushes: list[str] = Field(default_factory=list)
     """Verified pushes to commit in the transaction that ends the job."""
     evaluations: list[ScoredInfo] = Field(default_factory=list)
+    answers: list[AnsweredInfo] = Field(default_factory=list)
 
 
 class FailRequest(Request):
@@ -636,6 +647,24 @@ class UpgradeRequest(Request):
     """What is not final by then is frozen."""
 
 
+class PoolInfo(Answer):
+    """The pool of an adapter in an upgrade: whether it is asked, and what of it is labelled."""
+
+    name: str
+    missing: str
+    """Why it cannot be asked."""
+    tier: str | None
+    """Whose candidate it decides on; None: none yet."""
+    n: int | None
+    """Inputs that were answered."""
+    differ: int | None
+    """Those of them that need a label."""
+    waits: bool
+    """Whether labels are what is waited for."""
+    labelled_by: str
+    verdict: dict[str, Any] | None
+
+
 class CampaignItemInfo(Answer):
     adapter: str
     alias: str
@@ -654,6 +683,8 @@ class CampaignItemInfo(Answer):
     verdicts: dict[str, Any]
     report: list[dict[str, Any]]
     """Once promoted, per gate: before, after and bare on the report split, the difference's bounds, n"""
+    pool: PoolInfo | None = None
+    """None: the policy names none."""
 
 
 class CampaignInfo(Answer):
@@ -683,6 +714,25 @@ class ApproveRequest(Request):
     alias: str = "prod"
     approved: bool = True
     """False: the old base keeps serving."""
+
+
+class DisagreementsInfo(Answer):
+    """Inputs on which the candidate and what serves differ, as a file to be labelled."""
+
+    adapter: str
+    alias: str
+    n: int
+    differ: int
+    paper: Sha256
+    lines: str
+    """JSONL: item, the input, the answers by letter, and ``right`` to be filled in."""
+
+
+class LabelsRequest(Request):
+    adapter: str
+    alias: str = "prod"
+    lines: Annotated[str, Field(max_length=32 << 20)]
+    """The file of `DisagreementsInfo` with ``right`` filled in."""
 
 
 class PauseRequest(Request):

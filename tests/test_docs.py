@@ -54,7 +54,7 @@ def test_every_command_line_in_the_guides_is_understood(
     monkeypatch.chdir(tmp_path)
     for folder in ("adapter", "base", "base-v2"):
         (tmp_path / folder).mkdir()
-    for file in ("train.jsonl", "suite.jsonl", "recipe.toml"):
+    for file in ("train.jsonl", "suite.jsonl", "inputs.jsonl", "differ.jsonl", "recipe.toml"):
         (tmp_path / file).touch()
     command: click.Command = cli
     context = click.Context(cli, info_name="loractl")

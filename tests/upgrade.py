@@ -15,12 +15,22 @@ from sqlmodel import col, select
 from registry.core.manifest import Lineage
 from registry.core.names import Reference
 from registry.core.policy import Gate, Margin, Policy
+from registry.core.pool import Answered, input_id
+from registry.core.pool import to_jsonl as to_answers
 from registry.core.recipes import FineTune
 from registry.core.records import Record, Split, item_id, split_of, to_jsonl
 from registry.db import queries
 from registry.db.models import Campaign, CampaignItem, Job
 from registry.files import scan_folder
-from registry.schemas import CampaignInfo, CampaignItemInfo, ClaimRequest, FinishRequest, ScoredInfo, UpgradeRequest
+from registry.schemas import (
+    AnsweredInfo,
+    CampaignInfo,
+    CampaignItemInfo,
+    ClaimRequest,
+    FinishRequest,
+    ScoredInfo,
+    UpgradeRequest,
+)
 from registry.services import aliases, campaigns, jobs, policies
 from registry.services.references import find_adapter, find_version
 from registry.services.tokens import Caller
@@ -33,6 +43,7 @@ OTHER_HARNESS = "sha256:" + "2" * 64
 ROWS = [{"prompt": f"question {n}", "choices": [" a", " b"], "answer": n % 2} for n in range(120)]
 GATE = Gate(suite="team/suite", metric="accuracy", margin=Margin(value=0.2))
 POLICY = Policy(gates=(GATE,), max_negative_flips=0.3)
+INPUTS = [{"prompt": f"input {n}", "choices": [" a", " b"]} for n in range(600)]
 Skill = float
 """The share of items that come out right."""
 
@@ -64,6 +75,8 @@ class Upgrade:
     """digest -> the tier that made it"""
     drift: float | None = None
     """Of every tensor between the bases, where it is measured."""
+    differs: dict[str, int] = field(default_factory=dict)
+    """``bare``, ``serving`` or a tier: to how many of the pool's inputs it answers otherwise; else to none."""
     names: int = 0
 
     def __post_init__(self) -> None:
@@ -194,6 +207,11 @@ class Upgrade:
                     for d in wanted
                 ]
                 return FinishRequest(attempt=job.attempt, result={"seconds": 1.0}, evaluations=scored)
+            case "answers":
+                asked = [*job.recipe["adapters"], *([None] if job.recipe["bare"] else [])]
+                harness = self.harness(job)
+                told = [AnsweredInfo(adapter=d, answers=self._answers(d), harness=harness) for d in asked]
+                return FinishRequest(attempt=job.attempt, result={"seconds": 1.5}, answers=told)
             case _:
                 push = self._make(job)
                 steps = {"carry": 0, "warm-start": 20, "distil": 30, "retrain": 40}[_tier(job)]
@@ -202,6 +220,14 @@ class Upgrade:
     def _skill(self, job: Job, digest: str | None) -> Skill:
         bare = "bare-old" if job.recipe["base"] == self.old else "bare"
         return self.skills.get(self.tiers[digest] if digest else bare, 0.0)
+
+    def _answers(self, digest: str | None) -> str:
+        """The first answer to all inputs but the first so many, by their names."""
+        other = self.differs.get(self.tiers[digest] if digest else "bare", 0)
+        items = sorted((input_id(row), row) for row in INPUTS)
+        return to_answers([
+            Answered(item=item, input=row, answer=" b" if n < other else " a") for n, (item, row) in enumerate(items)
+        ]).decode()  # fmt: skip
 
     def _make(self, job: Job) -> str:
         """Push what a tier makes; the push waits for the job's end."""

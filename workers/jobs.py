@@ -43,6 +43,7 @@ from registry.core.errors import (
 )
 from registry.core.manifest import Lineage, canonical_json
 from registry.core.recipes import (
+    Answers,
     Combine,
     Compress,
     Distil,
@@ -61,6 +62,7 @@ from registry.core.recipes import (
 )
 from registry.files import digest_base, scan_folder
 from registry.schemas import (
+    AnsweredInfo,
     ClaimInfo,
     ClaimRequest,
     Download,
@@ -344,6 +346,7 @@ class Worker:
         result = json.loads((out / "result.json").read_text())
         pushes: list[str] = []
         evaluations: list[ScoredInfo] = []
+        answers: list[AnsweredInfo] = []
         match recipe:
             case Search():
                 found = recipe.model_copy(update={"found": FineTune.model_validate(result["found"], strict=False)})
@@ -362,9 +365,20 @@ class Worker:
                     )
                     for name in result["metrics"]
                 ]
+            case Answers():
+                answers = [
+                    AnsweredInfo(
+                        adapter=recipe.adapters[int(name)] if name != "bare" else None,
+                        answers=(out / f"answers-{name}.jsonl").read_text(),
+                        harness=result["harness"],
+                    )
+                    for name in result["answered"]
+                ]
         lease.check()
         lease.tell()
-        request = FinishRequest(attempt=lease.attempt, result=result, pushes=pushes, evaluations=evaluations)
+        request = FinishRequest(
+            attempt=lease.attempt, result=result, pushes=pushes, evaluations=evaluations, answers=answers
+        )
         self._report(request, lease)
 
     def _report(self, request: FinishRequest, lease: "_Lease") -> None:

@@ -11,6 +11,7 @@ Roles of ``--in`` are those of `registry.core.recipes.inputs_of`. Written to ``-
     result.json             kind, seconds, steps, device, precision, loss curve, metrics, candidates, drift …
     adapter/                finetune, search, rebase, combine, compress, extract: a PEFT folder
     base/                   full-finetune, merge: a model that transformers loads
+    answers-<i>.jsonl       answers: per input, for adapter i; the bare base's in answers-bare.jsonl
     records-<i>.jsonl       evaluate: per item, for adapter i; the bare base's in records-bare.jsonl
     error.json              the refusal, instead of result.json; exit status 1
 
@@ -44,8 +45,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import transformers
 
+from registry.core import pool
 from registry.core.errors import BadRequest, LoractlError, ProcessFailed
 from registry.core.recipes import (
+    Answers,
     Combine,
     Compare,
     Compress,
@@ -66,6 +69,7 @@ from registry.core.recipes import (
 from registry.core.records import summary, to_jsonl
 
 from .compute import snapshot
+from .compute.answers import answers, distinct, read_inputs
 from .compute.bank import parts_of
 from .compute.combine import combine
 from .compute.compress import compress
@@ -138,6 +142,8 @@ def run(
             facts = _full_finetune(recipe, inputs, out, report, checkpoint, ranks)
         case Evaluate():
             facts = _evaluate(recipe, inputs, out, report)
+        case Answers():
+            facts = _answers(recipe, inputs, out, report)
         case Merge():
             facts = _merge(recipe, inputs, out, report)
         case Rebase():
@@ -358,6 +364,25 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
     }
 
 
+def _answers(recipe: Answers, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
+    suite = replace(Suite.read(inputs["suite"]), metrics=(recipe.metric,))
+    apart = [*suite.rows, *(row for i in range(len(recipe.apart)) for row in read_inputs(inputs[f"dataset.{i}"]))]
+    rows = distinct(read_inputs(inputs["inputs"]), apart)
+    adapters = {str(i): normalised(inputs[f"adapter.{i}"], inputs["base"]) for i in range(len(recipe.adapters))}
+    model, tokenizer = load(inputs["base"], recipe.precision, recipe.quantised)
+    found = answers(model, tokenizer, suite, rows, adapters, bare=recipe.bare, report=report)
+    for name, own in found.items():
+        write_file(out / f"answers-{name}.jsonl", pool.to_jsonl(own))
+    precision = _precision(recipe.precision)
+    return {
+        "precision": precision,
+        "base": loaded(model),
+        "harness": str(suite.harness(precision, recipe.quantised)),
+        "inputs": len(rows),
+        "answered": sorted(found),
+    }
+
+
 def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     base, adapter = inputs["base"], normalised(inputs["adapter"], inputs["base"])
     form = Form(recipe.dtype, recipe.max_shard_bytes, recipe.dequantise)
@@ -537,7 +562,7 @@ def _rows(inputs: Inputs) -> list[Row]:
 
 def _unlabelled(recipe: Rebase | Compare, inputs: Inputs) -> list[Row]:
     """Rows of which only the prompts are read."""
-    return read_rows(inputs["inputs"]) if recipe.inputs else []
+    return read_inputs(inputs["inputs"]) if recipe.inputs else []
 
 
 def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None:

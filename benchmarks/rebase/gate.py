@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from registry.core.gate import Zone, judge, shares
+from registry.core.gate import Verdict, Zone, judge, shares
 from registry.core.policy import Gate, Margin, Policy
 from registry.core.records import Record
 
@@ -97,13 +97,18 @@ def simulate(cell: Cell, campaigns: int = CAMPAIGNS, seed: int = 0) -> Rate:
     )
 
 
-@cache
 def passes(gains: int, losses: int, n: int, margin: float, alpha: float) -> bool:
     """Whether the gate passes a candidate that gained and lost so many items of ``n``."""
+    return verdict(gains, losses, n, margin, alpha).zone is Zone.PASS
+
+
+@cache
+def verdict(gains: int, losses: int, n: int, margin: float, alpha: float) -> Verdict:
+    """What the gate says of it."""
     right, wrong = _records(n, 1), _records(n, 0)
     served, bare = round(RIGHT * n), round(BARE * n)
     assert losses <= served - bare and gains <= n - served
-    verdict = judge(
+    return judge(
         [*wrong[:losses], *right[losses:served], *right[served : served + gains], *wrong[served + gains :]],
         [*right[:served], *wrong[served:]],
         [*wrong[: served - bare], *right[served - bare : served], *wrong[served:]],
@@ -111,7 +116,6 @@ def passes(gains: int, losses: int, n: int, margin: float, alpha: float) -> bool
         policy=POLICY,
         alpha=alpha,
     )
-    return verdict.zone is Zone.PASS
 
 
 @cache
@@ -163,7 +167,7 @@ def rates(campaigns: int = CAMPAIGNS) -> Iterator[Rate]:
     for cell in (*WORSE, *AS_GOOD):
         found = simulate(cell, campaigns)
         print(table([found]).splitlines()[-1], flush=True)
-        passes.cache_clear()
+        verdict.cache_clear()
         yield found
 
 

@@ -1,4 +1,4 @@
-"""Routes of upgrade campaigns: plan, create, start, pause, resume, abort, approve, roll back, look; their ledger."""
+"""Routes of upgrade campaigns: plan, create, start, pause, resume, abort, approve, label, roll back; their ledger."""
 
 from typing import Annotated
 
@@ -8,6 +8,8 @@ from registry.schemas import (
     ApproveRequest,
     CampaignInfo,
     DecisionInfo,
+    DisagreementsInfo,
+    LabelsRequest,
     Page,
     PauseRequest,
     UndoRequest,
@@ -129,4 +131,21 @@ def approve(identity: str, request: ApproveRequest, parts: Parts, caller: User) 
             parts.clock(),
             approved=request.approved,
         )
+        return campaigns.info(session, caller, campaign)
+
+
+@router.get("/{identity}/disagreements")
+def show_disagreements(
+    identity: str, adapter: str, parts: Parts, caller: User, alias: str = "prod"
+) -> DisagreementsInfo:
+    """The pool's inputs on which an adapter's candidate and what serves differ, as a file to be labelled."""
+    with parts.database.read() as session:
+        return campaigns.disagreements(session, parts.store, caller, identity, adapter, alias)
+
+
+@router.post("/{identity}/labels")
+def label(identity: str, request: LabelsRequest, parts: Parts, caller: User) -> CampaignInfo:
+    """Take the labels of all these inputs; the same ones again change nothing."""
+    with parts.database.write() as session:
+        campaign = campaigns.label(session, parts.store, caller, identity, request, parts.clock())
         return campaigns.info(session, caller, campaign)

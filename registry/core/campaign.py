@@ -12,7 +12,8 @@ cheapest first. What ends it:
 promoted   a tier's verdict is PASS and the alias on the new base points to its version
 frozen     the old base keeps serving: nothing passed, the gate is missing or can never pass, the policy or a
            person says so, the budget is spent, or the deadline has passed. An unresolved tier never promotes: the next
-           one is tried, and when none is left the reason is that of the tier that came nearest
+           one is tried, and when none is left the reason is that of the tier that came nearest. Where the policy
+           names a pool, people are first asked for labels that may resolve that tier (`pool`): one look more
 retired    the bare new base is shown to be no worse than what serves (rule 1 of the gate), and no tier so far
            is shown to add value over it: an adapter that costs something and shows nothing. Tried before a
            dearer tier, because what a person would gain by training on is not what the gate asks for
@@ -34,6 +35,7 @@ from .gate import Quoted, Verdict, Zone, shares, smallest_n
 from .lifecycle import JobState
 from .manifest import BaseDigest, Frozen, Sha256
 from .policy import Policy
+from .pool import POOL, asks_bare, gate_of, settles
 from .recipes import RESHAPES, TRAINED, Tier
 from .route import Route, Signals, route
 
@@ -116,6 +118,48 @@ class SuiteFacts(Frozen):
     """Items in its gate split; None: there is no such suite."""
 
 
+class PoolFacts(Frozen):
+    """The policy's pool, and what came of asking it (`registry.core.pool`)."""
+
+    name: str
+    data: Sha256 | None = None
+    """The dataset; once it was asked, the one that was."""
+    missing: str = ""
+    """Why it cannot be asked, with what helps."""
+    tier: Tier | None = None
+    """Whose candidate it decides on, and that candidate; None: it was not asked."""
+    version: Sha256 | None = None
+    serving: Progress = Progress()
+    candidate: Progress = Progress()
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Device seconds of answering."""
+    n: int | None = None
+    """Inputs that were answered."""
+    differ: int | None = None
+    """Those of them that need a label."""
+    paper: Sha256 | None = None
+    """The file to be labelled."""
+    labels: Sha256 | None = None
+    labelled_by: str = ""
+    verdict: Verdict | None = None
+    rules: Sha256 | None = None
+
+    @property
+    def lost(self) -> str | None:
+        """Why there are no answers and there will be none."""
+        ended = next((one for one in (self.serving, self.candidate) if one.lost), None)
+        return (ended.error or str(ended.job)) if ended else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a person's labels are all that it lacks."""
+        return self.paper is not None and self.labels is None and self.verdict is None
+
+    def unasked(self) -> "PoolFacts":
+        """The pool as it was before anything was asked of it."""
+        return PoolFacts(name=self.name, data=self.data, missing=self.missing)
+
+
 class Facts(Frozen):
     """All that a decision about one adapter rests on. Persisted as JSON with the item."""
 
@@ -167,6 +211,8 @@ class Facts(Frozen):
     bare_old_scores: Progress = Progress()
     """Needed for margins of gain only."""
     tiers: tuple[TierFacts, ...] = ()
+    pool: PoolFacts | None = None
+    """None: the policy names none."""
     reference_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Device seconds of the evaluations that all tiers share; not counted against the budget."""
 
@@ -207,6 +253,7 @@ class Facts(Frozen):
             update={
                 "serving": self.serving_now or self.serving, "source": None, "serving_scores": nothing, "tiers": (),
                 "approved": None, "decided_by": "", "bare_old_scores": nothing,
+                "pool": self.pool and self.pool.unasked(),
             }
         )
 
@@ -218,18 +265,24 @@ class Facts(Frozen):
             for mine in self.tiers
             if mine.verdict and (mine.rules != rules or mine.verdict.alpha != alphas.get(mine.tier, mine.verdict.alpha))
         }
-        if not stale:
+        pool = self.pool
+        is_old = pool is not None and pool.verdict is not None and (
+            pool.rules != rules or pool.verdict.alpha != pool_alpha(self) or pool.tier in stale
+        )  # fmt: skip
+        if pool is not None and is_old:
+            pool = pool.model_copy(update={"verdict": None, "rules": None})
+        if not stale and not is_old:
             return self
         kept = tuple(
             mine.model_copy(update={"verdict": None, "rules": None}) if mine.tier in stale else mine
             for mine in self.tiers
         )
-        return self.model_copy(update={"tiers": kept, "approved": None, "decided_by": ""})
+        return self.model_copy(update={"tiers": kept, "approved": None, "decided_by": "", "pool": pool})
 
     @property
     def spent(self) -> float:
-        """Device seconds of all tiers."""
-        return sum(facts.seconds for facts in self.tiers)
+        """Device seconds of all tiers, and of the pool."""
+        return sum(facts.seconds for facts in self.tiers) + (self.pool.seconds if self.pool else 0.0)
 
 
 # ── actions ──────────────────────────────────────────────────────────────────
@@ -309,6 +362,37 @@ class WaitForApproval:
 
 
 @dataclass(frozen=True, slots=True)
+class AskPool:
+    """Have the serving version on the old base, and what ``tier`` made on the new one, answer the pool's inputs."""
+
+    tier: Tier
+    version: str
+    bare: bool
+    """Whether the new base alone answers too: its value over it is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparePool:
+    """Everybody has answered: write down on what they differ, for people to label, and how many that are."""
+
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForLabels:
+    """Ask a person which of the differing answers are right."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePool:
+    """Put the labelled pool before the gate."""
+
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
 class Replan:
     """Another version serves now: forget what was compared with the old one (`Facts.replanned`)."""
 
@@ -362,7 +446,8 @@ class Settle:
 
 Action = (
     Produce | EvaluateServing | EvaluateBare | EvaluateBareOld | EvaluateCandidate | Judge | Promote
-    | WaitForApproval | Replan | Wait | Freeze | Retire | Fail | Abort | Settle
+    | WaitForApproval | AskPool | ComparePool | WaitForLabels | JudgePool | Replan | Wait | Freeze | Retire | Fail
+    | Abort | Settle
 )  # fmt: skip
 
 
@@ -428,7 +513,7 @@ def _cascade(facts: Facts) -> Step:
     if any(facts.tier(tier).verdict for tier in policy.tiers) and (reason := _retirement(facts)):
         return Step(State.RETIRED, (Retire(reason),))
     if facts.overdue is not None:
-        return Step(State.FROZEN, (Freeze(f"the deadline {facts.overdue} has passed; {_nearest(facts)}"),))
+        return Step(State.FROZEN, (Freeze(_overdue(facts)),))
     references, lost = _references(facts, policy)
     if lost:
         return Step(State.FAILED, (Fail(lost),))
@@ -443,6 +528,8 @@ def _cascade(facts: Facts) -> Step:
         actions = (*references, *_one_tier(facts, mine, policy))
         working = tuple(action for action in actions if not isinstance(action, Wait))
         return Step(State.RUNNING, working or actions[:1])
+    if step := _pool(facts, policy):
+        return step
     if any(mine.verdict for mine in facts.tiers):
         skipped = "".join(f"; {tier} was not tried: {why}" for tier, why in routed(facts).skipped)
         return Step(State.FROZEN, (Freeze(f"no tier passed; {_nearest(facts)}{skipped}"),))
@@ -469,6 +556,58 @@ def _promotion(facts: Facts, policy: Policy, passed: TierFacts) -> Step:
         by = f" by {facts.decided_by}" if facts.decided_by else ""
         return Step(State.FROZEN, (Freeze(f"declined{by}, although {passed.tier} passed: {why}"),))
     return Step(State.RUNNING, (Promote(passed.tier, version, facts.alias, facts.generation, facts.serving),))
+
+
+def _pool(facts: Facts, policy: Policy) -> Step | None:
+    """What to do about a tier that nothing but more items can resolve; None: there is no pool, or nothing to decide."""
+    pool, mine = facts.pool, _undecided(facts)
+    if pool is None or mine is None:
+        return None
+    nearest = _nearest(facts)
+    if pool.missing:
+        return Step(State.FROZEN, (Freeze(f"no tier passed; {nearest}; the pool was not asked: {pool.missing}"),))
+    alpha, gate = pool_alpha(facts), gate_of(policy)
+    assert gate is not None and mine.verdict is not None
+    if (pool.tier, pool.version) != (mine.tier, mine.version):
+        if spent := _spent(facts, policy):
+            return Step(State.FROZEN, (Freeze(f"budget: {spent} before the pool was asked; {nearest}"),))
+        return Step(State.RUNNING, (AskPool(mine.tier, str(mine.version), asks_bare(mine.verdict, gate)),))
+    if pool.lost:
+        return Step(State.FROZEN, (Freeze(f"no tier passed; {nearest}; the pool was not answered: {pool.lost}"),))
+    if pool.verdict:
+        told = f"{pool.differ} of {pool.n} inputs of {pool.name} differ, and labelled they say {pool.verdict.reason}"
+        return Step(State.FROZEN, (Freeze(f"no tier passed, nor did the pool for {mine.tier}: {told}"),))
+    if not (pool.serving.done and pool.candidate.done):
+        return Step(State.RUNNING, (Wait(f"the pool answers for {mine.tier}"),))
+    if pool.paper is None:
+        return Step(State.RUNNING, (ComparePool(alpha),))
+    if pool.labels is None:
+        return Step(State.WAITING, (WaitForLabels(f"waits for labels: {_differ(facts)}; {nearest}"),))
+    return Step(State.RUNNING, (JudgePool(alpha),))
+
+
+def _differ(facts: Facts) -> str:
+    assert facts.pool is not None
+    return f"{facts.pool.differ} of {facts.pool.n} answers differ between {facts.pool.tier} and what serves"
+
+
+def _undecided(facts: Facts) -> TierFacts | None:
+    """Of the tiers that a pool could still let pass the one that came nearest."""
+    gate = gate_of(facts.policy) if facts.policy else None
+    found = [mine for mine in facts.tiers if mine.version and mine.verdict and gate and settles(mine.verdict, gate)]
+    return max(found, key=_lost, default=None)
+
+
+def _overdue(facts: Facts) -> str:
+    if facts.pool is not None and facts.pool.waits:
+        return f"nobody labelled by the deadline {facts.overdue}: {_differ(facts)}; {_nearest(facts)}"
+    return f"the deadline {facts.overdue} has passed; {_nearest(facts)}"
+
+
+def passing_verdict(facts: Facts) -> Verdict | None:
+    """The verdict that a promotion rests on."""
+    passed = _passed(facts)
+    return passed.verdict if passed else None
 
 
 def _references(facts: Facts, policy: Policy) -> tuple[tuple[Action, ...], str | None]:
@@ -505,8 +644,15 @@ def _needs_gain(policy: Policy) -> bool:
 
 
 def _passed(facts: Facts) -> TierFacts | None:
+    """What may be promoted, with the verdict that says so: a tier's own, or the pool's on its candidate."""
     found = (mine for mine in facts.tiers if mine.version and mine.verdict and mine.verdict.zone is Zone.PASS)
-    return next(found, None)
+    if passed := next(found, None):
+        return passed
+    pool = facts.pool
+    if pool is None or pool.tier is None or pool.verdict is None or pool.verdict.zone is not Zone.PASS:
+        return None
+    mine = facts.tier(pool.tier)
+    return mine.model_copy(update={"verdict": pool.verdict}) if mine.version == pool.version else None
 
 
 def _retirement(facts: Facts) -> str | None:
@@ -521,15 +667,19 @@ def _nearest(facts: Facts) -> str:
     """The reason of the tier that came nearest to passing: unresolved before failed, then by what it lost."""
 
     def rank(mine: TierFacts) -> tuple[bool, float]:
-        assert mine.verdict is not None
-        lost = [criterion.estimate for criterion in mine.verdict.criteria if criterion.name == "not-worse"]
-        return mine.verdict.zone is Zone.UNRESOLVED, min(lost, default=0.0)
+        return mine.verdict is not None and mine.verdict.zone is Zone.UNRESOLVED, _lost(mine)
 
     if judged := [mine for mine in facts.tiers if mine.verdict]:
         best = max(judged, key=rank)
         return f"nearest was {best.tier}: {_reason(best)}"
     lost = [f"{mine.tier}: {_error(mine)}" for mine in facts.tiers if mine.produce.lost or mine.evaluate.lost]
     return "; ".join(lost) or "nothing was tried"
+
+
+def _lost(mine: TierFacts) -> float:
+    """By how much it seems better than what serves, on the suite that suits it least."""
+    criteria = mine.verdict.criteria if mine.verdict else ()
+    return min((told.estimate for told in criteria if told.name == "not-worse"), default=0.0)
 
 
 def _error(mine: TierFacts) -> str:
@@ -562,8 +712,21 @@ def routed(facts: Facts) -> Route:
 
 def tier_alphas(facts: Facts) -> dict[Tier, float]:
     """What each tier that is tried may spend of the policy's α; of all the policy's tiers, where none can be run."""
+    return {look: alpha for look, alpha in _alphas(facts).items() if look != POOL}
+
+
+def pool_alpha(facts: Facts) -> float:
+    """What the look at the pool may spend; 0 where there is none."""
+    return _alphas(facts).get(POOL, 0.0)
+
+
+def _alphas(facts: Facts) -> dict[Tier | Literal["pool"], float]:
     policy = facts.policy
-    return shares(policy.alpha, routed(facts).tiers or policy.tiers) if policy else {}
+    if policy is None:
+        return {}
+    tiers = routed(facts).tiers or policy.tiers
+    looks: tuple[Tier | Literal["pool"], ...] = (*tiers, POOL) if facts.pool and not facts.pool.missing else tiers
+    return shares(policy.alpha, looks)
 
 
 def _missing_for(tier: Tier, facts: Facts) -> str | None:

@@ -575,6 +575,42 @@ class GateImpossible(Invalid):
     help = "Use a larger suite, or a wider margin: loractl policy set {name} --margin MARGIN"
 
 
+class PoolUnusable(Invalid):
+    code = "pool-unusable"
+    says = "Dataset {pool} cannot be the pool of {name}: {reason}."
+    help = "Name another dataset of inputs: loractl policy set {name} --pool DATASET; see: loractl policy show {name}"
+
+
+class BadLabel(Invalid):
+    code = "bad-label"
+    says = "Line {line} of the labels is wrong: {reason}."
+    help = "Write the letters of the right answers in 'right', such as \"a\", \"a b\", or \"none\", and nothing else."
+
+
+class LabelsMissing(Invalid):
+    code = "labels-missing"
+    says = "{missing} of the {count} answers that differ are not labelled, such as {item}."
+    help = "Fill in 'right' in every line, and push the whole file: loractl upgrade label CAMPAIGN ADAPTER FILE"
+
+
+class LabelsForeign(Invalid):
+    code = "labels-foreign"
+    says = "Line {line} of the labels is about {item}, which is not in question for {adapter}."
+    help = "Fetch the file that is: loractl upgrade disagreements {campaign} {adapter} -o FILE"
+
+
+class LabelsContradict(Conflict):
+    code = "labels-contradict"
+    says = "The labels contradict each other: {item} is {one} and {other}."
+    help = "One look is what the gate's error allows, so labels that were taken stay: loractl upgrade status"
+
+
+class NoLabelsWanted(Conflict):
+    code = "no-labels-wanted"
+    says = "Upgrade {campaign} has no differing answers of {adapter} to label: {reason}."
+    help = "See where it stands: loractl upgrade status {campaign}"
+
+
 class NothingToRollBack(Conflict):
     code = "nothing-to-roll-back"
     says = "Alias '{alias}' of {name} has no earlier target on base {base}."

@@ -23,13 +23,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .errors import GateImpossible, GateIncomplete, ItemsDiffer
 from .manifest import Frozen
 from .metrics import Metric, is_binary, is_share
 from .policy import Gate, Policy
-from .recipes import Tier
 from .records import Record, Split
 
 PARSE_MARGIN = 0.005
@@ -58,6 +57,8 @@ class Zone(StrEnum):
     UNRESOLVED = "unresolved"
 
 
+Look = TypeVar("Look", bound=str)
+"""What may open the gate once: a tier, or a pool."""
 Name = Literal["not-worse", "adds-value", "negative-flips", "guard", "parse-rate"]
 
 
@@ -284,16 +285,57 @@ def _root(falling: Callable[[float], float], low: float, high: float) -> float:
 # ── the verdict ──────────────────────────────────────────────────────────────
 
 
-def shares(alpha: float, tiers: Sequence[Tier]) -> dict[Tier, float]:
+def shares(alpha: float, tiers: Sequence[Look]) -> dict[Look, float]:
     """What each of ``tiers`` may spend of ``alpha``: the first one half, the others equal parts of the other half.
 
-    The first that passes is promoted, so whatever the candidates have in common, P(a worse one is) ≤ Σ αᵢ = α
-    (Bonferroni). The first has most because it is the cheapest: what it cannot show costs a training.
+    A pool (`registry.core.pool`) is one look more, behind all tiers. The first that passes is promoted, so whatever the
+    candidates have in common, P(a worse one is) ≤ Σ αᵢ = α (Bonferroni). The first has most because it is the cheapest:
+    what it cannot show costs a training.
     """
     first, *others = tiers
     if not others:
         return {first: alpha}
     return {first: alpha / 2} | {tier: alpha / 2 / len(others) for tier in others}
+
+
+def judge_pool(
+    candidate: Sequence[Record],
+    serving: Sequence[Record],
+    bare: Sequence[Record],
+    *,
+    suite: Verdict,
+    gate: Gate,
+    pool: str,
+    policy: Policy,
+    alpha: float,
+) -> Verdict:
+    """The verdict on a candidate that ``suite``, the verdict of its suites, could not tell apart from what serves.
+
+    Records are of the inputs of ``pool``, where equal answers stand as equally right. Not being worse and negative
+    flips are decided there, at ``alpha``; the parse rate and the value over the bare base likewise where the suite did
+    not pass them (``bare``: on a part of the inputs, chosen by their hash). What else the suite passed stands: a
+    verdict is an intersection of criteria, and each is tested on items that were not chosen by its outcome.
+    """
+    named = gate.model_copy(update={"suite": pool})
+    pairs = _pairs(candidate, serving, named, ("the candidate", "the serving version"))
+    criteria = []
+    for told in suite.criteria:
+        if told.suite != gate.suite or told.metric != gate.metric or told.name == "guard":
+            criteria.append(told)
+        elif told.name == "not-worse":
+            criteria.append(_difference("not-worse", pairs, named, told.bound, alpha, None))
+        elif told.name == "negative-flips":
+            criteria.append(_flips(pairs, named, policy.max_negative_flips, alpha))
+        elif told.zone is Zone.PASS:
+            criteria.append(told)
+        elif told.name == "parse-rate":
+            criteria.append(_parse_rate(pairs, named, alpha) or told)
+        else:
+            asked = {record.item for record in bare}
+            some = [record for record in candidate if record.item in asked]
+            over_bare = _pairs(some, bare, named, ("the candidate", "the bare base"))
+            criteria.append(_difference("adds-value", over_bare, named, 0.0, alpha, None))
+    return _verdict(criteria, suite.bare, alpha)
 
 
 def mean_gain(adapted: Sequence[Record], bare: Sequence[Record], gate: Gate) -> float:
@@ -478,7 +520,8 @@ def smallest_n(gate: Gate, policy: Policy, *, alpha: float | None = None, discor
     gain is taken at the largest that a gain can be, 1. For continuous metrics the spread is not known beforehand:
     the floor is all that can be said.
     """
-    alpha = shares(policy.alpha, policy.tiers)[policy.tiers[0]] if alpha is None else alpha
+    looks = (*policy.tiers, *(["pool"] if policy.pool else []))
+    alpha = shares(policy.alpha, looks)[looks[0]] if alpha is None else alpha
     if not is_binary(gate.metric):
         return MIN_CONTINUOUS
     z = NormalDist().inv_cdf(1 - alpha)

@@ -4,7 +4,10 @@ Of a campaign    started · paused · resumed · aborted · finished
 Of an adapter    route        what may be tried, in which order, and the signals that say so
                  replanned    another version serves: what was compared with the old one is forgotten
                  verdict      a tier's candidate before the gate: intervals, steps, device seconds
-                 lost         a tier's job failed: why
+                 lost         a tier's job failed, or the pool's answers: why
+             asked        the pool was answered: how many of how many differ, and the file to be labelled
+             labelled     by whom, and how
+             pool         the candidate before the gate on the pool
                  approved, declined
                  outcome      how it ended, what it cost, and its score on the split that nothing was chosen by
                  rolled-back  a promotion taken back
@@ -18,15 +21,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .campaign import Item, State, TierFacts, cost, routed, tier_alphas
+from .campaign import Item, PoolFacts, State, TierFacts, cost, routed, tier_alphas
 from .gate import Zone
 from .manifest import Frozen
 from .recipes import Tier
 from .route import Outcome, Signals
 
 Kind = Literal[
-    "started", "paused", "resumed", "aborted", "finished", "route", "replanned", "verdict", "lost", "approved",
-    "declined", "outcome", "rolled-back",
+    "started", "paused", "resumed", "aborted", "finished", "route", "replanned", "verdict", "lost", "asked", "labelled",
+    "pool", "approved", "declined", "outcome", "rolled-back",
 ]  # fmt: skip
 
 
@@ -51,6 +54,7 @@ def decided(before: Item, after: Item) -> list[Entry]:
             entries.append(Entry(kind="verdict", tier=mine.tier, data=_tried(mine, after)))
         elif (mine.produce.lost or mine.evaluate.lost) and not (was.produce.lost or was.evaluate.lost):
             entries.append(Entry(kind="lost", tier=mine.tier, data=_tried(mine, after)))
+    entries += _of_pool(before.facts.pool, after)
     if after.state.final and not before.state.final:
         entries.append(Entry(kind="outcome", data=outcome(after)))
     return entries
@@ -80,6 +84,9 @@ def _outcome_of(decisions: list[Mapping[str, Any]]) -> Outcome | None:
                 signals = Signals.model_validate(row["data"]["signals"])
             case "verdict":
                 tried[row["tier"]] = row["data"]
+            case "pool" if row["tier"] in tried:
+                mine, seconds = tried[row["tier"]], row["data"]["seconds"]
+                tried[row["tier"]] = {**mine, "verdict": row["data"]["verdict"], "seconds": mine["seconds"] + seconds}
             case "outcome":
                 retraining = row["data"]["cost"]["retrain_seconds"]
     if signals is None or not tried or not retraining:
@@ -119,6 +126,25 @@ def _route(item: Item) -> dict[str, Any]:
         "alpha": tier_alphas(facts),
         "suites": {suite.suite: suite.gate_n for suite in facts.suites},
     }
+
+
+def _of_pool(was: PoolFacts | None, after: Item) -> list[Entry]:
+    pool, was = after.facts.pool, was or PoolFacts(name="")
+    if pool is None or pool.tier is None:
+        return []
+    data = {
+        "pool": pool.name, "data": pool.data, "version": pool.version, "n": pool.n, "differ": pool.differ,
+        "seconds": round(pool.seconds, 3),
+    }  # fmt: skip
+    entries = []
+    if pool.paper and pool.paper != was.paper:
+        entries.append(Entry(kind="asked", tier=pool.tier, data=data | {"paper": pool.paper}))
+    if pool.verdict and pool.verdict != was.verdict:
+        told = {"labels": pool.labels, "by": pool.labelled_by, "verdict": pool.verdict.model_dump(mode="json")}
+        entries.append(Entry(kind="pool", tier=pool.tier, data=data | told))
+    if pool.lost and not was.lost:
+        entries.append(Entry(kind="lost", tier=pool.tier, data=data | {"error": f"the pool: {pool.lost}"}))
+    return entries
 
 
 def _tried(mine: TierFacts, item: Item) -> dict[str, Any]:

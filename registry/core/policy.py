@@ -78,6 +78,9 @@ class Policy(Frozen):
     """JSON of the FineTune used where a version has none of its own (an adapter made outside)."""
     retained: str | None = None
     """A dataset reference with the inputs kept for label-free repair."""
+    pool: str | None = None
+    """A dataset reference with unlabelled inputs, on which what the suite cannot tell is decided: people label those
+    on which what serves and the candidate differ (`registry.core.pool`)."""
 
     def steps_of_warm_start(self, recorded: int) -> int:
         """The steps of a warm start for an adapter that was trained for ``recorded`` steps; never more than these."""

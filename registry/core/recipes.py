@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 from .digest import Digest
 from .errors import BadRequest
 from .manifest import BaseDigest, Frozen, Sha256, canonical_json
+from .metrics import Metric
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
@@ -152,6 +153,31 @@ class Evaluate(Frozen):
     def _something(self) -> Self:
         if not self.adapters and not self.bare:
             raise ValueError("nothing to evaluate: no adapter and not the bare base")
+        return self
+
+
+class Answers(Frozen):
+    """What adapters and the bare base answer to inputs that nobody labelled, as a suite asks; nothing is scored."""
+
+    kind: Literal["answers"] = "answers"
+    base: BaseDigest
+    suite: Sha256
+    """How it is asked: the form, the length of an answer. Its own rows are no inputs, and left out of them."""
+    metric: Metric
+    """Right-or-wrong: of rows with choices the answer is one of these, of others what is written."""
+    inputs: Sha256
+    """A dataset of which only the prompts and the choices are read; what asks the same is one input."""
+    apart: tuple[Sha256, ...] = ()
+    """Datasets whose inputs are left out: what is compared was trained on them."""
+    adapters: tuple[Sha256, ...] = ()
+    bare: bool = False
+    precision: Precision = "auto"
+    quantised: Quantisation | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.adapters and not self.bare:
+            raise ValueError("nobody to ask: no adapter and not the bare base")
         return self
 
 
@@ -396,7 +422,9 @@ class Compare(Frozen):
     """A dataset of which only the prompts are read, for what forward passes say of the adapters."""
 
 
-AnyRecipe = FineTune | FullFineTune | Evaluate | Merge | Rebase | Combine | Compress | Extract | Search | Compare
+AnyRecipe = (
+    FineTune | FullFineTune | Evaluate | Answers | Merge | Rebase | Combine | Compress | Extract | Search | Compare
+)
 MakesAdapter = FineTune | Rebase | Combine | Compress | Extract | Search
 """Recipes whose result is a version of an adapter."""
 MakesBase = Merge | FullFineTune
@@ -452,6 +480,10 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
         case Evaluate():
             found["suite"] = recipe.suite
             found |= {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
+        case Answers():
+            found |= {"suite": recipe.suite, "inputs": recipe.inputs}
+            found |= {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
+            found |= {f"dataset.{i}": digest for i, digest in enumerate(recipe.apart)}
         case Merge():
             found["adapter"] = recipe.adapter
         case Rebase():

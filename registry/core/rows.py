@@ -4,6 +4,11 @@
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     {"prompt": "2+2=", "choices": [" 3", " 4"], "answer": 1}            only in suites
 
+In a dataset, what is only read and never learnt from (retained inputs, the pool of a gate) may lack its answer:
+
+    {"prompt": "2+2="}
+    {"prompt": "2+2=", "choices": [" 3", " 4"]}
+
 Rows of the first two forms may hold "references": other texts that are right, too. What a model writes is compared
 with the completion and with each of them; training and likelihood look at the completion alone.
 """
@@ -23,6 +28,32 @@ def parse_row(line: bytes, path: str, number: int) -> dict[str, Any]:
         raise BadDataset(path=path, line=number, reason=problem)
     row: dict[str, Any] = value
     return row
+
+
+def parse_input(line: bytes, path: str, number: int) -> dict[str, Any]:
+    """The row in one line, which may lack its answer; `BadDataset` says what is wrong with it."""
+    value = parse_value(line, path, number)
+    row: dict[str, Any] = value
+    if problem := row_problem(_answered(value)):
+        raise BadDataset(path=path, line=number, reason=problem)
+    return row
+
+
+def _answered(value: Any) -> Any:
+    """The value with an answer where it is an input that lacks one, so that the rest of it can be looked at."""
+    match value:
+        case {"prompt": str(), "choices": list()} if "answer" not in value:
+            return {**value, "answer": 0}
+        case {"prompt": str()} if "completion" not in value and "choices" not in value:
+            return {**value, "completion": "?"}
+    return value
+
+
+def input_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row asks, without any answer: rows that ask the same are one input."""
+    if "messages" in row:
+        return {"messages": row["messages"][:-1]}
+    return {name: row[name] for name in ("prompt", "choices") if name in row}
 
 
 def parse_object(line: bytes, path: str, number: int) -> dict[str, Any]:

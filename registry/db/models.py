@@ -624,6 +624,38 @@ class CampaignItem(SQLModel, table=True):
     changed_at: datetime = _time("when it last changed")
 
 
+class PoolAnswers(SQLModel, table=True):
+    """What a version, or a bare base, answered to unlabelled inputs; the answers are a blob."""
+
+    __tablename__ = "pool_answers"
+    __table_args__ = (Index("ix_pool_answers_job_id", "job_id"),)
+    id: int | None = Field(default=None, primary_key=True)
+    job_id: str = Field(foreign_key="jobs.id", max_length=32)
+    version: str | None = Field(
+        default=None, max_length=71, sa_column_kwargs={"comment": "digest of the version; NULL: the bare base"}
+    )
+    harness: str = Field(max_length=71, sa_column_kwargs={"comment": "digest of harness, decoding and precision"})
+    answers: str = _digest("blob of the answers per input")
+    created_at: datetime = _time("when the job succeeded")
+
+
+class PoolPaper(SQLModel, table=True):
+    """Inputs on which a candidate and what serves differ, to be labelled; and what people said of them."""
+
+    __tablename__ = "pool_papers"
+    __table_args__ = (UniqueConstraint("item_id", "paper"),)
+    id: int | None = Field(default=None, primary_key=True)
+    item_id: int = Field(foreign_key="campaign_items.id")
+    version: str = _digest("digest of the candidate")
+    paper: str = _digest("blob of the file to be labelled")
+    labels: str | None = Field(
+        default=None, max_length=71, sa_column_kwargs={"comment": "blob of the labels; NULL: none came yet"}
+    )
+    actor: str | None = Field(default=None, max_length=16, sa_column_kwargs={"comment": "the token that labelled it"})
+    created_at: datetime = _time("when the answers were compared")
+    labelled_at: datetime | None = _time("when the labels came", nullable=True)
+
+
 class Decision(SQLModel, table=True):
     """The ledger of campaigns: written once, with the decision itself; never changed."""
 

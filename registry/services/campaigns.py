@@ -9,6 +9,7 @@ repeated by any scheduler after any crash.
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -19,7 +20,7 @@ from sqlmodel import Session, col, func, select
 from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core import campaign as machine
-from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
+from registry.core.campaign import Facts, PoolFacts, Progress, State, SuiteFacts, TierFacts
 from registry.core.digest import Digest
 from registry.core.errors import (
     AliasMoved,
@@ -30,6 +31,7 @@ from registry.core.errors import (
     EvidenceTooWeak,
     LoractlError,
     MoveNotAllowed,
+    NoLabelsWanted,
     NotASuccessor,
     ScopeMissing,
     TokenRefused,
@@ -41,6 +43,7 @@ from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
 from registry.core.policy import Gate, Policy
+from registry.core.pool import gate_of
 from registry.core.recipes import TRAINED
 from registry.db import queries
 from registry.db.models import (
@@ -58,10 +61,20 @@ from registry.db.models import (
     TargetSet,
     Version,
 )
-from registry.schemas import CampaignInfo, CampaignItemInfo, JobRequest, Output, Scope, UpgradeRequest
+from registry.schemas import (
+    CampaignInfo,
+    CampaignItemInfo,
+    DisagreementsInfo,
+    JobRequest,
+    LabelsRequest,
+    Output,
+    PoolInfo,
+    Scope,
+    UpgradeRequest,
+)
 from registry.storage.base import BlobStore
 
-from . import aliases, audit, bases, fits, gates, jobs, ledger, policies
+from . import aliases, audit, bases, fits, gates, jobs, ledger, policies, pools
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import find_data, nearest
@@ -408,6 +421,9 @@ def approve(
     if item.state != State.WAITING:
         raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=State.WAITING)
     facts = Facts.model_validate(item.facts)
+    if facts.pool is not None and facts.pool.waits:
+        wanted = "a candidate that passed; it waits for labels: loractl upgrade label"
+        raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=wanted)
     item.facts = facts.model_copy(update={"approved": approved, "decided_by": caller.name}).model_dump(mode="json")
     item.revision += 1
     item.changed_at = now
@@ -416,7 +432,73 @@ def approve(
     return campaign
 
 
-def _named_item(session: Session, caller: Caller, identity: str, adapter: str, alias: str) -> CampaignItem:
+def disagreements(
+    session: Session, store: BlobStore, caller: Caller, identity: str, adapter: str, alias: str
+) -> DisagreementsInfo:
+    """Inputs on which an adapter's candidate and what serves differ; `NoLabelsWanted` where there are none to label.
+
+    Whoever may promote may see them, and must be able to read the inputs.
+    """
+    get(session, caller, identity)
+    item = _named_item(session, caller, identity, adapter, alias, lock=False)
+    pool = Facts.model_validate(item.facts).pool
+    if pool is None or pool.paper is None or pool.data is None:
+        raise NoLabelsWanted(campaign=identity, adapter=adapter, reason=_no_labels(item, pool))
+    find_data(session, caller, "dataset", pool.data)
+    return DisagreementsInfo(
+        adapter=adapter,
+        alias=alias,
+        n=pool.n or 0,
+        differ=pool.differ or 0,
+        paper=pool.paper,
+        lines=pools.read_blob(store, pool.paper).decode(),
+    )
+
+
+def label(
+    session: Session, store: BlobStore, caller: Caller, identity: str, request: LabelsRequest, now: datetime
+) -> Campaign:
+    """Take the labels of an adapter's differing answers; the same ones again change nothing.
+
+    `NoLabelsWanted` when it is too early or too late for them; what `registry.core.pool.parse_labels` refuses, and
+    `LabelsContradict` for others than were taken: the gate's error allows one look.
+    """
+    campaign = get(session, caller, identity)
+    item = _named_item(session, caller, identity, request.adapter, request.alias)
+    facts = Facts.model_validate(item.facts)
+    pool, assigned = facts.pool, item.id
+    assert assigned is not None
+    late = State(item.state).final and (pool is None or pool.labels is None)
+    if pool is None or pool.paper is None or late:
+        raise NoLabelsWanted(campaign=identity, adapter=request.adapter, reason=_no_labels(item, pool))
+    names = (identity, request.adapter)
+    labelled = pools.label(
+        session, store, caller, item_id=assigned, pool=pool, lines=request.lines, names=names, now=now
+    )
+    if labelled == pool:
+        return campaign
+    item.facts = facts.model_copy(update={"pool": labelled}).model_dump(mode="json")
+    item.revision += 1
+    item.changed_at = now
+    session.add(item)
+    told = {"pool": labelled.name, "paper": labelled.paper, "labels": labelled.labels, "differ": labelled.differ}
+    ledger.note(session, campaign, "labelled", now, by=caller, item=item, **told)
+    return campaign
+
+
+def _no_labels(item: CampaignItem, pool: PoolFacts | None) -> str:
+    if State(item.state).final:
+        return f"it is {item.state} already"
+    if pool is None:
+        return "its policy names no pool"
+    if pool.verdict is not None:
+        return "no label would change the verdict"
+    return pool.missing or f"it is {item.state}, and the pool is asked when no tier passes and one is unresolved"
+
+
+def _named_item(
+    session: Session, caller: Caller, identity: str, adapter: str, alias: str, *, lock: bool = True
+) -> CampaignItem:
     """An adapter's part of a campaign, locked, for who may promote it."""
     series = SeriesName.parse(adapter)
     caller.require("promote", series.namespace)
@@ -426,7 +508,9 @@ def _named_item(session: Session, caller: Caller, identity: str, adapter: str, a
         CampaignItem.adapter_id == (row.id if row else None),
         CampaignItem.alias == alias,
     )
-    item = session.exec(query.with_for_update().execution_options(populate_existing=True)).first()
+    if lock:
+        query = query.with_for_update().execution_options(populate_existing=True)
+    item = session.exec(query).first()
     if item is None:
         raise BadRequest(problems=f"{adapter}:{alias} is not in campaign {identity}")
     return item
@@ -574,7 +658,7 @@ class _Work:
             if item.id != self.item.id and not State(item.state).final
         ]
         shared = {thing for other in others for thing in _things(other)}
-        made = {tier.produce.id for tier in facts.tiers} - {t.produce.id for other in others for t in other.tiers}
+        made = _made(facts) - {job for other in others for job in _made(other)}
         query = select(Job).where(Job.campaign_id == self.campaign.id, col(Job.state).in_(_ACTIVE))
         query = query.execution_options(populate_existing=True)
         for job in self.session.exec(query.order_by(col(Job.id))).all():
@@ -600,6 +684,12 @@ class _Work:
                 return self._judge(action, facts)
             case machine.Promote():
                 return self._promote(action, facts)
+            case machine.AskPool():
+                return self._ask_pool(action, facts), False
+            case machine.ComparePool():
+                return self._compare_pool(action, facts)
+            case machine.JudgePool():
+                return self._judge_pool(action, facts)
             case machine.Replan():
                 self.cancel_own()
                 self.item.serving_id = self._version(action.serving).id or 0
@@ -608,7 +698,7 @@ class _Work:
                 version = self._version(action.version)
                 self.item.final_id = version.id
                 return facts.model_copy(update={"quoted": self._quoted(facts, version)}), False
-            case _:  # Wait, WaitForApproval, Freeze, Retire, Fail, Abort: the state says it all
+            case _:  # Wait, WaitForApproval, WaitForLabels, Freeze, Retire, Fail, Abort: the state says it all
                 pass
         return facts, False
 
@@ -711,6 +801,87 @@ class _Work:
         closed = Progress(job=JobState.SUCCEEDED)
         return facts.with_tier(mine.model_copy(update={"produce": closed, "evaluate": lost})), True
 
+    def _ask_pool(self, action: machine.AskPool, facts: Facts) -> Facts:
+        """Two jobs, one a base; who answers is what the candidate's tier made and what serves."""
+        pool, policy = facts.pool, facts.policy
+        assert pool is not None and pool.data is not None and policy is not None
+        gate = gate_of(policy)
+        assert gate is not None
+        how = {
+            "kind": "answers", "suite": suite_of(self.session, gate).digest, "metric": gate.metric,
+            "inputs": pool.data, "apart": self._learnt(facts),
+        }  # fmt: skip
+        asked = pool.unasked().model_copy(update={"tier": action.tier, "version": action.version})
+        sides = {
+            "serving": {"base": self.old.digest, "adapters": [facts.serving], "bare": False},
+            "candidate": {"base": self.new.digest, "adapters": [action.version], "bare": action.bare},
+        }
+        for side, who in sides.items():
+            try:
+                progress = self._ask(how | who, Output())
+            except LoractlError as error:
+                progress = Progress(job=JobState.FAILED, error=error.message)
+            asked = asked.model_copy(update={side: progress})
+        return facts.model_copy(update={"pool": asked})
+
+    def _learnt(self, facts: Facts) -> list[str]:
+        """Datasets that what is compared was made with, as far as they are there to be left out."""
+        assert facts.policy is not None
+        version = self._version(facts.source or facts.serving)
+        training = jobs.training_of(self.session, version, self.new.digest)
+        named = [*(training.datasets if training else ()), *([facts.policy.retained] if facts.policy.retained else [])]
+        found = []
+        for text in named:
+            with suppress(LoractlError):
+                found.append(find_data(self.session, self.actor, "dataset", text).digest)
+        return sorted(set(found))
+
+    def _compare_pool(self, action: machine.ComparePool, facts: Facts) -> tuple[Facts, bool]:
+        pool, suite = facts.pool, self._undecided(facts)
+        assert pool is not None and facts.policy is not None and self.item.id is not None
+        found, problem = pools.compare(
+            self.session,
+            self.store,
+            item_id=self.item.id,
+            pool=pool,
+            serving=facts.serving,
+            suite=suite,
+            policy=facts.policy,
+            alpha=action.alpha,
+            now=self.now,
+        )
+        if problem is not None:
+            lost = Progress(job=JobState.FAILED, error=problem)
+            return facts.model_copy(update={"pool": found.model_copy(update={"candidate": lost})}), True
+        rules = self._pool_rules(facts) if found.verdict else None
+        return facts.model_copy(update={"pool": found.model_copy(update={"rules": rules})}), True
+
+    def _judge_pool(self, action: machine.JudgePool, facts: Facts) -> tuple[Facts, bool]:
+        pool = facts.pool
+        assert pool is not None and facts.policy is not None
+        found = pools.judge(
+            self.session,
+            self.store,
+            pool=pool,
+            serving=facts.serving,
+            suite=self._undecided(facts),
+            policy=facts.policy,
+            alpha=action.alpha,
+        )
+        changes = {"verdict": found, "rules": self._pool_rules(facts)}
+        return facts.model_copy(update={"pool": pool.model_copy(update=changes)}), True
+
+    def _undecided(self, facts: Facts) -> Verdict:
+        """What the suites said of the candidate that the pool is asked about."""
+        assert facts.pool is not None and facts.pool.tier is not None
+        verdict = facts.tier(facts.pool.tier).verdict
+        assert verdict is not None
+        return verdict
+
+    def _pool_rules(self, facts: Facts) -> str:
+        assert facts.policy is not None
+        return _rules(facts.policy, _suites(self.session, facts.policy))
+
     def _quoted(self, facts: Facts, version: Version) -> tuple[Quoted, ...]:
         assert facts.policy is not None
         serving = Scored(self.old, self.session.get_one(Version, self.item.serving_id))
@@ -733,7 +904,7 @@ class _Work:
         before = aliases.locked(self.session, self.adapter, self.old, action.alias)
         if before is None or before.version_id != self._version(action.serving).id:
             return facts, True  # it moved since the facts were read: read them again
-        version, verdict = self._version(action.version), facts.tier(action.tier).verdict
+        version, verdict = self._version(action.version), machine.passing_verdict(facts)
         try:
             aliases.require_evidence(facts.policy, self.adapter, action.alias, version)
             aliases.move(
@@ -773,6 +944,12 @@ def _spent(session: Session, campaign: Campaign) -> float:
     seconds = col(Job.result)["seconds"].as_float()
     query = select(func.sum(seconds)).where(Job.campaign_id == campaign.id, Job.state == JobState.SUCCEEDED)
     return session.exec(query).one() or 0.0
+
+
+def _made(facts: Facts) -> set[str | None]:
+    """Jobs that make its candidates, and that answer its pool."""
+    pool = facts.pool
+    return {*(mine.produce.id for mine in facts.tiers), *((pool.serving.id, pool.candidate.id) if pool else ())}
 
 
 def _things(facts: Facts) -> set[str]:
@@ -854,6 +1031,7 @@ def _facts(
         datasets=training is not None and _all_there(session, actor, training.datasets),
         retained=_is_there(session, actor, policy.retained) if policy.retained else None,
         suites=tuple(_suite_facts(session, gate) for gate in every_gate(policy)),
+        pool=pools.facts_of(session, actor, policy, old, known.pool if known else None),
         superseded_by=_superseded(session, campaign),
         trained_steps=int(_number(made.result.get("steps"))) if made and made.result else None,
         trained_seconds=_number(made.result.get("seconds")) if made and made.result else None,
@@ -1106,6 +1284,17 @@ def _item_info(session: Session, campaign: Campaign, item: CampaignItem) -> Camp
         },
         verdicts={mine.tier: mine.verdict.model_dump(mode="json") for mine in facts.tiers if mine.verdict},
         report=[quoted.model_dump(mode="json") for quoted in facts.quoted],
+        pool=_pool_info(item, facts.pool),
+    )
+
+
+def _pool_info(item: CampaignItem, pool: PoolFacts | None) -> PoolInfo | None:
+    if pool is None:
+        return None
+    return PoolInfo(
+        **pool.model_dump(include={"name", "missing", "tier", "n", "differ", "labelled_by"}),
+        waits=pool.waits and item.state == State.WAITING,
+        verdict=pool.verdict.model_dump(mode="json") if pool.verdict else None,
     )
 
 

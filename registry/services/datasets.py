@@ -6,7 +6,7 @@ from sqlmodel import Session, col, select
 
 from registry.core.errors import BadDataset
 from registry.core.records import item_id, split_of
-from registry.core.rows import MAX_LINE_BYTES, parse_object, parse_row
+from registry.core.rows import MAX_LINE_BYTES, parse_input, parse_object, parse_row
 from registry.db import queries
 from registry.db.models import Dataset, DatasetVersion
 from registry.schemas import DatasetInfo
@@ -35,11 +35,12 @@ def count_rows(
     for number, line in enumerate(_lines(chunks, path), start=1):
         if not line.strip():
             continue
-        row = parse_object(line, path, number) if tasks else parse_row(line, path, number)
+        read = parse_object if tasks else parse_row if suite else parse_input
+        row = read(line, path, number)
         if not scored:
             continue
-        if not suite and "choices" in row:
-            raise BadDataset(path=path, line=number, reason="rows with 'choices' belong in a suite")
+        if not suite and "choices" in row and "answer" in row:
+            raise BadDataset(path=path, line=number, reason="rows with 'choices' and 'answer' belong in a suite")
         rows += 1
         if suite:
             item = item_id(row)

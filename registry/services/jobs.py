@@ -42,6 +42,7 @@ from registry.core.recipes import (
     LEAST_ITEMS,
     TRAINED,
     UNLABELLED,
+    Answers,
     AnyRecipe,
     Combine,
     Evaluate,
@@ -74,7 +75,7 @@ from registry.db.models import (
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, ScoredInfo, Wishes
 from registry.storage.base import BlobStore
 
-from . import audit, bases, blobs, commits, evaluations, fits
+from . import audit, bases, blobs, commits, evaluations, fits, pools
 from .adapters import resolve
 from .policies import effective
 from .pushes import BASES
@@ -188,8 +189,9 @@ def _planned(
             plan[field] = _meant(session, caller, plan[field], on).digest
     if isinstance(listed, list):
         plan["adapters"] = [_meant(session, caller, str(text), on).digest for text in listed]
-    if isinstance(plan.get("datasets"), list):
-        plan["datasets"] = [find_data(session, caller, "dataset", str(text)).digest for text in plan["datasets"]]
+    for field in ("datasets", "apart"):
+        if isinstance(plan.get(field), list):
+            plan[field] = [find_data(session, caller, "dataset", str(text)).digest for text in plan[field]]
     if kind == "rebase" and plan.get("tier") in UNLABELLED and not plan.get("inputs"):
         plan["inputs"] = _unlabelled(session, caller, plan)
     if isinstance(plan.get("inputs"), str):
@@ -575,6 +577,8 @@ def finish(
     made = _made(session, job, recipe, request.pushes, now)
     if isinstance(recipe, Evaluate):
         _keep_evaluations(session, store, job, recipe, request.evaluations, now)
+    if isinstance(recipe, Answers):
+        pools.keep(session, store, job, recipe, request.answers, now)
     if isinstance(recipe, CompareRecipe):
         _keep_comparison(session, job, recipe, request.result, now)
     session.exec(delete(Checkpoint).where(col(Checkpoint.job_id) == job.id))

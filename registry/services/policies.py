@@ -13,7 +13,7 @@ from registry.core.recipes import FineTune, parse_recipe
 from registry.db import queries
 from registry.db.models import StoredPolicy
 
-from . import audit
+from . import audit, pools
 from .gates import every_gate
 from .references import find_data, find_dataset
 from .tokens import Caller
@@ -47,7 +47,8 @@ def put(
 
     Whoever may promote sets it, on record. To take the last gate (or the wanted evidence) from an alias, or to ask
     less than before (`GateLoosened`), needs admin, as moving it by force does: else one could be had by the other.
-    `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass,
+    `DatasetNotFound` for a suite that is not there, `GateImpossible` for a gate that never can pass, `PoolUnusable`
+    for a pool that can decide nothing,
     `BadRequest` for a guard or a recipe that is none, or whose datasets the caller may not read.
     """
     check_name(namespace, "namespace")
@@ -66,7 +67,8 @@ def put(
         caller.require("admin", namespace)
     if (less := loosened(in_force, policy)) and not caller.can("admin", namespace):
         raise GateLoosened(name=subject, what="; ".join(less), namespace=namespace)
-    notes = []
+    note = pools.require_usable(session, caller, policy, subject)
+    notes = [note] if note else []
     for gate in every_gate(policy):
         suite = find_dataset(session, caller, "suite", gate.suite)
         needed = require_possible(gate, policy, n=suite.gate_rows, name=subject)

@@ -57,6 +57,7 @@ BASES = "bases are shared: read on any namespace is enough"
 PUBLISH = "bytes enter a namespace by who publishes there"
 TO_BASES = "bases are everybody's: publish on the namespace 'base' decides"
 PROMOTE = "what production loads is moved by who promotes"
+LABELS = "labels decide what is promoted, so who promotes gives them and sees what they are about"
 GATES = "a policy decides what may be promoted, so who promotes sets it"
 RUN = "work costs time of workers: run, on what the caller reads"
 CAMPAIGN = "a campaign spends work and moves aliases, so it takes the right to both"
@@ -169,6 +170,12 @@ ROWS: dict[str, Row] = {
     "POST /v1/upgrades/{identity}/abort": Row("user", ("read", "promote"), STEERS_CAMPAIGN, lambda _: {}, refused=403),
     "POST /v1/upgrades/{identity}/approve": Row(
         "user", ("read", "promote"), PROMOTE, lambda f: {"adapter": f"{f['namespace']}/{f['name']}"}, refused=403
+    ),
+    "GET /v1/upgrades/{identity}/disagreements": Row(
+        "user", ("read", "promote"), LABELS, query="adapter={namespace}/{name}", refused=403
+    ),
+    "POST /v1/upgrades/{identity}/labels": Row(
+        "user", ("read", "promote"), LABELS, lambda f: {"adapter": f"{f['namespace']}/{f['name']}", "lines": ""}, refused=403
     ),
     "POST /v1/schedules": Row(
         "user",

@@ -16,9 +16,13 @@ from sqlmodel import col, select
 from cli.main import run
 from cli.output import Bar
 from cli.parameters import METRICS, bytes_of
+from registry.core.digest import Digest
 from registry.core.metrics import ALLOWED
-from registry.db.models import AliasMove, CampaignItem
+from registry.core.pool import Answered, input_id, to_paper
+from registry.core.pool import questions as pool_questions
+from registry.db.models import AliasMove, CampaignItem, PoolPaper
 from registry.schemas import UpgradeRequest
+from registry.services.blobs import blob_key
 from tests import live
 from tests.factories import adapter_config, base_of, tiny_adapter, tiny_base, write_json
 
@@ -406,6 +410,58 @@ def test_a_person_says_yes_or_no_where_a_policy_asks(
     with registry.parts.database.read() as session:
         item = session.exec(select(CampaignItem).where(CampaignItem.campaign_id == planned.id)).one()
     assert (item.facts["approved"], item.facts["decided_by"]) == (not decline, "admin")
+
+
+def test_differing_answers_are_fetched_labelled_and_given(
+    registry: live.Live, call: Call, told: Callable[..., str], bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = bases
+    call("base", "push", old, "--line", "pooled")
+    call("push", tiny_adapter(tmp_path / "a", old, seed=7), "pooled/bot", "--base", old, "--alias", "prod")
+    call("base", "push", new, "--line", "pooled")
+    questions, suite = tmp_path / "inputs.jsonl", tmp_path / "suite.jsonl"
+    questions.write_text("".join(f'{{"prompt": "pooled {i}"}}\n' for i in range(700)))
+    suite.write_text("".join(f'{{"prompt": "and {i}", "completion": "two"}}\n' for i in range(600)))
+    call("dataset", "push", questions, "pooled/inputs")
+    call("suite", "push", suite, "pooled/sums", "--metric", "exact-match")
+    gate = ("--suite", "pooled/sums", "--metric", "exact-match", "--margin", "0.05")
+    assert call("policy", "set", "pooled", *gate, "--pool", "pooled/inputs")["policy"]["pool"] == "pooled/inputs"
+    assert "pooled/inputs: 700 rows; without a flip, at least" in told("policy", "set", "pooled", *gate)
+    refused = call("policy", "set", "pooled", "--suite", "pooled/sums", "--metric", "likelihood", code=1)
+    assert refused["error"]["code"] == "pool-unusable"
+    request = UpgradeRequest(line="pooled", to="pooled@r2", old="pooled@r1", namespaces=["pooled"])
+    with registry.client() as client:
+        planned = client.create_upgrade(request)  # never started, so nobody but us moves it
+    early = call("upgrade", "disagreements", planned.id, "pooled/bot", code=1)
+    assert early["error"]["code"] == "no-labels-wanted"
+    rows = {"prompt": "pooled 1"}, {"prompt": "pooled 2"}
+    said = [{input_id(row): Answered(item=input_id(row), input=row, answer=text) for row in rows} for text in "xy"]
+    paper = to_paper(pool_questions(*said))
+    digest = Digest.sha256(paper)
+    registry.parts.store.put(blob_key(str(digest)), paper, digest)
+    with registry.parts.database.write() as session:
+        item = session.exec(select(CampaignItem).where(CampaignItem.campaign_id == planned.id)).one()
+        version = item.facts["serving"]
+        session.add(PoolPaper(item_id=item.id or 0, version=version, paper=str(digest), created_at=item.changed_at))
+        asked = {"tier": "carry", "version": version, "n": 700, "differ": 2, "paper": str(digest)}
+        item.facts = item.facts | {"pool": item.facts["pool"] | asked}
+        item.state = "waiting"
+        session.add(item)
+    shown = told("upgrade", "status", planned.id)
+    assert "pooled/bot:prod waits for labels: 2 of 700 differ." in shown
+    file = tmp_path / "differ.jsonl"
+    fetched = told("upgrade", "disagreements", planned.id, "pooled/bot", "-o", file)
+    assert fetched.startswith("2 of 700 differ. Fill in 'right', then: loractl upgrade label")
+    again = call("upgrade", "disagreements", planned.id, "pooled/bot", "-o", file, code=1)
+    assert again["error"]["code"] == "path-unusable"
+    assert told("upgrade", "disagreements", planned.id, "pooled/bot") == file.read_text()
+    assert call("upgrade", "label", planned.id, "pooled/bot", file, code=1)["error"]["code"] == "labels-missing"
+    file.write_text(file.read_text().replace("null", '"a"'))
+    assert call("upgrade", "label", planned.id, "pooled/bot", file)["items"][0]["pool"]["labelled_by"] == "admin"
+    assert "2 inputs of pooled/inputs" in told("upgrade", "ledger", planned.id)
+    file.write_text(file.read_text().replace('"right": "a"', '"right": "b"'))
+    assert call("upgrade", "label", planned.id, "pooled/bot", file, code=1)["error"]["code"] == "labels-contradict"
+    assert call("policy", "set", "pooled", "--pool", "none")["policy"]["pool"] is None
 
 
 def test_a_log_goes_on_past_its_first_page(

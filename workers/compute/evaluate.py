@@ -168,7 +168,7 @@ def evaluate(
             raise example.row.refuse(f"none of the suite's metrics {', '.join(suite.metrics or ())} applies to it")
     scored = [i for i, metrics in enumerate(wanted) if not all(map(is_generated, metrics))]
     written = [i for i, metrics in enumerate(wanted) if any(map(is_generated, metrics))]
-    asked = {i: list(_queries(examples[i])) for i in scored}
+    asked = {i: list(queries_of(examples[i])) for i in scored}
     length = min(suite.max_new_tokens, panel.limit - 1)
     panel.steps = (sum(map(len, asked.values())) + len(written)) * len(panel.names)
     with panel.seated():
@@ -183,7 +183,7 @@ def evaluate(
     return found
 
 
-def _queries(example: Example) -> Iterator[Query]:
+def queries_of(example: Example) -> Iterator[Query]:
     """One row per completion, in their order; choices of a single token share one row and one position."""
     first = len(example.prompt)
     if all(len(completion) == 1 for completion in example.completions):

@@ -49,8 +49,13 @@ def likelihood(log_probability: float, text: str) -> float:
 
 def accuracy(log_probabilities: Sequence[float], texts: Sequence[str], answer: int) -> int:
     """Whether ``answer`` is the likeliest by byte; the first of equals counts."""
+    return int(likeliest(log_probabilities, texts) == answer)
+
+
+def likeliest(log_probabilities: Sequence[float], texts: Sequence[str]) -> int:
+    """Which text is the likeliest by byte; the first of equals."""
     scores = [likelihood(value, text) for value, text in zip(log_probabilities, texts, strict=True)]
-    return int(scores.index(max(scores)) == answer)
+    return scores.index(max(scores))
 
 
 def exact_match(output: str, references: Sequence[str]) -> int:
