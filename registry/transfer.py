@@ -51,7 +51,7 @@ from .core.errors import (
     SignatureRefused,
     StorageDown,
 )
-from .core.manifest import Kind, Lineage, Listing, check_path
+from .core.manifest import FileEntry, Kind, Lineage, Listing, check_path
 from .core.tasks import parse_tasks
 from .files import HashCache, Scan, Sketch
 from .schemas import (
@@ -274,15 +274,13 @@ def upload(
     are sent, from the page cache, so that memory does not grow with the size of parts.
     """
     needed = [blob for blob in info.blobs if blob.state == "needed"]
+    if not needed:
+        return
     meter = _Meter(progress, "sending", sum(blob.size for blob in needed))
     with _Store(threads) as store, _Crew(threads) as crew:
         sender = _Sender(client, info.id, store, crew, meter)
         for blob in needed:
-            path = paths[blob.digest]
-            if blob.part_size is None:
-                crew.do(sender.whole, blob, path)
-            else:
-                sender.parts(blob, blob.part_size, path, threads)
+            sender.send(blob, paths[blob.digest], threads)
 
 
 def _hash_and_send(
@@ -293,14 +291,19 @@ def _hash_and_send(
     cache: HashCache | None,
     threads: int,
 ) -> dict[str, str]:
-    """The digests of all late files, path -> digest; those that the registry named as new are in the store by then."""
+    """The digests of all late files, path -> digest; everything that the registry asked for is in the store by then."""
     new = {blob.path: blob for blob in info.blobs if blob.path is not None}
-    meter = _Meter(progress, "sending", sum(blob.size for blob in new.values()))
+    known = {entry.digest: sketch.files[entry.path] for entry in sketch.draft.files if isinstance(entry, FileEntry)}
+    needed = [blob for blob in info.blobs if blob.state == "needed"]
+    meter = _Meter(progress, "sending", sum(blob.size for blob in needed))
     digests: dict[str, Digest] = {}
     with _Store(threads) as store, _Crew(threads) as crew:
         sender = _Sender(client, info.id, store, crew, meter)
         for path, blob in new.items():
             digests[path] = sender.late(blob, sketch.files[path], threads)
+        for blob in needed:
+            if blob.path is None:
+                sender.send(blob, known[blob.digest], threads)
         rest = {entry.path: sketch.files[entry.path] for entry in sketch.draft.late if entry.path not in new}
         hashing = {path: crew.do(files.sha256_file, file, None, cache) for path, file in rest.items()}
     if cache:
@@ -362,6 +365,13 @@ class _Sender:
         self, client: RegistryClient, push_id: str, store: "_Store", crew: "_Crew", meter: "_Meter"
     ) -> None:
         self.client, self.push_id, self.store, self.crew, self.meter = client, push_id, store, crew, meter
+
+    def send(self, blob: BlobState, path: Path, threads: int) -> None:
+        """Hand a blob to the crew, whole or in parts."""
+        if blob.part_size is None:
+            self.crew.do(self.whole, blob, path)
+        else:
+            self.parts(blob, blob.part_size, path, threads)
 
     def whole(self, blob: BlobState, path: Path) -> None:
         """Send a blob in one request."""
