@@ -500,7 +500,9 @@ def _race(
     if bout.recipe.distil is not None:
         race = distil(model, tokenizer, bout.recipe, bout.lesson(lessons), bout.starts)
     elif bout.recipe.tier == "warm-start":
-        race = warm_start(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite)
+        race = warm_start(
+            model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite, bout.recipe.candidates
+        )
     else:
         race = retrain(model, tokenizer, bout.training, bout.rows, bout.starts, bout.suite, before)
     return replace(race, owner=f"{recipe_digest(bout.recipe)} ")

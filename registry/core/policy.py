@@ -71,7 +71,7 @@ class Policy(Frozen):
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)] = TIERS
     """The tiers that an upgrade may try, in this order."""
     warm_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps of the warm start (tier 3); None: a twentieth of the recorded training's, from 20 to 60."""
+    """Steps of each candidate of the warm start (tier 3); None: a twentieth of the recorded ones, from 20 to 60."""
     budget_seconds: Annotated[float, Field(gt=0)] | None = None
     """Device seconds that one upgrade may spend on one adapter."""
     recipe: str | None = None
@@ -82,9 +82,16 @@ class Policy(Frozen):
     """A dataset reference with unlabelled inputs, on which what the suite cannot tell is decided: people label those
     on which what serves and the candidate differ (`registry.core.pool`)."""
 
-    def steps_of_warm_start(self, recorded: int) -> int:
-        """The steps of a warm start for an adapter that was trained for ``recorded`` steps; never more than these."""
-        return min(self.warm_steps or min(60, max(20, round(recorded / 20))), recorded)
+    def warm_start(self, recorded: int) -> tuple[int, int]:
+        """Steps, and how many candidates take them, of a warm start for what was trained for ``recorded`` steps.
+
+        candidates · steps ≤ recorded ⁄ 2: the whole race must cost well under what it is to save. Where three do not
+        fit, the third of the rate is left out; where two do not, each takes a quarter. What a policy says stays,
+        up to the training's own steps.
+        """
+        steps = min(self.warm_steps or min(60, max(20, round(recorded / 20))), recorded)
+        candidates = 3 if 3 * steps <= recorded / 2 else 2
+        return (steps if self.warm_steps else min(steps, max(1, recorded // 4))), candidates
 
     def is_gated(self, alias: str) -> bool:
         """Whether ``alias`` moves only by a promotion: the policy names it, and demands scores or evidence."""

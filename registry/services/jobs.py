@@ -260,7 +260,8 @@ def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[st
         find_data(session, caller, "dataset", digest)
     if plan["tier"] == "warm-start":
         adapter = session.get_one(Adapter, version.adapter_id)
-        steps = effective(session, adapter.namespace, adapter.name).steps_of_warm_start(recorded.steps)
+        steps, candidates = effective(session, adapter.namespace, adapter.name).warm_start(recorded.steps)
+        plan.setdefault("candidates", candidates)
         recorded = recorded.model_copy(update={"steps": steps, "warmup_steps": min(recorded.warmup_steps, steps)})
     return recorded.model_dump(mode="json")
 

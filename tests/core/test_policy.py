@@ -53,11 +53,24 @@ def test_the_default_gates_nothing_and_tries_the_cheapest_tier_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "recorded", "steps"),
-    [(None, 40, 20), (None, 800, 40), (None, 9000, 60), (None, 8, 8), (7, 9000, 7), (7, 4, 4)],
-)
-def test_a_warm_start_is_a_twentieth_of_the_training_within_bounds(told: int | None, recorded: int, steps: int) -> None:
-    assert Policy(warm_steps=told).steps_of_warm_start(recorded) == steps
+    ("told", "recorded", "found"),
+    [
+        (None, 9000, (60, 3)), (None, 800, (40, 3)), (None, 120, (20, 3)), (None, 119, (20, 2)), (None, 80, (20, 2)),
+        (None, 40, (10, 2)), (None, 30, (7, 2)), (None, 1, (1, 2)), (7, 9000, (7, 3)), (7, 4, (4, 2)),
+        (30, 100, (30, 2)),
+    ],
+)  # fmt: skip
+def test_a_warm_start_is_a_twentieth_of_the_training_within_bounds(
+    told: int | None, recorded: int, found: tuple[int, int]
+) -> None:
+    assert Policy(warm_steps=told).warm_start(recorded) == found
+
+
+@given(st.integers(4, 100_000))
+def test_all_candidates_of_a_warm_start_together_take_at_most_half_of_a_retraining(recorded: int) -> None:
+    steps, candidates = Policy().warm_start(recorded)
+    assert steps >= 1
+    assert candidates * steps <= recorded / 2
 
 
 @pytest.mark.parametrize(

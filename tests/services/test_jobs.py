@@ -313,7 +313,11 @@ def test_a_retraining_takes_the_policys_recipe_where_none_is_recorded(small: Sho
     assert whole["training"]["steps"] == 500
     assert whole["training"]["base"] == whole["base"] != whole["old"]
     short = small.asked(asked | {"tier": "warm-start"}, adapter="team/bot").recipe
-    assert short["training"]["steps"] == 7
+    assert (short["training"]["steps"], short["candidates"]) == (7, 3)
+    shorter = json.dumps(recipe | {"steps": 30})
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", Policy(recipe=shorter), small.world.now))
+    few = small.asked(asked | {"tier": "warm-start"}, adapter="team/bot").recipe
+    assert (few["training"]["steps"], few["candidates"]) == (7, 2)
 
 
 def test_a_transport_reads_what_the_policy_retains_else_what_the_adapter_was_trained_on(

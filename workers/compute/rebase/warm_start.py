@@ -3,7 +3,8 @@
     θ ← θ_start − steps of AdamW on   loss + ½·pull·(1 − t/T)·‖θ − θ_start‖²
 
 Candidates are the best start at the recorded rate and at a third of it, and a fresh adapter at the recorded rate: all
-with the same steps and rows, in one run, so that the start has to earn its place. The calibration split of the suite
+with the same steps and rows, in one run, so that the start has to earn its place; after a short training the third of
+the rate is left out, since all of them together are to cost well under a retraining. The calibration split of the suite
 chooses, without one the loss of the last quarter of training.
 
 Under `FEW` rows only the core of a start is trained (r×r numbers a module, as LoRA-XS, arXiv:2405.17604, has them):
@@ -41,8 +42,9 @@ THIRD = "{}, a third of the rate"
 
 
 def warm_start(
-    model: Model, tokenizer: Tokenizer, recipe: FineTune, rows: Sequence[Row], starts: Starts, suite: Suite | None
-) -> Race:
+    model: Model, tokenizer: Tokenizer, recipe: FineTune, rows: Sequence[Row], starts: Starts, suite: Suite | None,
+    candidates: int = 3,
+) -> Race:  # fmt: skip
     """The race of one adapter by ``recipe``, whose steps, rates and pull are this tier's."""
     starts = fitting(model, starts)
     told = standing(model, tokenizer, suite, rows, starts)
@@ -50,6 +52,8 @@ def warm_start(
     entrants = {}
     if (best := best_of(told)) != SCRATCH:
         entrants = from_start(model, recipe, rows, best, starts.adapters[best])
+        if candidates == 2:
+            del entrants[THIRD.format(best)]
     entrants[SCRATCH] = Entrant(SCRATCH, Task(recipe.model_copy(update={"pull": 0.0}), rows, fresh))
     return Race(entrants, by_score(model, tokenizer, suite), told)
 

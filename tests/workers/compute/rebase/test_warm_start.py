@@ -132,6 +132,13 @@ def test_races_on_one_base_give_what_each_gives_alone(carried: Adapter) -> None:
         )
 
 
+def test_after_a_short_training_the_start_is_tried_at_its_own_rate_alone(carried: Adapter) -> None:
+    model = drifted(factories.llama(), 0.1)
+    race = warm_start(model, TOKENIZER, SHORT, ROWS, starts(carry=carried), None, candidates=2)
+    assert list(race.entrants) == ["carry", SCRATCH]
+    assert race.entrants["carry"].task.recipe.learning_rate == SHORT.learning_rate
+
+
 def test_who_is_not_wanted_any_more_leaves_the_others_to_their_end(carried: Adapter) -> None:
     model = factories.llama()
     races = [warm_start(model, TOKENIZER, SHORT, ROWS, starts(carry=carried), None) for _ in range(2)]
