@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.core.errors import LoractlError
+from registry.core.errors import LoractlError, NotFound, Unauthenticated, Unavailable
 from registry.core.names import check_name
 
 from . import config
 from .output import Output, ago, command, fields, size, table
+from .signin import sign_in
 
 if TYPE_CHECKING:
-    from registry.schemas import Finding, WhoAmI
+    from registry.client import RegistryClient
+    from registry.schemas import Finding, SignIn, WhoAmI
 
 MAX_SKEW_S = 60.0
 LITTLE_DISK = 5 << 30
@@ -35,20 +37,32 @@ def token() -> None:
     "loractl login https://registry.example",
 )
 @click.argument("url", metavar="URL")
-@click.option("--token", "text", metavar="T", help="The token; asked for when it is not given.")
+@click.option("--token", "text", metavar="T", help="The token; without it one signs in, or is asked.")
 def login(out: Output, url: str, text: str | None) -> None:
     """Keep a registry's URL and a token for all further commands.
+
+    Where the registry knows an identity provider, a browser opens there.
 
     LORACTL_URL and LORACTL_TOKEN go before what is kept.
     """
     from registry.client import RegistryClient
 
     if text is None:
-        text = click.prompt("Token", hide_input=True, err=True)
+        with RegistryClient(url) as stranger:
+            offer = _offer(stranger)
+        text = sign_in(offer, out.say) if offer else click.prompt("Token", hide_input=True, err=True)
     with RegistryClient(url, text.strip()) as client:
         who = client.whoami()
         kept = config.save(config.Login(client.url, text.strip(), ""))
     out.emit({"url": url, "file": str(kept), "who": who}, lambda: click.echo(f"Logged in to {url} as {who.name}."))
+
+
+def _offer(client: "RegistryClient") -> "SignIn | None":
+    """The registry's identity provider; None where it has none, or is too old to say."""
+    try:
+        return client.sign_in_offer().oidc
+    except (NotFound, Unauthenticated, Unavailable):
+        return None
 
 
 @command(None, "loractl whoami", "loractl whoami --json")

@@ -87,6 +87,10 @@ class RegistryClient:
         """Whether the registry answers; needs no token."""
         return self._get("/health", wire.Health)
 
+    def sign_in_offer(self) -> wire.SignInOffer:
+        """How people may sign in; needs no token."""
+        return self._get("/v1/sign-in", wire.SignInOffer)
+
     def whoami(self) -> wire.WhoAmI:
         """Whose token this is."""
         return self._get("/v1/whoami", wire.WhoAmI)

@@ -6,7 +6,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 
 | route | takes → gives |
 |---|---|
-| ``GET /health`` | → `Health` (the only route without a token) |
+| ``GET /health`` · ``GET /v1/sign-in`` | → `Health` · `SignInOffer` (the only routes without a token) |
 | ``GET /v1/whoami`` · ``GET /v1/doctor`` | → `WhoAmI` · `DoctorReport` |
 | ``POST/GET /v1/tokens``, ``POST /v1/tokens/{id}/rotate``, ``DELETE /v1/tokens/{id}`` | `TokenRequest`, `RotateRequest` → `NewToken`; → `Page[TokenInfo]` |
 | ``POST /v1/{adapters|datasets|suites}/{ns}/{name}/pushes``, ``POST /v1/bases/pushes`` | `PushRequest` → `PushInfo` (201; 200 and state ``committed`` when this exact version exists) |
@@ -101,6 +101,20 @@ class DoctorReport(Answer):
 
 
 # ── access ───────────────────────────────────────────────────────────────────
+
+
+class SignIn(Answer):
+    """An identity provider, and as which client people sign in there."""
+
+    issuer: str
+    client_id: str
+    scope: str
+
+
+class SignInOffer(Answer):
+    """How people may sign in, besides by a token of the registry."""
+
+    oidc: SignIn | None
 
 
 class WhoAmI(Answer):

@@ -4,6 +4,7 @@ Secrets have no default outside embedded mode; there ``loractl up`` makes them a
 them with mode 0600.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,27 @@ class S3Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """Whoever has ``value`` as, or among, the claim gets the scopes; the value ``*`` fits everybody."""
+
+    claim: str
+    value: str
+    scopes: dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class OidcSettings:
+    """An OpenID Connect provider, and the table from its claims to scopes per namespace."""
+
+    issuer: str
+    audience: str
+    """Whom a token must be for: the client id of ``loractl``, unless the provider was told otherwise."""
+    client_id: str
+    grants: tuple[Grant, ...]
+    scope: str = "openid email profile"
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What API and daemons need."""
 
@@ -65,6 +87,7 @@ class Settings:
     max_file_bytes: int = 1 << 40
     max_checkpoint_bytes: int = 16 << 30
     """Larger checkpoints of jobs stay on the disk of their worker."""
+    oidc: OidcSettings | None = None
     rate: int = 1000
     """Requests a second that a token may make for good, and twice as many at once; 0: any number."""
     failed_sign_ins: int = 60
@@ -108,6 +131,7 @@ class Settings:
             multipart_from=read.number("MULTIPART_FROM", 64 << 20),
             max_file_bytes=read.number("MAX_FILE_BYTES", 1 << 40),
             max_checkpoint_bytes=read.number("MAX_CHECKPOINT_BYTES", 16 << 30),
+            oidc=read.oidc(),
             rate=read.number("RATE", 1000, least=0),
             failed_sign_ins=read.number("FAILED_SIGN_INS", 60, least=0),
             in_flight=read.number("IN_FLIGHT", 512, least=0),
@@ -168,6 +192,25 @@ class _Reader:
             allowed = f"{', '.join(words)} and {last}"
             raise BadSetting(name=f"LORACTL_{name}", reason=f"is '{text[:40]}'; {allowed} are allowed")
         return text
+
+    def oidc(self) -> OidcSettings | None:
+        issuer = self("OIDC_ISSUER", "")
+        if not issuer:
+            return None
+        if not issuer.startswith(("https://", "http://127.0.0.1", "http://localhost")):
+            raise BadSetting(name="LORACTL_OIDC_ISSUER", reason="must begin with https://: its keys decide who is who")
+        client_id = self("OIDC_CLIENT_ID")
+        try:
+            rows = json.loads(self("OIDC_GRANTS"))
+            grants = tuple(
+                Grant(str(row["claim"]), str(row["value"]), {str(n): list(s) for n, s in row["scopes"].items()})
+                for row in rows
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = '[{"claim": "groups", "value": "ml", "scopes": {"team": ["read"]}}, …]'
+            raise BadSetting(name="LORACTL_OIDC_GRANTS", reason=f"is not a list like {wanted}") from error
+        audience, scope = self("OIDC_AUDIENCE", client_id), self("OIDC_SCOPE", "openid email profile")
+        return OidcSettings(issuer, audience, client_id, grants, scope)
 
     def number(self, name: str, default: int, most: int | None = None, least: int = 1) -> int:
         text = self(name, str(default))

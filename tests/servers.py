@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import httpx
 import psycopg
 import uvicorn
 from botocore.client import Config
@@ -336,6 +337,29 @@ def _s3_answers(server: S3Server) -> bool:
         client.delete_object(Bucket=server.bucket, Key="ready")
         return answer == b"ready"
     except (ClientError, BotoCoreError):
+        return False
+
+
+# ── an identity provider ──────────────────────────────────────────────────────
+
+
+@contextmanager
+def oidc_provider(*people: Mapping[str, object]) -> Iterator[str]:
+    """A fresh OpenID Connect provider that knows ``people`` by their claims; yields its issuer."""
+    with tempfile.TemporaryDirectory(prefix="loractl-oidc-") as scratch:
+        [port] = free_ports(1)
+        issuer = f"http://127.0.0.1:{port}"
+        command = [sys.executable, str(Path(__file__).with_name("provider.py")), "--port", str(port)]
+        command += [part for person in people for part in ("--user-claims", json.dumps(person))]
+        with running("OIDC provider", command, Path(scratch)) as server:
+            server.wait_until(lambda: _http_answers(f"{issuer}/.well-known/openid-configuration"))
+            yield issuer
+
+
+def _http_answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.TransportError:
         return False
 
 

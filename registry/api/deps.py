@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from time import monotonic
 from typing import Annotated
@@ -27,8 +27,11 @@ from registry.core.errors import (
     TokenMissing,
     TokenRefused,
     Unavailable,
+    WriteConflict,
 )
 from registry.db import queries
+from registry.oidc import Provider, is_jwt
+from registry.services import tokens
 from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
 
 from .answers import Answers
@@ -53,6 +56,7 @@ class AppParts(house.Parts):
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
     limits: Limits = field(init=False)
+    oidc: Provider | None = field(init=False, default=None)
     refused: Buckets = field(default_factory=Buckets)
     """Refused tokens by address: of this process alone, as a secret has 256 bits and this only keeps load away."""
     _noted: dict[str, datetime] = field(default_factory=dict)
@@ -60,6 +64,8 @@ class AppParts(house.Parts):
     def __post_init__(self) -> None:
         """What is asked together is asked of the database once."""
         self._pointed = Together(self._all_pointed_at)
+        if self.settings.oidc is not None:
+            self.oidc = Provider(self.settings.oidc, self.clock)
         broker = self.settings.broker_url
         self.limits = Limits(broker if broker.startswith(("redis://", "rediss://", "unix://")) else None)
 
@@ -76,8 +82,7 @@ class AppParts(house.Parts):
         if known := self.known(token):
             return known
         now = monotonic()
-        with self.database.read() as session:
-            caller = authenticate(session, token, self.clock())
+        caller = self._signed_in(self.oidc, token) if self.oidc and is_jwt(token) else self._authenticated(token)
         with self._lock:
             self.callers[token] = (now + _TOKEN_TTL_S, caller)
             self.callers.move_to_end(token)
@@ -85,6 +90,20 @@ class AppParts(house.Parts):
                 self.callers.popitem(last=False)
         self._note_use(caller)
         return caller
+
+    def _authenticated(self, token: str) -> Caller:
+        with self.database.read() as session:
+            return authenticate(session, token, self.clock())
+
+    def _signed_in(self, provider: Provider, token: str) -> Caller:
+        """Who signed in at the identity provider; written down when they are new, or their claims changed."""
+        found, now = provider.person(token), self.clock()
+        with self.database.read() as session:
+            caller = tokens.person(session, found.id, found.name, found.scopes, now, keep=False)
+        while caller is None:
+            with suppress(WriteConflict), self.database.write() as session:  # first sign-ins of one person at once
+                caller = tokens.person(session, found.id, found.name, found.scopes, now, keep=True)
+        return replace(caller, expires_at=found.until)
 
     def _note_use(self, caller: Caller) -> None:
         """Write down the use, about once a minute and token, as soon as the clerk comes to it."""

@@ -1,10 +1,10 @@
-"""Routes about the registry itself: health, who am I, doctor, the description of all routes."""
+"""Routes about the registry itself: health, how to sign in, who am I, doctor, the description of all routes."""
 
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 
-from registry.schemas import DoctorReport, Health, WhoAmI
+from registry.schemas import DoctorReport, Health, SignIn, SignInOffer, WhoAmI
 from registry.services import doctor
 
 from .deps import Anyone, Parts, User, known_caller
@@ -14,9 +14,17 @@ router = APIRouter(tags=["meta"])
 
 @router.get("/health")
 def health(request: Request, parts: Parts) -> Health:
-    """Whether this process and its database answer; the only route without a token."""
+    """Whether this process and its database answer; needs no token."""
     parts.database.ping()
     return Health(version=request.app.version)
+
+
+@router.get("/v1/sign-in")
+def sign_in_offer(parts: Parts) -> SignInOffer:
+    """Where people sign in, if the registry knows an identity provider; needs no token."""
+    oidc = parts.settings.oidc
+    offer = SignIn(issuer=oidc.issuer, client_id=oidc.client_id, scope=oidc.scope) if oidc is not None else None
+    return SignInOffer(oidc=offer)
 
 
 @router.get("/v1/whoami")

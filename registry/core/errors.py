@@ -450,6 +450,12 @@ class TokenRefused(Unauthenticated):
     help = "Ask for a new one (loractl token create), then: loractl login URL --token TOKEN"
 
 
+class SignInFailed(Unauthenticated):
+    code = "sign-in-failed"
+    says = "Signing in at {issuer} failed: {reason}"
+    help = "Try again: loractl login URL; or use a token: loractl login URL --token TOKEN"
+
+
 class ScopeMissing(Forbidden):
     code = "scope-missing"
     says = "This needs the scope '{scope}' on '{namespace}'; the token has {granted}."
@@ -690,6 +696,12 @@ class Overloaded(Unavailable):
     code = "overloaded"
     says = "The registry is at work on {limit} requests, the most it takes; nothing was done. Ask again in {retry_after} s."
     help = "Try again; if it stays, operators start more API processes: docs/deploy.md"
+
+
+class ProviderDown(Unavailable):
+    code = "provider-down"
+    says = "The identity provider {issuer} cannot be asked: {reason}"
+    help = "Tokens of the registry work all the same: loractl login URL --token TOKEN"
 
 
 class StorageDown(Unavailable):

@@ -25,6 +25,10 @@ from registry.schemas import SCOPES, Scope
 from . import audit
 
 _PREFIX = "lora"
+_NO_SECRET = "oidc:"  # noqa: S105  # it is none
+"""How the hash of who has no secret begins, so that none is ever equal to it."""
+REMEMBERED = timedelta(days=30)
+"""How long after a sign-in what somebody left to be done goes on in their name."""
 LAST_USE_EVERY = timedelta(minutes=1)
 """How often at most a token's last use is written down."""
 EVERYWHERE = "*"
@@ -136,6 +140,32 @@ def _caller(token: Token, now: datetime) -> Caller:
     )
 
 
+def person(
+    session: Session, identity: str, name: str, scopes: dict[str, list[str]], now: datetime, *, keep: bool
+) -> Caller | None:
+    """The caller for somebody whom an identity provider vouches for; `TokenRefused` when they were revoked here.
+
+    They have a row like a token's, without a secret: what they leave to be done later acts by it (`acting`), with the
+    scopes and for `REMEMBERED` after their last sign-in. None when the row has to be written first (``keep``).
+    """
+    token = session.get(Token, identity, with_for_update=keep)
+    before = {"name": token.name, "scopes": token.scopes} if token is not None else None
+    after = {"name": name, "scopes": scopes}
+    young = token is not None and token.expires_at is not None and token.expires_at - now > REMEMBERED / 2
+    if token is not None and (token.revoked_at is not None or (before == after and young)):
+        return _caller(token, now)
+    if not keep:
+        return None
+    if token is None:
+        token = Token(id=identity, hash=f"{_NO_SECRET}{identity}", kind="user", name=name, created_at=now)
+    token.name, token.scopes, token.expires_at = name, scopes, now + REMEMBERED
+    session.add(token)
+    session.flush()
+    if before != after:
+        audit.record(session, "token.signed-in", identity, actor=identity, now=now, before=before, after=after)
+    return _caller(token, now)
+
+
 def create(
     session: Session,
     caller: Caller,
@@ -236,6 +266,8 @@ def rotate(
     """
     token = _mine(session, caller, identity)
     dead = "revoked" if token.revoked_at else "expired" if token.expires_at and token.expires_at <= now else None
+    if token.hash.startswith(_NO_SECRET):
+        dead = "an identity provider's"  # a secret would outlive what the provider says
     if dead or identity in fixed:
         raise MoveNotAllowed(
             noun="token", id=identity, state=dead or "named by the settings", move="rotate",

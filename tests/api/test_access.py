@@ -87,6 +87,7 @@ def claimed(**more: Any) -> Row:
 
 ROWS: dict[str, Row] = {
     "GET /health": Row("open", (), "load balancers ask it, and it tells a version and no more"),
+    "GET /v1/sign-in": Row("open", (), "who has no token yet must learn where to get one"),
     "PUT /store/{key:path}": Row("signed", (), "the signature is the right: method, key, length, checksum, time"),
     "GET /store/{key:path}": Row("signed", (), "the signature is the right: method, key, time"),
     "GET /v1/whoami": Row("anyone", (), "tells a token about itself", named=False),
