@@ -164,7 +164,8 @@ class Worker:
     def _guarded(self, lease: "_Lease", work: Callable[[], None]) -> bool:
         """Do ``work`` for a job and report how it failed if it did; whether this machine can take the next at once."""
         try:
-            work()
+            with structlog.contextvars.bound_contextvars(job=lease.id, attempt=lease.attempt, campaign=lease.campaign):
+                work()
             return True
         except (LeaseLost, NotYourJob, JobNotFound):
             log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
@@ -473,7 +474,7 @@ class _Lease:
         assert claimed.job is not None
         self.client = client
         self.id, self.attempt, self.output = claimed.job.id, claimed.job.attempt, claimed.job.output
-        self.inputs = claimed.inputs
+        self.inputs, self.campaign = claimed.inputs, claimed.job.campaign
         self.cancelled = self.lost = False
         self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None

@@ -26,6 +26,7 @@ from registry.storage.local import LocalStore
 from . import adapters, audit, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
 from . import tokens as token_routes
 from .deps import AppParts, known_caller
+from .metrics import Measured
 from .store import store_router
 
 MAX_BODY_BYTES = 64 << 20
@@ -57,6 +58,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     app.add_middleware(Bodies, limit=MAX_BODY_BYTES)
     app.add_middleware(InFlight, limit=parts.settings.in_flight)
     app.add_middleware(RequestIds)
+    app.add_middleware(Measured, meters=parts.meters)
     if alone:
         gc.collect()
         gc.freeze()  # what is here now stays: looking through it again and again took one request in 100 0.1 s

@@ -36,6 +36,7 @@ from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_
 
 from .answers import Answers
 from .limits import Buckets, Limits, Rate
+from .metrics import Meters
 from .together import Together
 
 _TOKEN_TTL_S = 0.8
@@ -56,6 +57,7 @@ class AppParts(house.Parts):
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
     limits: Limits = field(init=False)
+    meters: Meters = field(init=False)
     oidc: Provider | None = field(init=False, default=None)
     refused: Buckets = field(default_factory=Buckets)
     """Refused tokens by address: of this process alone, as a secret has 256 bits and this only keeps load away."""
@@ -64,6 +66,7 @@ class AppParts(house.Parts):
     def __post_init__(self) -> None:
         """What is asked together is asked of the database once."""
         self._pointed = Together(self._all_pointed_at)
+        self.meters = Meters(self.database, self.clock)
         if self.settings.oidc is not None:
             self.oidc = Provider(self.settings.oidc, self.clock)
         broker = self.settings.broker_url

@@ -4,13 +4,16 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from registry.core.errors import LoractlError
 from registry.core.lifecycle import JobState
+from registry.db.models import Job
 from registry.schemas import (
     CheckpointInfo,
     CheckpointRequest,
@@ -31,11 +34,12 @@ from registry.schemas import (
 )
 from registry.services import checkpoints, downloads, jobs, pushes
 
-from .deps import Parts, User, Worker, anyone, user
+from .deps import AppParts, Parts, User, Worker, anyone, user
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 _POLL_S = 0.5
+log = structlog.get_logger()
 _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -48,6 +52,7 @@ def submit_job(request: JobRequest, parts: Parts, caller: User, response: Respon
     if reused:
         response.status_code = 200
     else:
+        log.info("job-queued", job=info.id, kind=info.kind, queue=info.queue, namespace=info.namespace)
         parts.broker.wake(info.queue)
     return info
 
@@ -70,10 +75,12 @@ def list_jobs(
 
 
 @router.post("/claim")
-def claim_job(request: ClaimRequest, parts: Parts, caller: Worker) -> ClaimInfo:
+def claim_job(
+    request: ClaimRequest, parts: Parts, caller: Worker, user_agent: Annotated[str, Header()] = ""
+) -> ClaimInfo:
     """The next job of a queue, leased to this worker, and with ``group`` others that share its base; or none."""
     with parts.database.write() as session:
-        job = jobs.claim(session, caller, request, parts.settings.lease_s, parts.clock())
+        job = jobs.claim(session, caller, request, parts.settings.lease_s, parts.clock(), user_agent)
         if job is None:
             return ClaimInfo(job=None)
         beside = jobs.claim_beside(session, caller, request, job, parts.settings.lease_s, parts.clock())
@@ -86,7 +93,12 @@ def claim_job(request: ClaimRequest, parts: Parts, caller: Worker) -> ClaimInfo:
             )
             for one in (job, *beside)
         ]
-        return first.model_copy(update={"others": others})
+    for one in (first, *others):
+        assert one.job is not None
+        log.info(
+            "job-claimed", job=one.job.id, attempt=one.job.attempt, campaign=one.job.campaign, worker=request.worker
+        )
+    return first.model_copy(update={"others": others})
 
 
 @router.get("/{identity}")
@@ -231,12 +243,27 @@ def show_checkpoint(identity: str, attempt: int, parts: Parts, caller: Worker) -
 @router.post("/{identity}/finish")
 def finish_job(identity: str, request: FinishRequest, parts: Parts, caller: Worker) -> JobInfo:
     """End the job with what it made, in one transaction."""
+    now = parts.clock()
     with parts.database.write() as session:
-        return jobs.info(jobs.finish(session, parts.store, caller, identity, request, parts.clock()))
+        job = jobs.finish(session, parts.store, caller, identity, request, now)
+        info = jobs.info(job)
+    _ended(parts, job, now)
+    return info
 
 
 @router.post("/{identity}/fail")
 def fail_job(identity: str, request: FailRequest, parts: Parts, caller: Worker) -> JobInfo:
     """The attempt ended without a result; the reconciler wakes for the next one, after a breath."""
+    now = parts.clock()
     with parts.database.write() as session:
-        return jobs.info(jobs.fail(session, caller, identity, **request.model_dump(), now=parts.clock()))
+        job = jobs.fail(session, caller, identity, **request.model_dump(), now=now)
+        info = jobs.info(job)
+    _ended(parts, job, now)
+    return info
+
+
+def _ended(parts: AppParts, job: Job, now: datetime) -> None:
+    """Log and measure what ended just now, not what is said to have ended once more."""
+    if job.finished_at == now and job.started_at is not None:
+        log.info("job-ended", job=job.id, attempt=job.attempt, campaign=job.campaign_id, state=job.state)
+        parts.meters.jobs.labels(job.kind, job.state).observe((now - job.started_at).total_seconds())

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from registry.schemas import DoctorReport, Health, SignIn, SignInOffer, WhoAmI
 from registry.services import doctor
@@ -35,12 +37,19 @@ def whoami(caller: Anyone) -> WhoAmI:
     )
 
 
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(parts: Parts, caller: User) -> Response:
+    """What Prometheus scrapes, with a token of its own; needs admin everywhere."""
+    caller.require("admin", "*")
+    return Response(generate_latest(parts.meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+
 @router.get("/v1/doctor")
 def look(parts: Parts, caller: User) -> DoctorReport:
     """Look at the usual misconfigurations; needs admin everywhere."""
     caller.require("admin", "*")
     with parts.http() as http:
-        return DoctorReport(findings=doctor.findings(parts.database, parts.store, parts.broker, http))
+        return DoctorReport(findings=doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock()))
 
 
 @router.get("/openapi.json", include_in_schema=False, dependencies=[Depends(known_caller)])

@@ -53,6 +53,8 @@ def respond(error: errors.LoractlError, request: Request) -> Response:
         **error.problem(),
     )
     headers = {}
+    if isinstance(error, errors.Limited | errors.Overloaded):
+        request.app.state.parts.meters.refused.labels(error.code).inc()
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):

@@ -77,9 +77,12 @@ def show_push(push_id: str, parts: Parts, caller: Anyone) -> PushInfo:
 @router.post("/pushes/{push_id}/commit", status_code=202)
 def commit(push_id: str, parts: Parts, caller: Anyone, response: Response) -> PushInfo:
     """Ask for the commit, or how it stands: 202 while it is verified (a job's: until the job ends), 201 when done."""
-    push = pushes.ask_commit(parts.database, parts.store, caller, push_id, parts.clock())
+    now = parts.clock()
+    push = pushes.ask_commit(parts.database, parts.store, caller, push_id, now)
     if push.state == PushState.COMMITTED:
         response.status_code = 201
+        if push.changed_at == now:
+            parts.meters.pushes.labels(push.kind).observe((now - push.created_at).total_seconds())
     return _described(parts, push_id, caller)
 
 

@@ -78,7 +78,7 @@ def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMO
 def probe(parts: Parts) -> None:
     """Say in the log what an operator should know; nothing of it is a reason not to start."""
     with parts.http() as http:
-        for finding in doctor.findings(parts.database, parts.store, parts.broker, http):
+        for finding in doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock()):
             if not finding.ok:
                 log.warning("doctor", check=finding.check, detail=finding.detail, help=finding.help)
 

@@ -1,19 +1,87 @@
 """The usual misconfigurations of a registry, looked for by trying: ``loractl doctor``, and at the start of daemons."""
 
+import importlib.metadata
+from datetime import datetime, timedelta
+
 import httpx
+from sqlmodel import col, func, select
 
 from registry.broker import Broker
 from registry.core.errors import LoractlError
 from registry.db import migrate
 from registry.db.engine import Database
+from registry.db.models import JobEvent
 from registry.schemas import Finding
 from registry.storage.base import BlobStore
 from registry.storage.probe import probe
 
+from . import gauges
 
-def findings(database: Database, store: BlobStore, broker: Broker, http: httpx.Client) -> list[Finding]:
-    """A line per part: database, migrations, store, broker; what is wrong comes with what helps."""
-    return [*_database(database), *_store(store, http), _broker(broker)]
+MAX_SKEW_S = 5.0
+NOBODY_S = 60.0
+"""For how long a job may wait in a queue where none runs: the reconciler wakes workers every few seconds."""
+LATELY = timedelta(days=1)
+
+def findings(
+    database: Database, store: BlobStore, broker: Broker, http: httpx.Client, now: datetime
+) -> list[Finding]:
+    """A line per part: database, migrations, clock, store, broker, workers; what is wrong comes with what helps."""
+    of_database = _database(database)
+    ready = all(finding.ok for finding in of_database)
+    work = [*_clock(database, now), *_queues(database, now), *_versions(database, now)] if ready else []
+    return [*of_database, *_store(store, http), _broker(broker), *work]
+
+
+def _clock(database: Database, now: datetime) -> list[Finding]:
+    """How far our clock is from the database server's; SQLite has ours."""
+    if database.dialect == "sqlite":
+        return []
+    with database.read() as session:
+        skew = (now - session.exec(select(func.now())).one()).total_seconds()
+    return [
+        Finding(
+            check="clock",
+            ok=abs(skew) < MAX_SKEW_S,
+            detail=f"{skew:+.1f} s from the database's",
+            help="Set the clocks (NTP): leases, signed URLs and expiries go by them.",
+        )
+    ]
+
+
+def _queues(database: Database, now: datetime) -> list[Finding]:
+    """Queues where jobs wait and nobody is at work."""
+    with database.read() as session:
+        busy = gauges.queues(session, now)
+    idle = [queue for queue in busy if queue.waiting and not queue.running and queue.oldest_s > NOBODY_S]
+    if not idle:
+        return [Finding(check="workers", ok=True, detail="every queue with work has a worker, or is young")]
+    return [
+        Finding(
+            check="workers",
+            ok=False,
+            detail=f"{queue.waiting} jobs wait in '{queue.name}' since {queue.oldest_s:.0f} s, and none runs there",
+            help=f"Start one: celery -A workers.app worker -Q {queue.name}; or move on: loractl jobs list",
+        )
+        for queue in idle
+    ]
+
+
+def _versions(database: Database, now: datetime) -> list[Finding]:
+    """Workers that claimed lately by another version of the program than ours."""
+    ours = f"loractl/{importlib.metadata.version('loractl')}"
+    newest = select(func.max(JobEvent.id)).where(JobEvent.kind == "claimed", col(JobEvent.at) > now - LATELY)
+    worker = col(JobEvent.data)["worker"].as_string()
+    with database.read() as session:
+        rows = session.exec(select(JobEvent.data).where(col(JobEvent.id).in_(newest.group_by(worker)))).all()
+    other = sorted({f"{row['worker']} ({row['agent']})" for row in rows if row.get("agent", ours) != ours})
+    return [
+        Finding(
+            check="worker versions",
+            ok=not other,
+            detail=f"not {ours}: {', '.join(other[:10])}" if other else f"{len(rows)} at work lately, all {ours}",
+            help="Replace them by this release; old ones work on meanwhile, with what they know.",
+        )
+    ]
 
 
 def _database(database: Database) -> list[Finding]:

@@ -431,8 +431,10 @@ def info(job: Job, *, reused: bool = False) -> JobInfo:
 # ── a worker's side ──────────────────────────────────────────────────────────
 
 
-def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: float, now: datetime) -> Job | None:
-    """The next job of a queue for this worker, leased; None when there is none.
+def claim(
+    session: Session, caller: Caller, request: ClaimRequest, lease_s: float, now: datetime, agent: str = ""
+) -> Job | None:
+    """The next job of a queue for this worker, leased; None when there is none. ``agent``: the worker's program.
 
     Jobs on bases that the worker has cached come first within a priority, unless others have waited for long.
     Two that claim at once get two jobs.
@@ -445,12 +447,18 @@ def claim(session: Session, caller: Caller, request: ClaimRequest, lease_s: floa
     query = query.order_by(col(Job.priority).desc(), turn, col(Job.created_at), col(Job.id)).limit(1)
     job = session.exec(query.with_for_update(skip_locked=True)).first()
     if job is not None:
-        _lease(session, caller, request, job, lease_s, now)
+        _lease(session, caller, request, job, lease_s, now, agent)
     return job
 
 
 def _lease(
-    session: Session, caller: Caller, request: ClaimRequest, job: Job, lease_s: float, now: datetime
+    session: Session,
+    caller: Caller,
+    request: ClaimRequest,
+    job: Job,
+    lease_s: float,
+    now: datetime,
+    agent: str = "",
 ) -> None:
     job.state = JOB.after("claim", job.state, job.id)
     job.attempt += 1
@@ -458,7 +466,8 @@ def _lease(
     job.token_id, job.worker = caller.token_id, request.worker
     job.started_at, job.progress, job.error = now, None, None
     session.add(job)
-    _note(session, job, "claimed", {"worker": request.worker}, now, caller.token_id)
+    who = {"worker": request.worker} | ({"agent": agent[:100]} if agent else {})
+    _note(session, job, "claimed", who, now, caller.token_id)
 
 
 def claim_beside(

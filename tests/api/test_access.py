@@ -92,6 +92,7 @@ ROWS: dict[str, Row] = {
     "GET /store/{key:path}": Row("signed", (), "the signature is the right: method, key, time"),
     "GET /v1/whoami": Row("anyone", (), "tells a token about itself", named=False),
     "GET /openapi.json": Row("anyone", (), "the same for everybody who has a token", named=False),
+    "GET /metrics": Row("user", ("admin",), "tells of all queues and of how busy everything is", named=False, refused=403, where=("*",)),
     "GET /v1/doctor": Row("user", ("admin",), "looks at the whole installation", named=False, refused=403, where=("*",)),
     "POST /v1/tokens": Row("user", ("admin",), GIVEN, lambda f: {"name": "x", "scopes": {f["namespace"]: ["read"]}}, refused=403),
     "GET /v1/tokens": Row("user", ("admin",), "shows the tokens that the caller administers", named=False, refused=403),

@@ -158,7 +158,7 @@ def test_whoever_watches_hears_of_it_as_it_happens_until_the_token_is_revoked(tm
 # ── a worker's token ─────────────────────────────────────────────────────────
 
 
-OPEN = {("get", "/health"), ("get", "/v1/whoami")}
+OPEN = {("get", "/health"), ("get", "/v1/sign-in"), ("get", "/v1/whoami")}
 """Without anything in them that the token does not say itself."""
 CLAIMED = {
     ("post", "/v1/jobs/claim"), ("post", "/v1/jobs/{identity}/heartbeat"), ("get", "/v1/jobs/{identity}/inputs"),
