@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from registry.core.digest import Digest
     from registry.schemas import DatasetInfo, EventInfo, JobInfo, JobRequest
 
+_BAR = re.compile(r"\d+%\|.*\||\b\d+(\.\d+)?\w?(it|\w+) \[\d+:\d+|\[\d+:\d+<.*\]")
+"""A line of tqdm, such as "Loading weights:  12%|█▎  | 3/25 [00:00<00:01, 20it/s]"."""
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
 
@@ -660,9 +664,36 @@ def jobs_logs(out: Output, job_id: str, go_on: bool) -> None:
             out.emit(found, lambda: None)
             return
         for event in events:
-            words = "  ".join(f"{key} {number(value) if isinstance(value, float) else value}"
-                              for key, value in event.data.items() if key != "kind")  # fmt: skip
-            click.echo(f"{event.at:%H:%M:%S}  {event.attempt}  {event.kind:<12} {words}")
+            if (words := told_event(event.kind, event.data)) is not None:
+                click.echo(f"{event.at:%H:%M:%S}  {event.attempt}  {event.kind:<12} {words}")
+
+
+def told_event(kind: str, data: dict[str, Any]) -> str | None:
+    """What happened, for people; None for a step of somebody's progress bar."""
+    if kind == "log":
+        line = _ESCAPES.sub("", str(data.get("line", "")).rpartition("\r")[2])
+        return None if _BAR.search(line) else line
+    if "detail" in data:  # a refusal
+        return "  ".join(str(data[key]) for key in ("code", "detail", "hint") if data.get(key))
+    return "  ".join(_pairs(data))
+
+
+def _pairs(data: dict[str, Any], within: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        name = f"{within}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _pairs(value, f"{name} ")
+        elif key not in ("kind", "task") and value is not None:
+            shown = [_plain(item) for item in value] if isinstance(value, list) else [_plain(value)]
+            yield f"{name} {', '.join(shown)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):  # such as what a job made
+        return str(value.get("ref") or short(value.get("digest")) or " ".join(_pairs(value)))
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return number(value) if isinstance(value, float) else str(value)
 
 
 @command(jobs, "loractl jobs cancel j0123", name="cancel")

@@ -61,6 +61,8 @@ MAX_CONFIG_BYTES = 32 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 INDEX_FILE = "model.safetensors.index.json"
 SUITE_FILE = "suite.json"
+DATA_FILE = "data.jsonl"
+"""What the one file of a dataset or suite is called in its manifest, whatever it is called here."""
 
 
 # ── headers and configs ──────────────────────────────────────────────────────
@@ -491,7 +493,7 @@ def _check_shards(folder: Path, headers: Mapping[Path, Header]) -> None:
 
 def _data_files(kind: Kind, folder: Path) -> dict[str, Path]:
     if folder.is_file():
-        return {"data.jsonl": folder}
+        return {DATA_FILE: folder}
     if kind == "dataset" or not folder.is_dir():
         raise PathUnusable(path=str(folder), reason=f"a {kind} is one JSONL file" + " or a folder" * (kind == "suite"))
     found = {name: path for name, path in _top(folder).items() if name.endswith(".jsonl")}

@@ -179,7 +179,13 @@ def push_dataset(
     """
     parse_tasks(spec or {})
     scan = scanned(kind, file, config=spec, progress=progress, cache=cache)
-    return push(client, kind, name, scan, Wishes(message=message), progress=progress)
+    try:
+        return push(client, kind, name, scan, Wishes(message=message), progress=progress)
+    except LoractlError as error:
+        if file.is_dir() or error.facts.get("path") != files.DATA_FILE:
+            raise
+        reason = str(error.facts.get("reason", "")).replace(files.DATA_FILE, file.name)
+        raise type(error)(**error.facts | {"path": file.name, "reason": reason}) from error
 
 
 def push(

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from registry import transfer
 from registry.client import RegistryClient
 from registry.core.errors import (
+    BadDataset,
     BadPath,
     BlobNotFound,
     BlobsMissing,
@@ -267,6 +268,46 @@ def test_what_the_verifier_found_is_raised_as_itself(client: RegistryClient, bas
     with pytest.raises(NonFinite) as caught:
         transfer.push_adapter(client, adapter, "team/nan", str(base_of(base).digest))
     assert caught.value.tensor == name
+
+
+def test_equal_weights_with_another_template_say_that_the_first_files_are_kept(
+    client: RegistryClient, tmp_path: Path
+) -> None:
+    one, two = (tiny_base(tmp_path / name, 77) for name in ("one", "two"))
+    (one / "chat_template.jinja").write_text("{{ messages }}")
+    (two / "chat_template.jinja").write_text("{{ messages[0] }}")
+    first = transfer.push_base(client, one)
+    assert (first.outcome or {})["warnings"] == []
+    again = transfer.push_base(client, two)
+    [warning] = (again.outcome or {})["warnings"]
+    assert "this chat template was not taken" in warning
+    assert "an adapter may bring its own" in warning
+    assert again.version_digest == first.version_digest
+    assert (transfer.push_base(client, one).outcome or {})["warnings"] == []
+    transfer.pull(client, again.version_digest, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(one)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "told"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n', "bad-dataset", "'sums.jsonl', line 2: expected"),
+        ("\n", "unusable-dataset", "'sums.jsonl': there are no rows"),
+    ],
+)
+def test_a_refusal_of_rows_names_the_file_as_it_is_called_here(
+    client: RegistryClient, tmp_path: Path, text: str, code: str, told: str
+) -> None:
+    (tmp_path / "sums.jsonl").write_text(text)
+    with pytest.raises(LoractlError, match=told) as refused:
+        transfer.push_dataset(client, "dataset", tmp_path / "sums.jsonl", "team/sums")
+    assert refused.value.code == code
+
+
+def test_an_item_that_is_twice_in_a_suite_is_named_by_its_file(client: RegistryClient, tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    with pytest.raises(BadDataset, match=r"'sums\.jsonl', line 2: it is the same item as sums\.jsonl, line 1"):
+        transfer.push_dataset(client, "suite", tmp_path / "sums.jsonl", "team/sums")
 
 
 def test_a_file_that_changes_while_it_is_sent_is_refused_and_never_committed(

@@ -665,6 +665,6 @@ def _stop(child: "subprocess.Popen[str]") -> None:
 
 
 def _without_secrets(env: Mapping[str, str]) -> dict[str, str]:
-    """What a child is told: neither our token nor the broker; and that it has no business with any network."""
+    """What a child is told: neither our token nor the broker; that there is no network for it, and nobody for bars."""
     kept = {key: value for key, value in env.items() if not key.startswith(("LORACTL_", "CELERY_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}

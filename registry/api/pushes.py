@@ -49,7 +49,7 @@ def _opened(
     if push.state == PushState.COMMITTED:
         response.status_code = 200
     with parts.database.read() as session:  # the push may be another's, whose version this is
-        return pushes.describe(session, parts.store, parts.settings, push, now)
+        return pushes.describe_opened(session, parts.store, parts.settings, push, request, now)
 
 
 @router.post("/pushes/{push_id}/parts")

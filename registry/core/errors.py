@@ -247,6 +247,11 @@ class BadDataset(BadFile):
     says = "'{path}', line {line}: {reason}"
 
 
+class UnusableDataset(BadFile):
+    code = "unusable-dataset"
+    says = "'{path}': {reason}"
+
+
 class BadRecords(BadFile):
     code = "bad-records"
     says = "The evaluation records are not valid; line {line}: {reason}"
@@ -323,6 +328,12 @@ class NotRunnable(Conflict):
     code = "not-runnable"
     says = "{what} cannot be run here: {reason}"
     help = "It is stored, versioned and bound like any other; only training, evaluation and merging need more."
+
+
+class StoredInBits(Conflict):
+    code = "stored-in-bits"
+    says = "Merging cannot add to a base that is stored in {bits}."
+    help = "Merge into its full weights, or write it in full: loractl merge REF --line LINE --dequantise"
 
 
 class UnknownModel(Conflict):

@@ -8,7 +8,10 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from .base_model import BaseModel
-from .errors import UnknownTargets
+from .errors import RankTooHigh, UnknownTargets
+
+ALL_LINEAR = ("all-linear",)
+_FULL = ("F64", "F32", "F16", "BF16")
 
 
 def means(target: str, module: str) -> bool:
@@ -27,6 +30,27 @@ def check_targets(targets: Sequence[str], modules: Collection[str]) -> None:
     unknown = [target for target in targets if not any(means(target, module) for module in modules)]
     if unknown:
         raise _refusal(unknown, {module.rpartition(".")[2] for module in modules})
+
+
+def check_rank(rank: int, targets: Sequence[str], base: BaseModel, but: Sequence[str] = ()) -> None:
+    """`RankTooHigh` names a targeted matrix of the tensor table whose smaller side is below ``rank``.
+
+    Nothing is said of what only a loaded model shows: a tied head, weights in 8 or 4 bits, an unknown model type.
+    """
+    sides: dict[str, tuple[int, ...]] = {}
+    for module in modules_of(base):
+        tensor = base.by_name.get(f"{module}.weight")
+        if tensor is None or tensor.dtype not in _FULL or any(means(target, module) for target in but):
+            continue
+        in_layer = any(part.isdecimal() for part in module.split("."))
+        if in_layer if tuple(targets) == ALL_LINEAR else any(means(target, module) for target in targets):
+            sides[module] = tensor.shape
+    for module, shape in sides.items():
+        if rank > min(shape):
+            turned = base.family is not None and base.family.in_by_out.search(module)
+            outputs, inputs = reversed(shape) if turned else shape
+            most = min(map(min, sides.values()))
+            raise RankTooHigh(rank=rank, module=module, outputs=outputs, inputs=inputs, most=most)
 
 
 def check_parameters(wanted: Sequence[str], names: Collection[str]) -> None:

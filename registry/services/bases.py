@@ -114,6 +114,22 @@ def keep_full(session: Session, base: Base, model: BaseModel) -> None:
     session.add_all([base, table])
 
 
+def not_taken(base: Base, model: BaseModel) -> list[str]:
+    """A warning when ``model``, whose weights are here, came with another tokenizer: the first files are kept."""
+    tokenizer = model.tokenizer
+    pairs = (
+        ("tokenizer", tokenizer.vocabulary, base.vocabulary_digest),
+        ("chat template", tokenizer.chat_template, base.template_digest),
+    )
+    differ = [what for what, mine, kept in pairs if mine is not None and str(mine) != kept]
+    if not differ:
+        return []
+    what = f"this {' and this '.join(differ)} {'was' if len(differ) == 1 else 'were'} not taken"
+    here = f"base {Digest.parse(base.digest).short} is here with the files that came first, and adapters rest on those"
+    way_out = "an adapter may bring its own: the tokenizer's files in its folder are pushed and pulled with it"
+    return [f"{here}: {what}; {way_out}"]
+
+
 def apply_wishes(session: Session, base: Base, wishes: Wishes, actor: str, now: datetime) -> Revision | None:
     """Names, a declared derivation and the line that a push or a registration asked for."""
     fresh = [name for name in wishes.names if name not in base.names]

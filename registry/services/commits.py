@@ -332,6 +332,7 @@ def _commit_base(
     actor = _author(session, push)
     model = pushes.read_table(facts["table"])
     base = bases.ensure(session, model, actor, now)
+    warnings = bases.not_taken(base, model) if base.weights == "full" else []
     if base.weights != "full":
         base.weights, base.manifest = facts["verified"], push.manifest_digest
         if base.weights == "full":
@@ -342,7 +343,8 @@ def _commit_base(
     for parent in manifest.lineage.parents:
         _merged_from(session, base, parent, now)
     name = f"r{revision.number}" if revision else None
-    return {"ref": f"{wishes.line}@{name}" if name else base.digest, "version": name, "base": base.digest}
+    ref = f"{wishes.line}@{name}" if name else base.digest
+    return {"ref": ref, "version": name, "base": base.digest, "warnings": warnings}
 
 
 def _merged_from(session: Session, base: Base, parent: str, now: datetime) -> None:

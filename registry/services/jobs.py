@@ -58,7 +58,7 @@ from registry.core.recipes import (
 )
 from registry.core.recipes import Compare as CompareRecipe
 from registry.core.records import parse_records
-from registry.core.targets import check_parameters, check_targets, modules_of, names_of
+from registry.core.targets import ALL_LINEAR, check_parameters, check_rank, check_targets, modules_of, names_of
 from registry.db import queries
 from registry.db.models import (
     Adapter,
@@ -344,7 +344,7 @@ def _check_sensible(session: Session, recipe: AnyRecipe) -> None:
     """Refuse what a base's tensor table and a suite's counts show to be wrong: a worker would find it after an hour."""
     match recipe:
         case FineTune(start=None):
-            _check_targets(session, recipe)
+            _check_targets(session, recipe, recipe.rank)
         case Search(training=training):
             suite = session.exec(select(DatasetVersion).where(DatasetVersion.digest == recipe.suite)).first()
             if suite is not None:
@@ -353,15 +353,19 @@ def _check_sensible(session: Session, recipe: AnyRecipe) -> None:
                     metric = (suite.spec.get("metrics") or ["its metric"])[0]
                     raise SuiteTooSmall(n=n, metric=metric, needed=LEAST_ITEMS)
             if recipe.over != "targets":  # which tries groups of its own
-                _check_targets(session, training)
+                _check_targets(session, training, training.rank if recipe.over == "scale" else recipe.full_rank)
         case FullFineTune(parameters=parameters) if parameters and (names := names_of(_table(session, recipe.base))):
             check_parameters(parameters, names)
 
 
-def _check_targets(session: Session, recipe: FineTune) -> None:
-    named = (*(() if recipe.targets == ("all-linear",) else recipe.targets), *recipe.whole)
-    if modules := modules_of(_table(session, recipe.base)):
+def _check_targets(session: Session, recipe: FineTune, rank: int | None) -> None:
+    """``rank``: of the factors, None where the job chooses it."""
+    named = (*(() if recipe.targets == ALL_LINEAR else recipe.targets), *recipe.whole)
+    base = _table(session, recipe.base)
+    if modules := modules_of(base):
         check_targets(named, modules)
+    if rank is not None:
+        check_rank(rank, recipe.targets, base, recipe.whole)
 
 
 def _table(session: Session, digest: str) -> BaseModel:

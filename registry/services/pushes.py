@@ -59,7 +59,7 @@ from registry.settings import Settings
 from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
-from . import audit, blobs, commits, fits
+from . import audit, bases, blobs, commits, fits
 from .tokens import Caller
 
 BASES = "base"
@@ -444,6 +444,18 @@ def describe(session: Session, store: BlobStore, settings: Settings, push: Push,
             key, sha256 = blobs.staged_at(row), Digest.parse(row.digest)
             blob.put = signed(store.presign_put(key, size=row.size, sha256=sha256, expires_s=int(settings.url_ttl_s)))
         info.blobs.append(blob)
+    return info
+
+
+def describe_opened(
+    session: Session, store: BlobStore, settings: Settings, push: Push, request: PushRequest, now: datetime
+) -> PushInfo:
+    """`describe`, and of a base that was there already what of ``request`` is not taken."""
+    info = describe(session, store, settings, push, now)
+    if push.kind == "base" and info.outcome is not None and request.table is not None:
+        base = session.exec(select(Base).where(Base.digest == info.outcome["base"])).one()
+        warnings = bases.not_taken(base, read_table(request.table))
+        info.outcome = info.outcome | {"warnings": [*info.outcome.get("warnings", []), *warnings]}
     return info
 
 

@@ -33,7 +33,6 @@ from registry.core.digest import Digest
 from registry.core.errors import (
     AdapterDoesNotFit,
     BadConfig,
-    BadDataset,
     BadManifest,
     BlobNotFound,
     BlobsMissing,
@@ -46,6 +45,7 @@ from registry.core.errors import (
     NotAnAdapter,
     PickleRefused,
     Unavailable,
+    UnusableDataset,
     UploadNotFound,
 )
 from registry.core.fit import Binding, require_fit, target_set
@@ -673,7 +673,7 @@ def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
     scored = require_files(tasks, (entry.path for entry in reading.manifest.files))
     for entry in reading.manifest.files:
         if not entry.path.endswith(".jsonl"):
-            raise BadDataset(path=entry.path, line=0, reason="a dataset holds .jsonl files only")
+            raise UnusableDataset(path=entry.path, reason="a dataset holds .jsonl files only")
         with reading.open(entry) as reader:
             sniff(reader.read(0, min(64, entry.size)), entry)
             stream = Stream(reader, entry, reading.tick)
@@ -683,5 +683,5 @@ def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
             stream.finish()
         rows, gate, calibration = rows + more, gate + gated, calibration + calibrating
     if not rows:
-        raise BadDataset(path=reading.manifest.files[0].path, line=0, reason="there are no rows")
+        raise UnusableDataset(path=reading.manifest.files[0].path, reason="there are no rows")
     return {"rows": rows, "gate_rows": gate, "calibration_rows": calibration}

@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from cli.jobs import succeeded, told_rows, tried
+from cli.jobs import succeeded, told_event, told_rows, tried
 from registry.core.errors import LoractlError, UnknownModel, WorkFailed
 from registry.schemas import JobInfo
 
@@ -49,3 +51,24 @@ def test_a_cancelled_job_says_so_once() -> None:
     with pytest.raises(WorkFailed) as raised:
         succeeded(ended(WorkFailed(id="j1", reason="cancelled"), "cancelled"))
     assert raised.value.message == "Job j1 failed: cancelled"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "told"),
+    [
+        ("log", {"kind": "log", "line": "Loading weights:  12%|█▎        | 3/25 [00:00<00:01, 20.1it/s]"}, None),
+        ("log", {"kind": "log", "line": "0it [00:00, ?it/s]"}, None),
+        ("log", {"kind": "log", "line": "  5%|5 |\rthe last word"}, "the last word"),
+        ("log", {"kind": "log", "line": "\x1b[31mred\x1b[0m 100% sure"}, "red 100% sure"),
+        ("progress", {"kind": "progress", "step": 3, "loss": 0.123456, "rates": {"a": 0.5}, "task": 0, "eta": None},
+         "step 3  loss 0.1235  rates a 0.5"),
+        ("succeeded", {"made": [{"ref": "team/bot@v1", "digest": "sha256:" + "0" * 64}]}, "made team/bot@v1"),
+        ("failed", {"code": "work-failed", "detail": "Job j1 failed: x", "hint": "", "facts": {"id": "j1"}},
+         "work-failed  Job j1 failed: x"),
+        ("queued", {"by": "ada"}, "by ada"),
+    ],
+)  # fmt: skip
+def test_what_happened_to_a_job_is_told_without_bars_and_braces(
+    kind: str, data: dict[str, Any], told: str | None
+) -> None:
+    assert told_event(kind, data) == told

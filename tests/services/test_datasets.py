@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import select
 
-from registry.core.errors import BadConfig, BadDataset, DatasetNotFound, PickleRefused
+from registry.core.errors import BadConfig, BadDataset, DatasetNotFound, PickleRefused, UnusableDataset
 from registry.core.records import item_id, split_of
 from registry.db.models import DatasetVersion
 from registry.services import datasets
@@ -54,8 +54,6 @@ def test_a_dataset_and_a_suite_are_numbered_series_of_their_own(world: World) ->
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        (b"", 0),
-        (b"\n\n", 0),
         (lines(PAIR) + b"{not json}\n", 2),
         (b"[1, 2]\n", 1),
         (lines({"prompt": "a"}), 1),
@@ -77,6 +75,17 @@ def test_a_bad_row_is_refused_with_its_line(embedded: World, data: bytes, line: 
     assert embedded.all(select(DatasetVersion)) == []
 
 
+@pytest.mark.parametrize("data", [b"", b"\n\n"])
+def test_a_file_without_rows_is_refused_and_no_line_is_blamed(embedded: World, data: bytes) -> None:
+    request, contents = files_push("suite", {"data.jsonl": data})
+    info = embedded.open("suite", "team/suite", request)
+    embedded.send(info, contents)
+    with pytest.raises(UnusableDataset) as refused:
+        embedded.commit(info.id)
+    assert refused.value.message == "'data.jsonl': there are no rows"
+    assert embedded.all(select(DatasetVersion)) == []
+
+
 def test_choices_are_for_suites(embedded: World) -> None:
     request, contents = files_push("dataset", {"data.jsonl": lines(CHOICE)})
     info = embedded.open("dataset", "team/rows", request)
@@ -87,7 +96,7 @@ def test_choices_are_for_suites(embedded: World) -> None:
 
 def test_only_jsonl_and_never_a_pickle(embedded: World) -> None:
     pickled = b"\x80\x04" + b"\0" * 9
-    for name, data, refusal in (("data.csv", b"a,b", BadDataset), ("data.jsonl", pickled, PickleRefused)):
+    for name, data, refusal in (("data.csv", b"a,b", UnusableDataset), ("data.jsonl", pickled, PickleRefused)):
         request, contents = files_push("dataset", {name: data})
         info = embedded.open("dataset", "team/rows", request)
         embedded.send(info, contents)

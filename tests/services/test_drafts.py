@@ -480,6 +480,19 @@ def test_a_draft_that_expired_cannot_be_sealed_and_leaves_nothing(here: World, b
     assert here.open("base", None, request).id != info.id
 
 
+def test_an_aborted_push_that_was_sealed_loses_its_upload_at_once(here: World, base: Path) -> None:
+    request, sketch = draft(base)
+    info = here.open("base", None, request)
+    send(here, info, sketch)
+    seal(here, info, digests(sketch))
+    [row] = here.all(select(PushBlob).where(PushBlob.path == WEIGHTS))
+    with here.database.write() as session:
+        pushes.abort(session, ADMIN, info.id, here.now)
+    assert gc.step(parts_of(here))
+    with pytest.raises(UploadNotFound):
+        here.store.list_parts(blobs.staged_at(row), row.upload_id)
+
+
 def test_a_living_draft_is_left_alone_by_the_garbage_collector(here: World, base: Path) -> None:
     request, sketch = draft(base)
     info = here.open("base", None, request)

@@ -22,6 +22,7 @@ from registry.core.errors import (
     NotRunnable,
     NotYourJob,
     OtherBase,
+    RankTooHigh,
     ScopeMissing,
     SuiteTooSmall,
     UnknownTargets,
@@ -266,6 +267,8 @@ FULL = {"kind": "full-finetune", "base": "demo", "datasets": ["team/rows"], "ste
 def test_what_the_tensor_table_of_a_base_shows_to_be_wrong_is_refused_when_it_is_asked_for(small: Shop) -> None:
     with pytest.raises(UnknownTargets, match=r"'q_prj' match no module of the base\. Did you mean 'q_proj'"):
         small.submit(recipe={"targets": ["v_proj", "q_prj"]})
+    with pytest.raises(RankTooHigh, match=r"Rank 17 .*at most"):
+        small.submit(recipe={"targets": ["k_proj"], "rank": 17})
     with pytest.raises(UnknownTargets, match="'norms'"):
         small.submit(recipe={"whole": ["norms"]})
     with pytest.raises(UnknownTargets, match="'nothing'"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from registry.core.errors import BadDataset, TrainingFailed
+from registry.core.errors import TrainingFailed, UnusableDataset
 from registry.core.recipes import Training
 
 from .data import Example, batches, chunks, hold_out, shortened
@@ -115,7 +115,7 @@ def laid_out(
     kept, held = ([_fitted(one, limit, recipe) for one in some if _stays(one, limit, recipe)] for some in (kept, held))
     if not kept or (recipe.held_out and not held):
         path = examples[0].path if examples else "the dataset"
-        raise BadDataset(path=path, line=0, reason=_nothing_left(examples, limit))
+        raise UnusableDataset(path=path, reason=_nothing_left(examples, limit))
     check_tokens(model, (token for example in (*kept, *held) for token in example.ids))
     dropped = long if recipe.long_rows == "drop" else 0
     counted = Counted(len(kept), len(held), long - dropped, dropped, limit)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from registry.core.errors import BadDataset
+from registry.core.errors import BadDataset, UnusableDataset
 from registry.core.records import item_id
 from registry.core.rows import parse_row
 
@@ -95,10 +95,10 @@ def read_rows(folder: Path) -> list[Row]:
     """The rows of every ``.jsonl`` file of a dataset or suite, by file name and line."""
     paths = sorted(folder.rglob("*.jsonl"))
     if not paths:
-        raise BadDataset(path=folder.name, line=0, reason="there is no .jsonl file")
+        raise UnusableDataset(path=folder.name, reason="there is no .jsonl file")
     rows = [row for path in paths for row in parse_rows(path.read_bytes(), path.name)]
     if not rows:
-        raise BadDataset(path=paths[0].name, line=0, reason="there are no rows")
+        raise UnusableDataset(path=paths[0].name, reason="there are no rows")
     return rows
 
 
@@ -220,7 +220,7 @@ def hold_out(rows: Sequence[_Given], share: float) -> tuple[list[_Given], list[_
     for side, word in zip(sides, ("to train on", "aside"), strict=True):
         if not side:
             reason = f"held_out = {share:g} keeps none of its {len(rows)} rows {word}"
-            raise BadDataset(path=rows[0].path, line=0, reason=reason)
+            raise UnusableDataset(path=rows[0].path, reason=reason)
     return sides
 
 

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from registry.core.errors import BadConfig, BadDataset, ToolMissing
+from registry.core.errors import BadConfig, ToolMissing, UnusableDataset
 from registry.core.metrics import Metric
 from registry.core.rows import parse_object
 from registry.core.tasks import Task, metric_of, require_files
@@ -72,7 +72,7 @@ def read(folder: Path, tasks: Sequence[Task]) -> tuple[list[Row], tuple[Question
     scored = require_files(tasks, lines)
     rows = [row for name in sorted(scored) for row in lines[name]]
     if not rows:
-        raise BadDataset(path=min(scored), line=0, reason="there are no rows")
+        raise UnusableDataset(path=min(scored), reason="there are no rows")
     return rows, tuple(Questions(task, _shots(task, lines)) for task in tasks)
 
 

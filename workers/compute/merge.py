@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from registry.core.errors import NotRunnable, PathUnusable
+from registry.core.errors import NotRunnable, PathUnusable, StoredInBits
 from registry.files import base_shards, refuse_os_error, sync_folder
 
 from .finetune import Report, silent
@@ -69,10 +69,10 @@ def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent, form
     model = skeleton(base)
     stored, packed, beside = stored_tensors(base), dict[str, Packed](), set[str]()
     if (bits := form_of(config_of(base))) is not None:
-        if bits not in FORMS or not form.dequantise:
-            reason = f"the base is stored in {bits}; merge into its full weights"
-            full = ", or write it in full: loractl merge --dequantise" * (bits in FORMS)
-            raise NotRunnable(what="Merging", reason=reason + full)
+        if bits not in FORMS:
+            raise NotRunnable(what="Merging", reason=f"the base is stored in {bits}; merge into its full weights")
+        if not form.dequantise:
+            raise StoredInBits(bits=bits)
         packed, beside = unpacked(stored)
         form = replace(form, dtype=form.dtype or _full_type(base))
     changes, extra, untied = _plan(model, adapter, stored)

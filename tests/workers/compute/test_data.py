@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.core.errors import BadDataset
+from registry.core.errors import BadDataset, UnusableDataset
 from tests.workers import factories
 from workers.compute import data
 from workers.compute.data import Example, Row, batches, encoded, pack, parse_rows, read_rows, tokenize
@@ -176,8 +176,8 @@ def test_a_folder_gives_the_rows_of_all_its_files_in_order(tmp_path: Path) -> No
 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadDataset, match=r"there is no .jsonl file"):
+    with pytest.raises(UnusableDataset, match=r"there is no .jsonl file"):
         read_rows(tmp_path)
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(BadDataset, match="there are no rows"):
+    with pytest.raises(UnusableDataset, match="there are no rows"):
         read_rows(tmp_path)

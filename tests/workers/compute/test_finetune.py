@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from registry.core.errors import BadDataset, LoractlError, TrainingFailed
+from registry.core.errors import BadDataset, LoractlError, TrainingFailed, UnusableDataset
 from registry.core.recipes import FineTune
 from tests.workers import factories
 from workers.compute import data
@@ -402,7 +402,7 @@ def test_a_run_stopped_between_looks_resumes_to_the_same_bytes(tmp_path: Path) -
 
 
 def test_a_share_that_leaves_nothing_on_one_side_is_refused() -> None:
-    with pytest.raises(BadDataset, match=r"held_out = 0\.01 keeps none of its 3 rows aside"):
+    with pytest.raises(UnusableDataset, match=r"held_out = 0\.01 keeps none of its 3 rows aside"):
         train(factories.recipe(held_out=0.01), rows=factories.rows(3))
 
 
@@ -437,7 +437,7 @@ def test_long_rows_are_refused_on_request_by_file_and_line() -> None:
 
 
 def test_dropping_all_rows_is_refused() -> None:
-    with pytest.raises(BadDataset, match="none of 6 is left to train on"):
+    with pytest.raises(UnusableDataset, match="none of 6 is left to train on"):
         train(factories.recipe(max_length=30, long_rows="drop"), rows=long_rows()[::4])
 
 
@@ -448,5 +448,5 @@ def test_no_row_is_longer_than_the_base_was_made_for() -> None:
 
 
 def test_a_training_without_rows_is_refused() -> None:
-    with pytest.raises(BadDataset, match="there are no rows"):
+    with pytest.raises(UnusableDataset, match="there are no rows"):
         train(factories.recipe(), rows=[])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from registry.core.errors import NotRunnable, ToolMissing
+from registry.core.errors import NotRunnable, StoredInBits, ToolMissing
 from registry.core.recipes import FullFineTune, Quantisation
 from tests.workers import factories
 from workers.compute import stream
@@ -342,8 +342,9 @@ def test_modules_without_factors_are_dequantised_too_and_the_type_is_the_one_tha
 
 def test_a_base_in_bits_is_not_merged_into_unless_one_says_so(tmp_path: Path) -> None:
     folder = stored(factories.llama(), tmp_path, "nf4")
-    with pytest.raises(NotRunnable, match=r"stored in nf4; .*--dequantise"):
+    with pytest.raises(StoredInBits, match=r"stored in nf4\.") as refused:
         merge(folder, factories.random_adapter(factories.llama()), tmp_path / "out")
+    assert "--dequantise" in refused.value.hint
     assert not (tmp_path / "out").exists()
 
 
