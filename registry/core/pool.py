@@ -86,7 +86,7 @@ def parse_answers(data: bytes) -> dict[str, Answered]:
             raise BadRecords(line=number, reason=f"item {one.item} {twice}")
         found[one.item] = one
     if not found:
-        raise BadRecords(line=0, reason="there is no answer")
+        raise BadRecords(line=1, reason="there is no answer")
     return dict(sorted(found.items()))
 
 

@@ -92,7 +92,7 @@ def parse_records(data: bytes) -> tuple[Record, ...]:
             )
         found[record.item] = record
     if not found:
-        raise BadRecords(line=0, reason="there is no record; a suite has at least one item")
+        raise BadRecords(line=1, reason="there is no record; a suite has at least one item")
     return tuple(found.values())
 
 

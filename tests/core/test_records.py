@@ -125,7 +125,7 @@ def test_right_or_wrong_is_written_as_an_integer() -> None:
         (line(ITEM, extra=1), 1, "extra"),
         (line("../../etc/passwd"), 1, "item"),
         (line(ITEM) + b"not json\n", 2, "Invalid JSON"),
-        (b"\n\n", 0, "no record"),
+        (b"\n\n", 1, "no record"),
     ],
     ids=[
         "twice", "nan", "inf", "half", "unknown metric", "half a custom one", "no metric", "split", "unknown key",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from registry.core.errors import BadDataset
+from registry.core.errors import UnusableDataset
 from registry.core.pool import Answered, input_id
 from registry.core.rows import input_of, parse_input
 
@@ -40,7 +40,7 @@ def distinct(rows: Iterable[Row], apart: Iterable[Row]) -> list[Row]:
             left.setdefault(item, row)
     if not left:
         reason = "every input of it is in the suite, or in what was trained on: a pool needs others"
-        raise BadDataset(path="the pool", line=0, reason=reason)
+        raise UnusableDataset(path="the pool", reason=reason)
     return [left[item] for item in sorted(left)]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from registry.core.errors import BadDataset
+from registry.core.errors import BadDataset, UnusableDataset
 from registry.core.pool import Answered, input_id, parse_answers
 from registry.core.recipes import Answers, inputs_of
 from registry.core.records import item_id
@@ -69,7 +69,7 @@ def test_what_asks_the_same_is_one_input_and_what_is_known_is_none() -> None:
     twice = Row(rows[1].value | {"completion": " another"}, "other.jsonl", 1)
     found = distinct([*rows, twice], [rows[0]])
     assert [input_id(row.value) for row in found] == sorted(input_id(row.value) for row in rows[1:])
-    with pytest.raises(BadDataset, match="a pool needs others"):
+    with pytest.raises(UnusableDataset, match="a pool needs others"):
         distinct(rows, rows)
 
 
