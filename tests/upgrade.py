@@ -75,6 +75,8 @@ class Upgrade:
     """digest -> the tier that made it"""
     drift: float | None = None
     """Of every tensor between the bases, where it is measured."""
+    signals: dict[str, object] = field(default_factory=dict)
+    """What a comparison says of every adapter that takes part in it."""
     differs: dict[str, int] = field(default_factory=dict)
     """``bare``, ``serving`` or a tier: to how many of the pool's inputs it answers otherwise; else to none."""
     names: int = 0
@@ -198,7 +200,9 @@ class Upgrade:
             case "compare":
                 names = base_of(self.v1).by_name if self.drift is not None else ()
                 drift = dict.fromkeys(names, self.drift)
-                return FinishRequest(attempt=job.attempt, result={"cast": None, "drift": drift, "median": self.drift})
+                signals = [self.signals] * len(job.recipe["adapters"])
+                result = {"cast": None, "drift": drift, "median": self.drift, "adapters": signals}
+                return FinishRequest(attempt=job.attempt, result=result)
             case "evaluate":
                 wanted = [*job.recipe["adapters"], *([None] if job.recipe["bare"] else [])]
                 harness = self.harness(job)

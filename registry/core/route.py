@@ -23,6 +23,8 @@ from .recipes import Tier
 
 Lineage = Literal["same", "cast", "quantised", "merged", "continued", "unknown"]
 """How the new base came from the old one; ``continued`` is also said where nothing but the measurement is known."""
+AS_THEY_WERE: frozenset[Lineage] = frozenset({"same", "cast", "quantised"})
+"""Lineages of bases that are the old one, rounding aside: ΔW as it is is all that there is to try."""
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -53,6 +55,8 @@ class Thresholds(Frozen):
     """From this drift of a module on the bases may lie in different coordinates."""
     alike: Annotated[float, Field(ge=-1, le=1)] = 0.95
     """From this cosine on ΔW is tried as it is, whatever the drift; with less than half of it it is not."""
+    multiple: Share = 0.5
+    """From this best multiple of ΔW on it is tried, whatever the drift: below, the new base wants little of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,16 @@ def route(signals: Signals, tiers: Sequence[Tier], thresholds: Thresholds | None
 
 def _carries(signals: Signals, limits: Thresholds) -> tuple[bool, str]:
     """Whether ΔW as it is deserves a try, and why."""
-    if signals.lineage in ("same", "cast", "quantised"):
+    if signals.lineage in AS_THEY_WERE:
         return True, f"the new base is the old one ({signals.lineage})"
     if signals.cosine is not None and signals.cosine >= limits.alike:
         return True, f"the adapter says the same on the new base: cosine {signals.cosine:.3f} ≥ {limits.alike:g}"
     if signals.cosine is not None and signals.cosine < limits.alike / 2:
         return False, f"the adapter says another thing on the new base: cosine {signals.cosine:.3f}"
+    if signals.alpha is not None:
+        told = f"{signals.alpha:g} times the update comes nearest to the old base's answers"
+        tried = signals.alpha >= limits.multiple
+        return tried, f"{told}, {'≥' if tried else '<'} {limits.multiple:g}"
     if signals.drift is None:
         return True, "the drift is not measured"
     if signals.drift <= limits.carry:
@@ -104,7 +112,7 @@ def _carries(signals: Signals, limits: Thresholds) -> tuple[bool, str]:
 
 def _stays(signals: Signals, limits: Thresholds) -> str | None:
     """Why aligning would leave everything where it is; None where it may not."""
-    if signals.lineage in ("same", "cast", "quantised"):
+    if signals.lineage in AS_THEY_WERE:
         return f"the new base lies where the old one does ({signals.lineage})"
     if signals.most is None or signals.most >= limits.unrelated:
         return None
@@ -165,7 +173,7 @@ def refitted(outcomes: Sequence[Outcome], tiers: Sequence[Tier], start: Threshol
 
     seen: dict[str, Callable[[Signals], float | None]] = {
         "carry": lambda signals: signals.drift, "unrelated": lambda signals: signals.most,
-        "alike": lambda signals: signals.cosine,
+        "alike": lambda signals: signals.cosine, "multiple": lambda signals: signals.alpha,
     }  # fmt: skip
     while True:
         found = best

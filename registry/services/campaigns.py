@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import or_
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Session, col, func, select
@@ -45,6 +46,7 @@ from registry.core.names import SeriesName
 from registry.core.policy import Gate, Policy
 from registry.core.pool import gate_of
 from registry.core.recipes import TRAINED
+from registry.core.route import AS_THEY_WERE, Signals
 from registry.db import queries
 from registry.db.models import (
     Adapter,
@@ -84,8 +86,12 @@ _STEPS_AT_ONCE = 8
 """Actions that need no waiting (a verdict, a promotion, its settling) follow one another in one call."""
 _SCORINGS = 3
 """How often one thing is scored for a campaign before its differing harnesses are given up."""
+_COMPARED = 100
+"""Adapters that one comparison of two bases takes."""
 _STUMBLES = 10
 """Steps of one item that may break in a row, on what nobody foresaw, before the item is given up."""
+_MEASURED = ("inside", "cosine", "excess", "alpha")
+"""Signals of a comparison with adapters beyond those of their tensors."""
 _TAKEN_BACK = "rolled back"
 _NEEDED: tuple[Scope, ...] = ("run", "promote")
 """What a campaign does in a namespace in its creator's name."""
@@ -725,6 +731,8 @@ class _Work:
         }
         if action.tier in TRAINED:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
+        if action.tier == "carry" and facts.signals.lineage not in AS_THEY_WERE:
+            recipe |= self._chosen_by(facts)
         if not facts.old_weights:  # nothing to begin from: the recorded recipe, from scratch
             recipe = self._anew(action.adapter)
         message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
@@ -734,6 +742,14 @@ class _Work:
         except LoractlError as error:  # it cannot even be planned: the next tier
             progress = Progress(job=JobState.FAILED, error=error.message)
         return facts.with_tier(facts.tier(action.tier).model_copy(update={"produce": progress}))
+
+    def _chosen_by(self, facts: Facts) -> dict[str, Any]:
+        """What a carry chooses among its variants by: the suite's calibration split, and texts where some are kept."""
+        assert facts.policy is not None
+        found = {"suite": suite_of(self.session, facts.policy.gates[0]).digest}
+        if facts.policy.retained and facts.retained:
+            found["inputs"] = facts.policy.retained
+        return found
 
     def _anew(self, adapter: str) -> dict[str, Any]:
         training = jobs.training_of(self.session, self._version(adapter), self.new.digest)
@@ -979,6 +995,38 @@ def _measure_drift(session: Session, campaign: Campaign, now: datetime) -> None:
         request = JobRequest(recipe=recipe, queue=campaign.queue, namespace="base")
         itself = Caller(campaign.created_by, f"campaign {campaign.id}", "user", {"base": ["run"]})
         jobs.submit(session, itself, request, now, campaign_id=campaign.id)
+        _measure_adapters(session, campaign, old, new, now)
+
+
+def _measure_adapters(session: Session, campaign: Campaign, old: Base, new: Base, now: datetime) -> None:
+    """Ask what forward passes say of adapters whose policy retains inputs: some in one job, in their own namespace.
+
+    Adapters first made on another base than ``old`` are left to the drift, as all are whose inputs nobody may read.
+    """
+    together: dict[tuple[str, str], set[str]] = {}
+    actors: dict[str, Caller] = {}
+    for item in _items(session, campaign):
+        adapter = session.get_one(Adapter, item.adapter_id)
+        retained = policies.effective(session, adapter.namespace, adapter.name).retained
+        source = _original(session, session.get_one(Version, item.serving_id))
+        if State(item.state).final or retained is None or not source.runnable or source.base_id != old.id:
+            continue
+        try:
+            actor = actors[adapter.namespace] = _actor(session, campaign, adapter, now)
+            inputs = find_data(session, actor, "dataset", retained).digest
+        except LoractlError:
+            continue
+        together.setdefault((adapter.namespace, inputs), set()).add(source.digest)
+    for (namespace, inputs), versions in together.items():
+        for some in _parts(sorted(versions), _COMPARED):
+            recipe = {"kind": "compare", "old": old.digest, "base": new.digest, "adapters": some, "inputs": inputs}
+            request = JobRequest(recipe=recipe, queue=campaign.queue, namespace=namespace)
+            with suppress(LoractlError), session.begin_nested():
+                jobs.submit(session, actors[namespace], request, now, campaign_id=campaign.id)
+
+
+def _parts(values: list[str], most: int) -> list[list[str]]:
+    return [values[first : first + most] for first in range(0, len(values), most)]
 
 
 # ── facts ────────────────────────────────────────────────────────────────────
@@ -1020,7 +1068,7 @@ def _facts(
         fit_reason="; ".join(f"{r['subject']} {r['text']}".strip() for r in fit.reasons[:2]),
         signals=begun.signals
         if begun
-        else fits.signals(session, old=old_of_source, new=new, target_set_id=source.target_set_id),
+        else _signals(session, old_of_source, new, source),
         measuring=begun is None and _compares(session, old_of_source, new),
         expected=begun.expected if begun else ledger.expected(session, shape),
         shape=shape,
@@ -1055,6 +1103,22 @@ def _facts(
         }
     )
     return found.under(rules)
+
+
+def _signals(session: Session, old: Base, new: Base, source: Version) -> Signals:
+    """What was measured for the adapter: by the tensors that it patches, and by a comparison that it took part in."""
+    found = fits.signals(session, old=old, new=new, target_set_id=source.target_set_id)
+    query = select(Job).where(Job.kind == "compare", Job.base == new.digest, Job.state == JobState.SUCCEEDED)
+    for job in session.exec(query.order_by(col(Job.finished_at).desc())):
+        named = job.recipe.get("adapters") or []
+        told = (job.result or {}).get("adapters")
+        if job.recipe.get("old") != old.digest or source.digest not in named or not isinstance(told, list):
+            continue
+        with suppress(IndexError, AttributeError, ValidationError):  # a worker's words
+            own = told[named.index(source.digest)]
+            measured = {name: own[name] for name in _MEASURED if own.get(name) is not None}
+            return Signals.model_validate(found.model_dump() | measured)
+    return found
 
 
 def _compares(session: Session, old: Base, new: Base) -> bool:

@@ -11,7 +11,7 @@ ALL: tuple[Tier, ...] = ("carry", "align", "warm-start", "retrain")
 SHARES = st.none() | st.floats(0, 2)
 SIGNALS = st.builds(
     Signals, lineage=st.sampled_from(["same", "cast", "merged", "continued", "unknown"]), drift=SHARES, most=SHARES,
-    cosine=st.none() | st.floats(-1, 1),
+    cosine=st.none() | st.floats(-1, 1), alpha=SHARES,
 )  # fmt: skip
 
 
@@ -43,6 +43,9 @@ def test_what_is_carried_at_some_drift_is_carried_at_less(one: float, other: flo
         ({"drift": 0.31, "most": 1.41}, "align"),  # some modules lie in other coordinates
         ({"drift": 0.31, "most": 0.4, "cosine": 0.97}, "carry"),
         ({"drift": 0.05, "most": 0.4, "cosine": 0.2}, "warm-start"),
+        ({"drift": 0.31, "most": 0.4, "cosine": 0.8, "alpha": 0.75}, "carry"),
+        ({"drift": 0.05, "most": 0.4, "cosine": 0.8, "alpha": 0.25}, "warm-start"),
+        ({"drift": 0.05, "most": 0.4, "cosine": 0.97, "alpha": 0.25}, "carry"),
         ({"lineage": "cast", "drift": 0.31}, "carry"),
         ({}, "carry"),  # nothing is known: cheapest first
     ],

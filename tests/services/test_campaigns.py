@@ -1030,6 +1030,45 @@ def test_a_route_waits_for_the_comparison_of_the_bases_and_follows_it(upgrade: U
     assert not [job for job in upgrade.jobs() if job.recipe.get("tier") == "carry"]
 
 
+def _retaining(upgrade: Upgrade) -> str:
+    """Its policy retains inputs; their digest."""
+    digest = upgrade.world.push_rows("dataset", "team/kept", b'{"prompt": "1+1="}\n')["digest"]
+    upgrade.policy(POLICY.model_copy(update={"retained": "team/kept"}))
+    return str(digest)
+
+
+@pytest.mark.parametrize(
+    ("signals", "tier"),
+    [
+        ({"cosine": 0.99, "alpha": 1.0, "excess": 0.1, "inside": 0.2}, "carry"),
+        ({"cosine": 0.7, "alpha": 0.25}, "warm-start"),
+        ({"cosine": "no number"}, "warm-start"),
+        ({}, "warm-start"),
+    ],
+)
+def test_where_inputs_are_retained_forward_passes_choose_the_route(
+    upgrade: Upgrade, signals: dict[str, object], tier: str
+) -> None:
+    kept = _retaining(upgrade)
+    upgrade.drift, upgrade.signals = 0.5, signals
+    upgrade.skills |= {"carry": 1.0, "warm-start": 1.0}
+    upgrade.begin()
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", tier)
+    asked = [job for job in upgrade.jobs() if job.kind == "compare" and job.recipe["adapters"]]
+    assert [(job.recipe["inputs"], job.namespace, len(job.recipe["adapters"])) for job in asked] == [(kept, "team", 1)]
+
+
+def test_a_campaigns_carry_chooses_by_its_suite_and_the_inputs_that_are_retained(upgrade: Upgrade) -> None:
+    kept = _retaining(upgrade)
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    [carried] = [job.recipe for job in upgrade.jobs() if job.recipe.get("tier") == "carry"]
+    assert (carried["inputs"], carried["training"]) == (kept, None)
+    assert carried["suite"] == next(job.recipe["suite"] for job in upgrade.jobs() if job.kind == "evaluate")
+
+
 def test_a_comparison_that_fails_leaves_the_route_as_it_is(upgrade: Upgrade) -> None:
     upgrade.fails.add("compare")
     upgrade.skills["carry"] = 1.0

@@ -12,6 +12,7 @@ import torch
 
 from registry.core.errors import BadRequest, LoractlError
 from registry.core.recipes import (
+    LEAST_ITEMS,
     TIERS,
     Compare,
     Evaluate,
@@ -22,7 +23,7 @@ from registry.core.recipes import (
     inputs_of,
     recipe_digest,
 )
-from registry.core.records import parse_records
+from registry.core.records import item_id, parse_records, split_of
 from registry.core.route import Signals, route
 from tests.workers import factories
 from workers.compute import snapshot
@@ -247,6 +248,26 @@ def test_a_carry_with_something_to_choose_by_says_what_it_tried(folders: dict[st
     assert {"chosen", "reason", "candidates", "steps"} <= found.keys()
     assert found["chosen"] in found["candidates"]
     assert read_adapter(tmp_path / "out" / "adapter").patches
+
+
+@pytest.mark.parametrize("tier", ["carry", "warm-start", "retrain"])
+def test_nothing_but_the_calibration_split_is_looked_at_before_the_verdict(
+    folders: dict[str, Path], tmp_path: Path, tier: str
+) -> None:
+    """Suites that agree in their calibration split alone make the same bytes; where that differs, others come out."""
+    trained = {"training": factories.recipe(steps=2)} if tier != "carry" else {}
+    asked, found = rebase(tier, suite=factories.SUITE, **trained), []
+    rows = factories.choices(400)
+    chosen = [row for row in rows if split_of(item_id(row.value)) == "calibration"]
+    others = [row for row in rows if row not in chosen]
+    assert len(chosen) >= LEAST_ITEMS + 10
+    for n, some in enumerate([[*chosen, *others[:200]], [*chosen, *others[200:]], [*chosen[10:], *others[:200]]]):
+        folders["suite"] = dataset(tmp_path / f"suite{n}", some)
+        run(asked, folders, tmp_path / str(n), silent)
+        told = {k: v for k, v in result(tmp_path / str(n)).items() if k in ("candidates", "chosen", "starts", "start")}
+        found.append((told, (tmp_path / str(n) / "adapter" / "adapter_model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
 
 
 @pytest.mark.parametrize("tier", ["warm-start", "retrain"])
