@@ -18,6 +18,8 @@ from registry.broker import Broker
 from registry.client import RegistryClient
 from registry.core.errors import Overloaded, RateExceeded
 from registry.services import tokens
+from tests import servers
+from tests.api.test_meta import job_row
 from tests.world import SETTINGS, World
 
 ADMIN = tokens.make_text()
@@ -112,6 +114,20 @@ def test_an_address_whose_tokens_are_refused_has_to_wait_and_nobody_else_has(api
     assert others == [401] * 10 + [429] * 2
     away = TestClient(api.app, client=("elsewhere", 1))  # the very token that was guessed at
     assert ask(away, ADMIN).status_code == 200
+
+
+def test_who_watches_a_job_takes_no_place_of_those_who_ask(embedded: World) -> None:
+    settings = replace(SETTINGS, bootstrap_token=ADMIN, in_flight=1)
+    parts = AppParts(settings, embedded.database, embedded.store, Broker("memory://"))
+    with embedded.database.write() as session:
+        session.add(job_row("j1", embedded.now))
+    header = {"authorization": f"Bearer {ADMIN}"}
+    with servers.served(lambda _: create_app(parts)) as url, httpx.Client(base_url=url, headers=header) as http:
+        with http.stream("GET", "/v1/jobs/j1/events") as watching:
+            next(watching.iter_lines())
+            for _ in range(5):
+                assert http.get("/v1/whoami").status_code == 200
+        assert http.get("/v1/whoami").status_code == 200
 
 
 @pytest.mark.parametrize(
