@@ -526,16 +526,23 @@ def report_text(info: "CampaignInfo") -> str:
 @click.option("--upgrade", "upgrades", is_flag=True, help="Start an upgrade campaign.")
 @click.option("--train", "recipe", type=FILE, metavar="RECIPE.toml", help="Train by this recipe.")
 @click.option("--queue", default="cpu", show_default=True, help="Which workers do it.")
+@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Adapters upgraded at once; default: all.")
+@click.option("--budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="Device seconds of an upgrade in all.")
 def add(
-    out: Output, trigger: str, subject: str, namespace: str, upgrades: bool, recipe: Path | None, queue: str
-) -> None:
+    out: Output, trigger: str, subject: str, namespace: str, upgrades: bool, recipe: Path | None, queue: str,
+    parallel: int | None, budget: float | None,
+) -> None:  # fmt: skip
     """Start work by itself: SUBJECT is a cron expression (UTC), a line, or a dataset."""
     from registry.schemas import JobRequest, ScheduleRequest
     from registry.schemas import Output as Goes
 
     if upgrades == (recipe is not None):
         raise click.UsageError("Say what to do: --upgrade, or --train RECIPE.toml.")
-    action: dict[str, Any] = {"upgrade": {}}
+    if not upgrades and (parallel or budget):
+        raise click.UsageError("--parallel and --budget belong to --upgrade.")
+    bounds = {"parallel": parallel, "budget_seconds": budget, "queue": None if queue == "cpu" else queue}
+    action: dict[str, Any] = {"upgrade": {key: value for key, value in bounds.items() if value is not None}}
     if recipe is not None:
         read = load_recipe(recipe)
         job = JobRequest(recipe=read.recipe, output=Goes.model_validate(read.output), queue=queue)

@@ -195,6 +195,9 @@ class Facts(Frozen):
     runnable: bool = True
     """Whether adapters of this kind can be computed with."""
     old_weights: bool = True
+    """Of the base that serves now."""
+    source_weights: bool | None = None
+    """Of the base that ``source`` was made on: what tiers read; None: the same as ``old_weights``."""
     new_weights: bool = True
     recipe: bool = False
     """Whether there is a training recipe: the version's own, or the policy's."""
@@ -278,6 +281,11 @@ class Facts(Frozen):
             for mine in self.tiers
         )
         return self.model_copy(update={"tiers": kept, "approved": None, "decided_by": "", "pool": pool})
+
+    @property
+    def starts(self) -> bool:
+        """Whether there are weights to begin from: of the base that the original was made on."""
+        return self.old_weights if self.source_weights is None else self.source_weights
 
     @property
     def spent(self) -> float:
@@ -736,7 +744,7 @@ def _missing_for(tier: Tier, facts: Facts) -> str | None:
     if tier != "retrain" and tier not in RESHAPES and facts.fit not in CARRIES:
         detail = f" ({facts.fit_reason})" if facts.fit_reason else ""
         return f"{tier} needs a base of the same shapes; this one is {facts.fit}{detail}"
-    if not facts.old_weights and tier != "retrain":
+    if not facts.starts and tier != "retrain":
         return f"{tier} reads the old weights, which are not here: loractl base push DIR --line {facts.line or 'LINE'}"
     if tier in TRAINED and not facts.recipe:
         return f"{tier} needs a recipe: loractl policy set {facts.adapter} --recipe RECIPE.toml"

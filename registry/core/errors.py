@@ -640,6 +640,12 @@ class TrainingFailed(BadFile):
     help = "Lower the learning rate or look at the batch named above."
 
 
+class ScoreNotANumber(BadFile):
+    code = "score-not-a-number"
+    says = "Item {item} has no score by {metric}: the model gives {value} for it."
+    help = "Its weights overflow, alone or with the adapter: try precision fp32, or train at a lower rate."
+
+
 class ProcessFailed(LocalFailure):
     code = "process-failed"
     says = "Process {rank} of {many} stopped: {reason}"

@@ -29,6 +29,7 @@ _RENAMES = (
     ("visual.", "model.visual."),
     ("vision_tower.", "model.vision_tower."),
 )
+_PACKED_NAMES = ("qweight", "weight_packed", "blocks")
 _PACKED = ("U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2")
 
 
@@ -170,7 +171,7 @@ def _look_up(tensor: str, module: str, base: BaseModel) -> Tensor | Mismatch:
         return Mismatch(module, "ambiguous", error.message)
     if row is not None:
         return row
-    for packed in ("qweight", "weight_packed", "blocks"):
+    for packed in _PACKED_NAMES:
         if candidates(f"{module}.{packed}", base):
             return Mismatch(module, "quantised", "the base stores this module quantised, its shape cannot be compared")
     return Mismatch(module, "missing", f"the base has no tensor '{tensor}'")
@@ -275,7 +276,10 @@ def classify(
         return Fit(FitClass.UNKNOWN, (Reason("", "which tensors it patches is not known"), *about_arch), vocabulary)
     wrong = tuple(_place(name, old, new) for name in targets.tensors)
     if lost := tuple(reason for reason in wrong if reason is not None):
-        return Fit(FitClass.INCOMPATIBLE, (*lost, *about_arch), vocabulary)
+        packed = [name for name in targets.tensors if _is_packed(name, old) or _is_packed(name, new)]
+        compared = any(reason.subject not in packed for reason in lost)
+        class_ = FitClass.INCOMPATIBLE if compared else FitClass.UNKNOWN
+        return Fit(class_, (*lost, *about_arch), vocabulary)
     changed = [name for name in targets.tensors if old.by_name[name].digest != new.by_name[name].digest]
     if not changed:
         count = len(between.added) + len(between.removed) + len(between.changed) + len(between.reshaped)
@@ -290,6 +294,8 @@ def classify(
 
 def _place(name: str, old: BaseModel, new: BaseModel) -> Reason | None:
     before, after = old.by_name.get(name), new.by_name.get(name)
+    if _is_packed(name, old) != _is_packed(name, new):
+        return Reason(name, "one of the bases stores it quantised, so that shapes cannot be compared")
     if before is None:
         return Reason(name, "it is not in the old base")
     if after is None:
@@ -297,6 +303,14 @@ def _place(name: str, old: BaseModel, new: BaseModel) -> Reason | None:
     if before.shape != after.shape:
         return Reason(name, f"{_by(before.shape)} became {_by(after.shape)}")
     return None
+
+
+def _is_packed(name: str, base: BaseModel) -> bool:
+    """Whether the base stores this tensor in 8 or 4 bits, under its own name or in parts beside it."""
+    stored = base.by_name.get(name)
+    if stored is not None:
+        return stored.dtype in _PACKED
+    return any(f"{name.removesuffix('.weight')}.{part}" in base.by_name for part in _PACKED_NAMES)
 
 
 def _vocabulary_changed(old: BaseModel, new: BaseModel) -> bool:

@@ -733,7 +733,7 @@ class _Work:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
         if action.tier == "carry" and facts.signals.lineage not in AS_THEY_WERE:
             recipe |= self._chosen_by(facts)
-        if not facts.old_weights:  # nothing to begin from: the recorded recipe, from scratch
+        if not facts.starts:  # nothing to begin from: the recorded recipe, from scratch
             recipe = self._anew(action.adapter)
         message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
         output = Output(adapter=facts.adapter, message=f"{message}, campaign {self.campaign.id}")
@@ -1074,6 +1074,7 @@ def _facts(
         shape=shape,
         runnable=serving.runnable,
         old_weights=old.weights == "full",
+        source_weights=old_of_source.weights == "full",
         new_weights=new.weights == "full",
         recipe=training is not None,
         datasets=training is not None and _all_there(session, actor, training.datasets),

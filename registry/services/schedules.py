@@ -75,6 +75,12 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
 
 def _action_kind(request: ScheduleRequest) -> str:
     if set(request.action) == {"upgrade"} and request.trigger == "base-upgrade":
+        asked = request.action["upgrade"] or {}
+        try:
+            UpgradeRequest.model_validate({"line": request.subject, "to": request.subject} | asked)
+        except (ValidationError, TypeError) as error:
+            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not an object"
+            raise BadRequest(problems=f"action.upgrade: {told}") from error
         return "upgrade"
     if set(request.action) == {"job"}:
         try:

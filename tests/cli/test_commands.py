@@ -349,6 +349,10 @@ def test_schedules_are_added_listed_and_removed(call: Call, told: Callable[..., 
     assert made["id"] in told("schedule", "list")
     assert call("schedule", "rm", made["id"]) == {"removed": made["id"]}
     assert made["id"] not in told("schedule", "list")
+    upgrades = ("schedule", "add", "base-upgrade", "nightly", "--namespace", "team", "--upgrade")
+    bounded = call(*upgrades, "--parallel", 3, "--budget", 600)
+    assert bounded["action"] == {"upgrade": {"parallel": 3, "budget_seconds": 600.0}}
+    call("schedule", "rm", bounded["id"])
 
 
 def test_an_upgrade_is_planned_started_reported_and_aborted(

@@ -168,6 +168,17 @@ def test_a_quantised_base_is_unknown_not_incompatible() -> None:
     assert fit(spec(), packed).class_ is FitClass.UNKNOWN
 
 
+def test_between_bases_a_quantised_one_is_unknown_too_unless_something_else_does_not_fit() -> None:
+    targets = TargetSet((f"{Q}.weight",))
+    apart = {name: shape for name, shape in SHAPES.items() if name != f"{Q}.weight"}
+    packed = base(shapes=apart | {f"{Q}.qweight": (2, 8)})
+    found = classify(targets, base(), packed)
+    assert found.class_ is FitClass.UNKNOWN
+    assert "stores it quantised" in found.reasons[0].text
+    assert classify(targets, packed, base()).class_ is FitClass.UNKNOWN
+    assert classify(targets, base(), base(shapes=apart)).class_ is FitClass.INCOMPATIBLE
+
+
 def test_conv1d_is_in_by_out() -> None:
     attn = "transformer.h.0.attn.c_attn"
     shapes = {f"{attn}.lora_A.weight": (4, 16), f"{attn}.lora_B.weight": (48, 4)}

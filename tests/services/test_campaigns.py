@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from sqlmodel import Session, col, select
 
 from registry.core.campaign import Facts, Promote, State
@@ -534,6 +535,38 @@ def test_a_carried_version_is_rebased_from_its_original(upgrade: Upgrade, tmp_pa
     assert (last.recipe["adapter"], last.recipe["old"]) == (original, upgrade.old)
     facts = Facts.model_validate(upgrade.items()[-1].facts)
     assert facts.serving != facts.source == original
+
+
+def test_what_a_carried_version_starts_from_is_the_base_that_its_original_was_made_on(
+    upgrade: Upgrade, tmp_path: Path
+) -> None:
+    """Of three revisions the first has no weights any more; the second, which serves, has."""
+    upgrade.skills |= {"carry": 1.0, "retrain": 1.0}
+    upgrade.begin()
+    upgrade.run()
+    with upgrade.world.database.write() as session:
+        base = session.exec(select(Base).where(Base.digest == upgrade.old)).one()
+        base.weights = "absent"
+        session.add(base)
+    upgrade.begin(folder=tiny_base(tmp_path / "v3", seed=3))
+    assert upgrade.item().plan["route"] == "retrain"
+    assert any("carry reads the old weights" in missing for missing in upgrade.item().plan["missing"])
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "retrain")
+
+
+def test_on_a_base_in_fewer_bits_nothing_is_carried_before_its_shapes_are_known(
+    upgrade: Upgrade, tmp_path: Path
+) -> None:
+    folder = tiny_base(tmp_path / "packed", seed=4)
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith("q_proj.weight")]:
+        stored[name.replace(".weight", ".qweight")] = stored.pop(name)[: 2].copy()
+    save_file(stored, folder / "model.safetensors")
+    upgrade.begin(folder=folder, compare=False)
+    item = upgrade.item()
+    assert (item.fit, item.plan["route"]) == ("unknown", "retrain")
+    assert [told for told in item.plan["missing"] if told.startswith("carry needs a base of the same shapes")]
 
 
 def test_a_margin_of_gain_scores_the_bare_old_base_and_a_guard_is_held(upgrade: Upgrade) -> None:

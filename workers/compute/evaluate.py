@@ -12,6 +12,7 @@ How many adapters answer together is the matter of `panel`.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 import regex
 
 from registry.core.digest import Digest
-from registry.core.errors import BadConfig
+from registry.core.errors import BadConfig, ScoreNotANumber
 from registry.core.manifest import canonical_json
 from registry.core.metrics import ALLOWED, LM_EVAL, Metric, check_metric, is_generated
 from registry.core.records import Record, item_id, split_of
@@ -207,10 +208,19 @@ def _record(suite: Suite, example: Example, scores: Sequence[float], output: Tex
                 values[name] = metric.comparison(name)(output.text.strip() if output else "", references)
     item = item_id(example.row.value)
     split = split_of(item)
+    _check_finite(item, values, scores)
     if output is None:
         return Record(item=item, split=split, metrics=values)
     parsed = output.ended if suite.form is None else has_form(output.text, suite.form)
     return Record(item=item, split=split, metrics=values, parsed=parsed, output=output.text)
+
+
+def _check_finite(item: str, values: Mapping[Metric, float], scores: Sequence[float]) -> None:
+    """NaN compares with nothing, so that even the choice of the likeliest would mean nothing."""
+    for name, value in values.items():
+        odd = next((score for score in (value, *scores) if not math.isfinite(score)), None)
+        if odd is not None:
+            raise ScoreNotANumber(item=item, metric=name, value=f"{odd:g}")
 
 
 def _of_task(suite: Suite, row: Row, answered: lm_eval.Answered) -> Record:

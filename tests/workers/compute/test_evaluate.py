@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from registry.core.digest import Digest
-from registry.core.errors import BadConfig, BadDataset
+from registry.core.errors import BadConfig, BadDataset, ScoreNotANumber
 from registry.core.manifest import canonical_json
 from registry.core.records import Record, parse_records, split_of, summary, to_jsonl
 from tests.workers import factories
@@ -54,6 +54,15 @@ def test_a_row_scores_the_same_in_any_company() -> None:
         alone = evaluate(model, TOKENIZER, Suite([row]), {})[BARE][0]
         assert alone.item == record.item
         assert alone.metrics == pytest.approx(record.metrics, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [factories.rows(2), factories.choices(4)], ids=["written", "choices"])
+def test_a_score_that_is_no_number_is_refused_with_its_item(rows: list[Row]) -> None:
+    model = factories.llama()
+    adapter = factories.random_adapter(model)
+    patches = {name: replace(patch, b_OR=patch.b_OR * float("nan")) for name, patch in adapter.patches.items()}
+    with pytest.raises(ScoreNotANumber, match=r"the model gives (nan|-inf)"):
+        evaluate(model, TOKENIZER, Suite(rows), {"0": replace(adapter, patches=patches)})
 
 
 def test_likelihood_is_nat_per_utf8_byte_of_the_completion_without_its_end() -> None:

@@ -227,6 +227,21 @@ def test_an_update_that_is_far_too_large_is_scaled_down_by_a_suite(tmp_path: Pat
     )
 
 
+def test_bases_that_cut_numbers_differently_are_chosen_between_by_the_suite_alone(tmp_path: Path) -> None:
+    """Positions of the two do not pair, so inputs are not expressed anew, and without a suite nothing is chosen."""
+    adapter = factories.random_adapter(factories.llama(vocab_size=300))
+    old = factories.saved(factories.llama(vocab_size=300), tmp_path / "old")
+    new = factories.saved(factories.llama(vocab_size=300, seed=1), tmp_path / "new")
+    digits = factories.tokenizer()
+    digits.add_tokens(["10", "11", "12"])
+    digits.save_pretrained(new)
+    by_suite = best_carried(adapter, old, new, Suite(factories.rows(200)), ROWS)
+    assert {PLAIN, "× 0.5", "shifted"} <= set(by_suite.candidates)
+    assert "expressed" not in by_suite.candidates
+    by_text = best_carried(adapter, old, new, None, ROWS)
+    assert (by_text.chosen, by_text.reason) == (PLAIN, "the bases cut text into other tokens: nothing to compare by")
+
+
 def test_the_gates_items_have_no_say(tmp_path: Path) -> None:
     old, new = bases(tmp_path, 0.1)
     adapter = factories.random_adapter(untied())
