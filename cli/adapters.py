@@ -154,10 +154,13 @@ def pull(
         "base": found.base,
         "base_assumed": found.base_assumed,
         "fit": found.fit,
+        "status": found.version.status,
         "out": str(target),
         "files": [str(target / file.path) for file in found.files],
         "fetched": [str(path) for path in written],
     }
+    if found.version.status == "yanked":
+        out.say(f"Warning: {found.version.ref} is yanked: {found.version.status_reason or 'no reason was given'}")
     assumed = " (the current revision of its line; name yours with --for)" if found.base_assumed else ""
     out.emit(document, lambda: fields({
         "pulled": found.version.ref,
@@ -272,7 +275,7 @@ def _adapter(info: "AdapterInfo", versions: Iterable["VersionInfo"]) -> None:
     table(
         ["version", "base", "evidence", "rank", "size", "aliases", "pushed", "message"],
         ([f"v{v.version}", v.base_ref, v.evidence, v.rank, size(v.size), ", ".join(v.aliases), ago(v.created_at),
-          v.message] for v in versions),
+          v.message if v.status == "live" else f"{v.status}: {v.status_reason}"] for v in versions),
     )  # fmt: skip
     if info.aliases:
         click.echo()
@@ -282,6 +285,7 @@ def _adapter(info: "AdapterInfo", versions: Iterable["VersionInfo"]) -> None:
 def _version(version: "VersionInfo") -> None:
     fields({
         "version": version.ref,
+        "standing": version.status + (f": {version.status_reason}" if version.status_reason else ""),
         "digest": version.digest,
         "base": f"{version.base_ref} {version.base}",
         "evidence": version.evidence,

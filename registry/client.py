@@ -196,6 +196,10 @@ class RegistryClient:
         """One version: ``v7`` or ``sha256:…``."""
         return self._get(_series("adapter", name, "versions", version), wire.VersionInfo)
 
+    def change_standing(self, name: str, version: str, move: str, request: wire.StandingRequest) -> wire.StandingInfo:
+        """``yank``, ``quarantine``, ``reinstate`` or ``delete`` a version."""
+        return self._post(_series("adapter", name, "versions", version, move), wire.StandingInfo, request, again=True)
+
     def manifest(self, name: str, version: str) -> bytes:
         """The canonical bytes of a version's manifest."""
         return self._send("GET", _series("adapter", name, "versions", version, "manifest")).content

@@ -20,6 +20,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST /v1/bases/{ref}/derivations`` | `DerivationRequest` → `DerivationInfo` |
 | ``GET /v1/adapters`` · ``/v1/adapters/{ns}/{name}`` | → `Page[AdapterInfo]` · `AdapterInfo` |
 | ``GET …/versions`` · ``…/versions/{v}`` · ``…/versions/{v}/manifest`` | → `Page[VersionInfo]` · `VersionInfo` · the manifest's bytes with ETag |
+| ``POST …/versions/{v}/yank`` · ``/quarantine`` · ``/reinstate`` · ``/delete`` | `StandingRequest` → `StandingInfo` |
 | ``GET …/log`` · ``…/lineage`` · ``…/evaluations`` · ``…/aliases`` | → `LogInfo` · `LineageInfo` · `Page[EvaluationInfo]` · `list[AliasInfo]` |
 | ``PUT …/aliases/{alias}`` (``If-Match: <generation>``) · ``POST …/aliases/{alias}/rollback`` | `AliasRequest` · `RollbackRequest` → `AliasInfo` |
 | ``GET/PUT …/policy`` · ``GET/PUT /v1/namespaces/{ns}/policy`` | `Policy` → `PolicyInfo` |
@@ -363,8 +364,24 @@ class VersionInfo(Answer):
     job: str | None
     created_by: str
     created_at: datetime
+    status: str = "live"
+    """live, yanked, quarantined or deleted (`registry.core.lifecycle.VersionState`)"""
+    status_reason: str | None = None
     aliases: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationInfo] = Field(default_factory=list)
+
+
+class StandingRequest(Request):
+    reason: Annotated[str, Field(max_length=2000)] = ""
+    force: bool = False
+    """Go on although something refers to it; needs admin."""
+
+
+class StandingInfo(Answer):
+    """A version after its standing was changed, and what follows from that, in words."""
+
+    version: VersionInfo
+    follows: list[str]
 
 
 class AdapterInfo(Answer):

@@ -23,9 +23,11 @@ from registry.schemas import (
     Page,
     Resolution,
     RollbackRequest,
+    StandingInfo,
+    StandingRequest,
     VersionInfo,
 )
-from registry.services import adapters, aliases, bases, downloads, evaluations
+from registry.services import adapters, aliases, bases, downloads, evaluations, withdrawals
 from registry.services.adapters import BY_DEFAULT, Filter
 from registry.services.references import find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
@@ -190,6 +192,25 @@ def show_version(namespace: str, name: str, version: str, parts: Parts, caller: 
     """One version: ``vN`` or its digest."""
     with parts.database.read() as session:
         return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
+
+
+@router.post("/adapters/{namespace}/{name}/versions/{version}/{move}")
+def change_standing(
+    namespace: str,
+    name: str,
+    version: str,
+    move: Literal["yank", "quarantine", "reinstate", "delete"],
+    request: StandingRequest,
+    parts: Parts,
+    caller: User,
+) -> StandingInfo:
+    """Take a version out of use, or back: 409 names what refers to it; with ``force`` the answer names what follows."""
+    with parts.database.write() as session:
+        row, adapter = _version(session, caller, namespace, name, version)
+        follows = withdrawals.move(
+            session, caller, adapter, row, move, reason=request.reason, force=request.force, now=parts.clock()
+        )
+        return StandingInfo(version=adapters.describe(session, [(row, adapter)])[0], follows=follows)
 
 
 @router.get("/adapters/{namespace}/{name}/log")

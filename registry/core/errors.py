@@ -369,6 +369,30 @@ class AdapterNotFound(NotFound):
     help = "List them: loractl list"
 
 
+class VersionDeleted(Gone):
+    code = "version-deleted"
+    says = "{ref} was deleted by {by} at {at}: {reason}"
+    help = "Its number is not given again, and its content not taken again in this series. Change the adapter and push it."
+
+
+class VersionQuarantined(Conflict):
+    code = "version-quarantined"
+    says = "{ref} is quarantined by {by} since {at}, its bytes are given to nobody: {reason}"
+    help = "Take another version; an admin ends the quarantine: loractl reinstate {ref}"
+
+
+class VersionYanked(Conflict):
+    code = "version-yanked"
+    says = "{ref} is yanked: {reason}"
+    help = "Move the alias to another version, or ask for just this one: loractl pull {ref}"
+
+
+class VersionInUse(Conflict):
+    code = "version-in-use"
+    says = "Nothing was done: to {move} {ref} has consequences: {holders}."
+    help = "If that is meant, {helps}"
+
+
 class VersionNotFound(NotFound):
     code = "version-not-found"
     says = "No version '{ref}'.{nearest}"

@@ -1,4 +1,4 @@
-"""States of pushes, jobs and campaigns, and the moves between them.
+"""States of pushes, jobs, versions and campaigns, and the moves between them.
 
 A move that is not in the table is a `MoveNotAllowed`; the database repeats the states as a check
 constraint, and every move is a compare-and-set on the state it starts from.
@@ -47,6 +47,15 @@ class CampaignState(StrEnum):
     ABORTED = "aborted"
 
 
+class VersionState(StrEnum):
+    """live ⇄ yanked, quarantined; → deleted, for good (`registry.services.withdrawals`)."""
+
+    LIVE = "live"
+    YANKED = "yanked"
+    QUARANTINED = "quarantined"
+    DELETED = "deleted"
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """A noun, and for each move the states it may start from and the state it leads to."""
@@ -90,6 +99,15 @@ JOB = Machine(
         "requeue": (_from(JobState.RUNNING), JobState.QUEUED),
         "cancel": (_from(JobState.QUEUED, JobState.RUNNING), JobState.CANCELLED),
         "retry": (_from(JobState.FAILED, JobState.CANCELLED), JobState.QUEUED),
+    },
+)
+VERSION = Machine(
+    "version",
+    {
+        "yank": (_from(VersionState.LIVE), VersionState.YANKED),
+        "quarantine": (_from(VersionState.LIVE, VersionState.YANKED), VersionState.QUARANTINED),
+        "reinstate": (_from(VersionState.YANKED, VersionState.QUARANTINED), VersionState.LIVE),
+        "delete": (_from(VersionState.LIVE, VersionState.YANKED, VersionState.QUARANTINED), VersionState.DELETED),
     },
 )
 CAMPAIGN = Machine(

@@ -352,6 +352,10 @@ class Version(SQLModel, table=True):
             "uq_versions_latest", "adapter_id", "base_id", unique=True,
             sqlite_where=text("latest"), postgresql_where=text("latest"),
         ),
+        Index(
+            "ix_versions_fallen", "id",
+            sqlite_where=text("status <> 'live'"), postgresql_where=text("status <> 'live'"),
+        ),
         _one_of("evidence", ["recorded", "resolved", "behavioural", "declared"]),
     )
     id: int | None = Field(default=None, primary_key=True)
@@ -373,6 +377,16 @@ class Version(SQLModel, table=True):
     job_id: str | None = Field(default=None, max_length=32, index=True)
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was committed")
+    status: str = Field(
+        default="live", max_length=12, sa_column_kwargs={"comment": "registry.core.lifecycle", "server_default": "live"}
+    )
+    status_reason: str | None = Field(
+        default=None, sa_column=Column(Text, nullable=True, comment="why it was changed last")
+    )
+    status_by: str | None = Field(
+        default=None, max_length=16, sa_column_kwargs={"comment": "whose token changed it last"}
+    )
+    status_at: datetime | None = _time("when it was changed last", nullable=True)
 
 
 class VersionParent(SQLModel, table=True):

@@ -22,6 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy import select as columns
 from sqlmodel import Session, col, func, select
+from sqlmodel.sql.expression import SelectOfScalar
+
+from registry.core.lifecycle import VersionState
 
 from .models import (
     Adapter,
@@ -125,11 +128,17 @@ def version_by_digest(session: Session, adapter_id: int, digest: str) -> Version
 
 
 def latest_version(session: Session, adapter_id: int, base_id: int | None = None) -> Version | None:
-    """The newest version of a series, on one base where ``base_id`` is given."""
-    query = select(Version).where(Version.adapter_id == adapter_id)
+    """The newest live version of a series, on one base where ``base_id`` is given."""
+    query = select(Version).where(Version.adapter_id == adapter_id, Version.status == VersionState.LIVE)
     if base_id is not None:
         query = query.where(Version.base_id == base_id, col(Version.latest))
     return session.exec(query.order_by(col(Version.number).desc()).limit(1)).first()
+
+
+def newest_versions_of(adapter_ids: Iterable[int]) -> SelectOfScalar[int | None]:
+    """The query for the ids of the newest live version of each series."""
+    live = (col(Version.adapter_id).in_(set(adapter_ids)), Version.status == VersionState.LIVE)
+    return select(func.max(Version.id)).where(*live).group_by(col(Version.adapter_id))
 
 
 def namespaces_of_version(session: Session, digest: str) -> Sequence[str]:
@@ -193,6 +202,8 @@ class Pointed(NamedTuple):
     """Of the version."""
     revisions: int
     """Of the base."""
+    status: str
+    """Of the version."""
 
 
 class Pointer(NamedTuple):
@@ -236,7 +247,7 @@ def _pointed_at(
     revisions = columns(func.count(col(Revision.id))).where(col(Revision.base_id) == Base.id)
     histories = (moves.scalar_subquery(), evaluations.scalar_subquery(), revisions.scalar_subquery())
     return (
-        columns(col(Version.id), col(Version.evidence), *histories)
+        columns(col(Version.id), col(Version.evidence), *histories, col(Version.status))
         .join_from(Adapter, Alias, col(Alias.adapter_id) == Adapter.id)
         .join(Base, col(Base.id) == Alias.base_id)
         .join(Version, col(Version.id) == Alias.version_id)
@@ -390,7 +401,8 @@ def compatible_versions(
         if alias is None:
             query = query.where(col(Version.latest))
         else:
-            query = query.where(col(Alias.name) == alias)
+            fallen = columns(col(Version.id)).where(col(Version.status) != VersionState.LIVE)
+            query = query.where(col(Alias.name) == alias, key.not_in(fallen))
             if any(narrow is not None for narrow in (max_rank, engine_bit, evidence, namespaces, task)):
                 query = query.join(Version, col(Version.id) == key)
         if target_set_id is not None:

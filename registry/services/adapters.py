@@ -16,6 +16,7 @@ from sqlmodel import Session, col, select
 from registry.core.engines import ENGINES
 from registry.core.errors import AliasNotFound, BadRequest, NoCompatibleVersion
 from registry.core.fit import FitClass
+from registry.core.lifecycle import VersionState
 from registry.core.names import BaseReference, Reference
 from registry.core.policy import Evidence
 from registry.db import queries
@@ -43,7 +44,7 @@ from registry.schemas import (
     VersionInfo,
 )
 
-from . import bases, evaluations
+from . import bases, evaluations, standing
 from .references import find_adapter, find_version, nearest
 from .tokens import Caller
 
@@ -90,6 +91,8 @@ def _info(
         job=version.job_id,
         created_by=version.created_by,
         created_at=version.created_at,
+        status=version.status,
+        status_reason=version.status_reason,
         aliases=aliases,
         evaluations=scored,
     )
@@ -123,7 +126,7 @@ def describe_adapters(session: Session, rows: Sequence[Adapter]) -> list[Adapter
     newest = session.exec(
         select(Version, Adapter)
         .join(Adapter)
-        .where(col(Adapter.id).in_(ids), Version.number == Adapter.next_version - 1)
+        .where(col(Version.id).in_(queries.newest_versions_of(ids)))
     ).all()
     latest = {version.adapter_id: info for (version, _), info in zip(newest, describe(session, newest), strict=True)}
     aliases = describe_aliases(session, ids)
@@ -310,7 +313,9 @@ def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> B
 def _candidates(session: Session, adapter: Adapter, reference: Reference, base: Base) -> Sequence[Version]:
     assert adapter.id is not None and base.id is not None
     if reference.version is not None or reference.digest is not None:
-        return [find_version(session, adapter, reference)]
+        named = find_version(session, adapter, reference)
+        standing.require_bytes(named, standing.ref(adapter, named))
+        return [named]
     query = select(Version).where(Version.adapter_id == adapter.id)
     if reference.alias is not None:
         query = query.join(Alias, col(Alias.version_id) == Version.id).where(
@@ -318,7 +323,9 @@ def _candidates(session: Session, adapter: Adapter, reference: Reference, base: 
         )
         exact = session.exec(query.where(Alias.base_id == base.id)).first()
         if exact is not None:
+            standing.require_live(exact, standing.ref(adapter, exact))
             return [exact]
+        query = query.where(Version.status == VersionState.LIVE)
     else:
         query = query.where(col(Version.latest))
     found = session.exec(query.order_by(col(Version.number).desc())).all()
@@ -374,7 +381,8 @@ def history(
             actor=names.get(version.created_by, version.created_by),
             event="version",
             detail=f"v{version.number} on {called[version.base_id][1]} ({version.evidence})"
-            + (f": {version.message}" if version.message else ""),
+            + (f": {version.message}" if version.message else "")
+            + ("" if version.status == VersionState.LIVE else f" — {version.status}: {version.status_reason}"),
             facts={"version": version.number, "digest": version.digest, "job": version.job_id},
         )
         for version in versions

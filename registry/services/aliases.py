@@ -23,7 +23,7 @@ from registry.core.policy import Evidence, Policy
 from registry.db.models import Adapter, Alias, AliasMove, Base, Version
 from registry.storage.base import BlobStore
 
-from . import audit, bases, gates, policies
+from . import audit, bases, gates, policies, standing
 from .gates import Lacking, Scored
 from .references import nearest
 from .tokens import Caller
@@ -64,6 +64,10 @@ def move(
     if row is not None and row.version_id == version.id:
         return row
     _expect(session, adapter, alias, row, expected)
+    target = select(Version).where(Version.id == version.id).with_for_update(read=True)
+    version = session.exec(target.execution_options(populate_existing=True)).one()
+    assert version.id is not None
+    standing.require_live(version, standing.ref(adapter, version))
     before = row.version_id if row else None
     if row is None:
         row = Alias(

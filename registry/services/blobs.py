@@ -1,8 +1,8 @@
 """Blobs: where they lie in the store, who may read them, and the one way into their final place.
 
-A caller may read a blob when a committed manifest that names it belongs to a version in a namespace the
-caller reads, or to a base model (bases are open to whoever reads anything). So a push says ``present``
-only of bytes its author could have pulled: nobody learns or takes what exists elsewhere.
+A caller may read a blob when a committed manifest that names it belongs to a version in a namespace the caller
+reads (not to a quarantined or deleted one), or to a base model (bases are open to whoever reads anything). So a
+push says ``present`` only of bytes its author could have pulled: nobody learns or takes what exists elsewhere.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ from sqlmodel import Session, SQLModel, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core.digest import Digest
+from registry.core.lifecycle import VersionState
 from registry.core.manifest import Manifest
 from registry.db.engine import Database
 from registry.db.models import (
@@ -55,7 +56,8 @@ def blob_key(digest: str) -> str:
 
 def readable_manifests(caller: Caller) -> SelectOfScalar[str]:
     """The query for digests of manifests that ``caller`` may read."""
-    adapters = select(Version.digest).join(Adapter)
+    given = col(Version.status).in_((VersionState.LIVE, VersionState.YANKED))
+    adapters = select(Version.digest).join(Adapter).where(given)
     datasets = select(DatasetVersion.digest).join(Dataset)
     bases = select(Base.manifest).where(col(Base.manifest).is_not(None))
     namespaces = caller.readable()

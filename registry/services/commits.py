@@ -15,6 +15,7 @@ from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
 from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed
 from registry.core.fit import Binding, TargetSet, binding_evidence
+from registry.core.lifecycle import VersionState
 from registry.core.manifest import Listing, Manifest
 from registry.core.names import SeriesName
 from registry.db import queries
@@ -30,7 +31,7 @@ from registry.db.models import (
 )
 from registry.schemas import Wishes
 
-from . import aliases, audit, bases, blobs, fits, policies, pushes
+from . import aliases, audit, bases, blobs, fits, policies, pushes, standing
 
 # ── before the bytes ─────────────────────────────────────────────────────────
 
@@ -72,6 +73,14 @@ def binding(session: Session, spec: AdapterSpec, base: Base, series: SeriesName,
         trust_base=trust_base,
         name=str(series),
     )
+
+
+def require_not_deleted(session: Session, series: SeriesName, manifest: Listing) -> None:
+    """`VersionDeleted` when just this content was deleted from the series."""
+    adapter = queries.adapter_by_name(session, series.namespace, series.name)
+    version = queries.version_by_digest(session, adapter.id or 0, str(manifest.digest)) if adapter else None
+    if adapter is not None and version is not None and version.status == VersionState.DELETED:
+        standing.require_bytes(version, standing.ref(adapter, version))
 
 
 def require_ungated(session: Session, series: SeriesName, manifest: Listing, wishes: Wishes) -> None:
@@ -207,6 +216,8 @@ def _commit_adapter(
     version = queries.version_by_digest(session, adapter.id, push.manifest_digest)
     if version is None:
         version = _new_version(session, push, manifest, wishes, facts, adapter, base, now)
+    elif version.status == VersionState.DELETED:
+        standing.require_bytes(version, standing.ref(adapter, version))
     warnings, author = list(facts.get("warnings", [])), _author(session, push)
     gated = _gated(session, series, wishes.aliases)  # now: the policy may be younger than the push
     promote = f"loractl promote {series}@v{version.number}"

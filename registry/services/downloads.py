@@ -11,7 +11,7 @@ from registry.schemas import Download, DownloadInfo
 from registry.settings import Settings
 from registry.storage.base import BlobStore
 
-from . import blobs, pushes
+from . import blobs, pushes, standing
 from .tokens import Caller
 
 
@@ -24,6 +24,8 @@ def download(
     allowed = set(session.exec(readable))
     for digest in wanted:
         if digest not in allowed:
+            mine = caller.readable()
+            standing.require_content(session, [digest], mine)
             raise VersionNotFound(ref=digest, name="NAME", nearest="")
     return DownloadInfo(files=files(session, store, settings, wanted))
 
@@ -32,7 +34,8 @@ def files(
     session: Session, store: BlobStore, settings: Settings, manifests: Iterable[str]
 ) -> dict[str, list[Download]]:
     """Manifest digest -> its files with signed GETs, whoever asks: the caller has checked who may."""
-    rows = session.exec(select(StoredManifest).where(col(StoredManifest.digest).in_(list(manifests)))).all()
+    standing.require_content(session, manifests := list(manifests))
+    rows = session.exec(select(StoredManifest).where(col(StoredManifest.digest).in_(manifests))).all()
     return {row.digest: signed_files(store, settings, Manifest.parse(row.body)) for row in rows}
 
 

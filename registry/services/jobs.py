@@ -75,7 +75,7 @@ from registry.db.models import (
 from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, ScoredInfo, Wishes
 from registry.storage.base import BlobStore
 
-from . import audit, bases, blobs, commits, evaluations, fits, pools
+from . import audit, bases, blobs, commits, evaluations, fits, pools, standing
 from .adapters import resolve
 from .policies import effective
 from .pushes import BASES
@@ -217,7 +217,10 @@ def _meant(session: Session, caller: Caller, text: str, base: Base | None) -> Ve
     reference = Reference.parse(text)
     if reference.alias is not None:
         return resolve(session, caller, reference, base).version
-    return find_version(session, find_adapter(session, caller, reference.series), reference)
+    adapter = find_adapter(session, caller, reference.series)
+    version = find_version(session, adapter, reference)
+    standing.require_bytes(version, standing.ref(adapter, version))
+    return version
 
 
 def training_of(session: Session, version: Version, base: str) -> FineTune | None:

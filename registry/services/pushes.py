@@ -110,6 +110,8 @@ def open_push(
     _check_wishes(kind, wishes)
     if kind == "adapter" and job is None:
         commits.require_ungated(session, series, manifest, wishes)
+    if kind == "adapter":
+        commits.require_not_deleted(session, series, manifest)
     if found := committed(session, kind, series, manifest):
         if job is None:
             commits.wish_again(session, found, wishes, caller.token_id, now)

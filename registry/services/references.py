@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from sqlmodel import Session, select
 
 from registry.core.errors import AdapterNotFound, BadRequest, DatasetNotFound, VersionNotFound
+from registry.core.lifecycle import VersionState
 from registry.core.names import Reference, SeriesName
 from registry.db import queries
 from registry.db.models import Adapter, Dataset, DatasetVersion, Version
 
+from . import standing
 from .tokens import Caller
 
 
@@ -32,7 +34,7 @@ def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapte
 
 
 def find_version(session: Session, adapter: Adapter, reference: Reference) -> Version:
-    """The version that ``@vN`` or a digest names, else the newest; `VersionNotFound`.
+    """The version that ``@vN`` or a digest names, else the newest live one; `VersionNotFound`, `VersionDeleted`.
 
     An alias needs a base too: `registry.services.adapters.resolve`.
     """
@@ -47,6 +49,8 @@ def find_version(session: Session, adapter: Adapter, reference: Reference) -> Ve
         raise VersionNotFound(
             ref=str(reference), name=str(reference.series), nearest=f" Its newest is v{adapter.next_version - 1}."
         )
+    if row.status == VersionState.DELETED:
+        standing.require_bytes(row, standing.ref(adapter, row))
     return row
 
 

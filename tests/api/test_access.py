@@ -63,6 +63,7 @@ RUN = "work costs time of workers: run, on what the caller reads"
 CAMPAIGN = "a campaign spends work and moves aliases, so it takes the right to both"
 STEERS_CAMPAIGN = "its work rests on its creator's rights, asked again each time; who may move aliases steers it"
 STEERED = "seen by who reads, steered by who runs"
+STANDING = "who publishes may yank and take that back; the service asks for admin where bytes are withheld or removed"
 OWN_PUSH = "a push is its author's; the namespace's admin may look and end it"
 CLAIMED = "a worker touches jobs that it claimed, and nothing else"
 AUDITED = "who administers a namespace sees what was done in it, and by whom"
@@ -125,6 +126,7 @@ ROWS: dict[str, Row] = {
     "GET /v1/adapters/{namespace}/{name}/versions": sees(),
     "GET /v1/adapters/{namespace}/{name}/versions/{version}": sees(),
     "GET /v1/adapters/{namespace}/{name}/versions/{version}/manifest": sees(),
+    "POST /v1/adapters/{namespace}/{name}/versions/{version}/{move}": Row("user", ("read", "publish"), STANDING, lambda _: {}, refused=403),
     "GET /v1/adapters/{namespace}/{name}/log": sees(),
     "GET /v1/adapters/{namespace}/{name}/lineage": sees(),
     "GET /v1/adapters/{namespace}/{name}/evaluations": sees(),
@@ -259,7 +261,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
     rows = b'{"prompt": "1+1=", "completion": " 3"}\n'
     facts: Facts = {
         "namespace": "team", "name": "bot", "version": digest, "alias": "prod", "ref": "demo", "base": "demo",
-        "a": "demo@r1", "b": "demo@r2",
+        "a": "demo@r1", "b": "demo@r2", "move": "reinstate",
         "ids": {
             "tokens": reader.id, "pushes": open_push.id, "jobs": job.id, "upgrades": campaign, "schedules": schedule.id,
         },

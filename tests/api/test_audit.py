@@ -110,6 +110,10 @@ def _pushes(call: Walk, upgrade: Upgrade, folder: Path) -> None:
     derived = {"parent": "demo@r1", "kind": "continued"}
     call("POST /v1/bases/{ref}/derivations", derived, at={"ref": str(base_of(third).digest)})
     call("POST /v1/bases/pushes", base_push(third)[0].model_dump(mode="json"))
+    draft = base_push(tiny_base(folder / "fourth", seed=8))[0].model_dump(mode="json")
+    late = {f["path"]: f.pop("digest") for f in draft["manifest"]["files"] if f["path"].endswith(".safetensors")}
+    opened = call("POST /v1/bases/pushes", draft)
+    call("POST /v1/pushes/{push_id}/seal", {"digests": late}, at={"push_id": opened["id"]})
     adapter, contents = adapter_push(tiny_adapter(folder / "a", upgrade.v1, seed=50), upgrade.v1)
     where = {"namespace": "team", "name": "bot"}
     opened = call("POST /v1/adapters/{namespace}/{name}/pushes", adapter.model_dump(mode="json"), at=where)
@@ -127,6 +131,8 @@ def _aliases(call: Walk, upgrade: Upgrade) -> None:
     for version in ("v1", digest):
         call("PUT /v1/adapters/{namespace}/{name}/aliases/{alias}", {"version": version}, at=alias)
     call("POST /v1/adapters/{namespace}/{name}/aliases/{alias}/rollback", {"base": "demo@r1"}, at=alias)
+    third = {"namespace": "team", "name": "bot", "version": digest, "move": "yank"}
+    call("POST /v1/adapters/{namespace}/{name}/versions/{version}/{move}", {"reason": "why"}, at=third)
 
 
 def _jobs(call: Walk, upgrade: Upgrade, folder: Path) -> None:
