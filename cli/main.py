@@ -40,7 +40,7 @@ COMMANDS = {
     "export": "export",
     "jobs": "jobs",
     "upgrade": "upgrades", "schedule": "upgrades",
-    "audit": "audit",
+    "audit": "audit", "quota": "upkeep", "fsck": "upkeep",
 }  # fmt: skip
 """Command -> the module of `cli` that has it under ``COMMANDS``; in the order of the help."""
 

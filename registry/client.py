@@ -410,6 +410,32 @@ class RegistryClient:
     def label(self, campaign_id: str, request: wire.LabelsRequest) -> wire.CampaignInfo:
         """Give the labels of all these inputs; the same ones again change nothing."""
         return self._post(_path("upgrades", campaign_id, "labels"), wire.CampaignInfo, request, again=True)
+    # ── upkeep ───────────────────────────────────────────────────────────────
+
+    def quota(self, namespace: str) -> wire.QuotaInfo:
+        """What a namespace holds and may hold."""
+        return self._get(_path("namespaces", namespace, "quota"), wire.QuotaInfo)
+
+    def set_quota(self, namespace: str, request: wire.QuotaRequest) -> wire.QuotaInfo:
+        """Set both bounds of a namespace."""
+        return _parsed(wire.QuotaInfo, self._send("PUT", _path("namespaces", namespace, "quota"), body=request))
+
+    def fsck(self, request: wire.FsckRequest) -> Iterator[wire.FsckLine]:
+        """Compare bucket and rows: lines as they are found. The refusal that ended it is raised."""
+        wait = httpx.Timeout(60, read=None)
+        body = request.model_dump()
+        try:
+            with self._http.stream("POST", "/v1/fsck", json=body, timeout=wait) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise self._refusal(reply)
+                for text in reply.iter_lines():
+                    line = wire.FsckLine.model_validate_json(text)
+                    if line.error is not None:
+                        raise LoractlError.from_problem(line.error)
+                    yield line
+        except httpx.TransportError as error:
+            raise RegistryUnreachable(url=self.url, reason=_why(error)) from error
 
     # ── audit ────────────────────────────────────────────────────────────────
 

@@ -32,6 +32,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/pause`` · ``/resume`` · ``/abort`` · ``/approve`` · ``/rollback`` | `UpgradeRequest` … → `CampaignInfo` |
 | ``GET /v1/upgrades/{id}/disagreements?adapter=&alias=`` · ``POST …/labels`` | → `DisagreementsInfo` · `LabelsRequest` → `CampaignInfo` |
 | ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
+| ``GET/PUT /v1/namespaces/{ns}/quota`` · ``POST /v1/fsck`` | `QuotaRequest` → `QuotaInfo` · `FsckRequest` → lines of `FsckLine` |
 | ``GET /v1/audit`` · ``GET /v1/audit/chain?after=`` | → `Page[AuditInfo]` · `ChainInfo` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
@@ -790,6 +791,47 @@ class DecisionInfo(Answer):
     data: dict[str, Any]
     actor: str | None
     at: datetime
+
+
+class QuotaRequest(Request):
+    """Both bounds of a namespace; None takes one away."""
+
+    quota_bytes: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
+    keep_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
+    """Versions that nothing refers to are deleted when they are older, but for the newest on each base."""
+
+
+class QuotaInfo(Answer):
+    namespace: str
+    used: int
+    """Bytes, each blob counted once, open pushes included."""
+    quota_bytes: int | None
+    keep_days: int | None
+
+
+class FsckRequest(Request):
+    deep: bool = False
+    """Read every byte."""
+    repair: bool = False
+
+
+class FsckLine(Answer):
+    """A line of the answer of fsck (NDJSON): progress, a finding, or the refusal that ended it."""
+
+    kind: Literal["progress", "finding", "error"] = "progress"
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    """0: not known."""
+    bytes: int = 0
+    """Read so far of the blob at hand."""
+    blob: str | None = None
+    problem: str | None = None
+    """missing, wrong-size, corrupt, orphan or unknown"""
+    detail: str = ""
+    named_by: list[str] = Field(default_factory=list)
+    repaired: bool = False
+    error: dict[str, Any] | None = None
 
 
 class AuditInfo(Answer):

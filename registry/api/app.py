@@ -23,7 +23,21 @@ from registry.services import tokens
 from registry.settings import Settings
 from registry.storage.local import LocalStore
 
-from . import adapters, audit, bases, datasets, downloads, jobs, meta, policies, problems, pushes, schedules, upgrades
+from . import (
+    adapters,
+    audit,
+    bases,
+    datasets,
+    downloads,
+    jobs,
+    meta,
+    policies,
+    problems,
+    pushes,
+    schedules,
+    upgrades,
+    upkeep,
+)
 from . import tokens as token_routes
 from .deps import AppParts, known_caller
 from .metrics import Measured
@@ -51,7 +65,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     problems.install(app)
     # Routes are tried in this order: what is asked most comes first.
     nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes)
-    for routes in (*nouns, audit, meta):
+    for routes in (*nouns, audit, upkeep, meta):
         app.router.routes.extend(routes.router.routes)  # included, each request would be matched against them twice
     if isinstance(parts.store, LocalStore):
         app.router.routes.extend(store_router(parts.store).routes)

@@ -268,6 +268,12 @@ class FileTooLarge(TooLarge):
     says = "'{path}' is {size} bytes; at most {limit} are allowed here."
 
 
+class QuotaExceeded(TooLarge):
+    code = "quota-exceeded"
+    says = "Namespace '{namespace}' may hold {allowed} bytes; with this push it would hold {used}."
+    help = "See what it holds: loractl quota show {namespace}; delete versions, or ask an administrator for more."
+
+
 class BodyTooLarge(TooLarge):
     code = "body-too-large"
     says = "The body of {method} {path} is over {limit} bytes, the most that is taken here."

@@ -28,6 +28,10 @@ class PushState(StrEnum):
     ABORTED = "aborted"
 
 
+UNFINISHED = (PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
+"""A push in one of these may still be committed."""
+
+
 class JobState(StrEnum):
     """queued → running → succeeded | failed | cancelled; back to queued on a lost lease."""
 
@@ -77,7 +81,7 @@ def _from(*states: str) -> frozenset[str]:
     return frozenset(str(state) for state in states)
 
 
-_UNFINISHED = _from(PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
+_UNFINISHED = _from(*UNFINISHED)
 PUSH = Machine(
     "push",
     {

@@ -151,11 +151,48 @@ class Blob(SQLModel, table=True):
     """Bytes in the store under ``blobs/<hex>``; the row's lock serialises copies into place."""
 
     __tablename__ = "blobs"
-    __table_args__ = (CheckConstraint("size >= 0", name="size"), _one_of("verified", ["parts", "full"]))
+    __table_args__ = (
+        CheckConstraint("size >= 0", name="size"),
+        _one_of("verified", ["parts", "full"]),
+        Index(
+            "ix_blobs_unnamed_since", "unnamed_since",
+            sqlite_where=text("unnamed_since IS NOT NULL"), postgresql_where=text("unnamed_since IS NOT NULL"),
+        ),
+        Index(
+            "ix_blobs_missing_since", "missing_since",
+            sqlite_where=text("missing_since IS NOT NULL"), postgresql_where=text("missing_since IS NOT NULL"),
+        ),
+    )
     digest: str = _digest("sha256 of the bytes", primary_key=True)
     size: int = Field(sa_type=BigInteger)
     verified: str = Field(max_length=8, sa_column_kwargs={"comment": "parts: by the store's checksums; full: read"})
     created_at: datetime = _time("when it was put into place")
+    unnamed_since: datetime | None = _time("since when nothing names it, as far as the collector saw", nullable=True)
+    missing_since: datetime | None = _time("since when its bytes are known to be lost; a push brings them", nullable=True)
+
+
+class Hold(SQLModel, table=True):
+    """Somebody who needs every blob to stay for a while: a backup that copies."""
+
+    __tablename__ = "holds"
+    id: str = Field(primary_key=True, max_length=32)
+    reason: str = Field(max_length=200)
+    until: datetime = _time("when it ends by itself")
+
+
+class Namespace(SQLModel, table=True):
+    """What bounds a namespace; one without a row has no bounds."""
+
+    __tablename__ = "namespaces"
+    __table_args__ = (
+        CheckConstraint("quota_bytes >= 0", name="quota_bytes"),
+        CheckConstraint("keep_days >= 1", name="keep_days"),
+    )
+    name: str = Field(primary_key=True, max_length=64)
+    quota_bytes: int | None = Field(default=None, sa_type=BigInteger, sa_column_kwargs={"comment": "None: no bound"})
+    keep_days: int | None = Field(
+        default=None, sa_column_kwargs={"comment": "days that unreferenced versions are kept; None: for ever"}
+    )
 
 
 class StoredManifest(SQLModel, table=True):
@@ -211,7 +248,10 @@ class PushBlob(SQLModel, table=True):
     """A blob that a push must send; ``present`` ones were readable by the caller before."""
 
     __tablename__ = "push_blobs"
-    __table_args__ = (_one_of("state", ["present", "needed", "arrived", "verified", "placed"]),)
+    __table_args__ = (
+        _one_of("state", ["present", "needed", "arrived", "verified", "placed"]),
+        Index("ix_push_blobs_digest", "digest"),
+    )
     push_id: str = Field(foreign_key="pushes.id", primary_key=True, max_length=32)
     digest: str = _digest("sha256 promised by the manifest", primary_key=True)
     path: str | None = Field(
@@ -486,6 +526,7 @@ class Evaluation(SQLModel, table=True):
         UniqueConstraint("job_id", "base_id", "version_id"),
         Index("ix_evaluations_version_id_suite_id", "version_id", "suite_id"),
         Index("ix_evaluations_base_id_suite_id", "base_id", "suite_id"),
+        Index("ix_evaluations_records", "records"),
     )
     id: int | None = Field(default=None, primary_key=True)
     base_id: int = Field(foreign_key="bases.id")

@@ -5,7 +5,7 @@ reads (not to a quarantined or deleted one), or to a base model (bases are open 
 push says ``present`` only of bytes its author could have pulled: nobody learns or takes what exists elsewhere.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core.digest import Digest
 from registry.core.lifecycle import VersionState
-from registry.core.manifest import Manifest
+from registry.core.manifest import FileEntry, Listing, Manifest
 from registry.db.engine import Database
 from registry.db.models import (
     Adapter,
@@ -79,7 +79,20 @@ def held(session: Session, caller: Caller, digests: Iterable[str]) -> set[str]:
         .where(col(ManifestBlob.blob).in_(list(digests)), Blob.verified == "full")
         .where(col(ManifestBlob.manifest).in_(readable_manifests(caller)))
     )
-    return set(session.exec(query.distinct()))
+    return _kept(session, session.exec(query.distinct()).all())
+
+
+def _kept(session: Session, digests: Sequence[str]) -> set[str]:
+    """Those that are not lost, locked until the end of the transaction: the collector leaves what is named by then."""
+    query = select(Blob.digest).where(col(Blob.digest).in_(digests), col(Blob.missing_since).is_(None))
+    return set(session.exec(query.order_by(col(Blob.digest)).with_for_update(read=True)))
+
+
+def lacking(session: Session, manifest: Listing) -> bool:
+    """Whether bytes of a version that is here are lost, so that a push of it has to bring them."""
+    digests = [entry.digest for entry in manifest.files if isinstance(entry, FileEntry)]
+    lost = select(Blob.digest).where(col(Blob.digest).in_(digests), col(Blob.missing_since).is_not(None))
+    return session.exec(lost.limit(1)).first() is not None
 
 
 def place(
@@ -94,11 +107,11 @@ def place(
     with database.write() as session:
         add_once(session, Blob, {"digest": digest, "size": size, "verified": "parts", "created_at": now})
         row = session.exec(select(Blob).where(Blob.digest == digest).with_for_update()).one()
-        better = verified == "full" and row.verified == "parts"
+        better = (verified == "full" and row.verified == "parts") or row.missing_since is not None
         if not better and store.head(blob_key(digest)) is not None:
             return
         store.copy(source, blob_key(digest))
-        row.verified = verified
+        row.verified, row.size, row.missing_since = verified, size, None
         session.add(row)
 
 
@@ -138,7 +151,11 @@ def add_once(session: Session, table: type[SQLModel], *rows: Mapping[str, Any]) 
 def put(session: Session, store: BlobStore, digest: Digest, data: bytes, now: datetime) -> None:
     """Keep small bytes of the registry's own making (records of an evaluation); again is fine.
 
-    The bytes come first: a crash between the two leaves bytes without a row, which the next try overwrites.
+    The row is locked first, so that the collector waits; a crash in between leaves bytes that no row knows, which the
+    next try overwrites.
     """
-    store.put(blob_key(str(digest)), data, digest)
     add_once(session, Blob, {"digest": str(digest), "size": len(data), "verified": "full", "created_at": now})
+    row = session.exec(select(Blob).where(Blob.digest == str(digest)).with_for_update()).one()
+    store.put(blob_key(str(digest)), data, digest)
+    row.missing_since = None
+    session.add(row)

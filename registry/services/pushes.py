@@ -23,6 +23,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import ColumnElement
 from sqlmodel import Session, col, delete, or_, select, update
 
+from registry.core import lifecycle
 from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
 from registry.core.errors import (
@@ -59,12 +60,12 @@ from registry.settings import Settings
 from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
-from . import audit, bases, blobs, commits, fits
+from . import audit, bases, blobs, commits, fits, quotas
 from .tokens import Caller
 
 BASES = "base"
 """The namespace whose scopes decide about base models."""
-UNFINISHED = (PushState.OPEN, PushState.UPLOADING, PushState.VERIFYING, PushState.VERIFIED)
+UNFINISHED = lifecycle.UNFINISHED
 MAX_PARTS = 10_000
 MAX_CONTENTS = 4
 """Contents of one part that are remembered as signed for."""
@@ -112,7 +113,7 @@ def open_push(
         commits.require_ungated(session, series, manifest, wishes)
     if kind == "adapter":
         commits.require_not_deleted(session, series, manifest)
-    if found := committed(session, kind, series, manifest):
+    if (found := committed(session, kind, series, manifest)) and not blobs.lacking(session, manifest):
         if job is None:
             commits.wish_again(session, found, wishes, caller.token_id, now)
         return found
@@ -155,6 +156,7 @@ def open_push(
                 )
             )
         session.flush()
+    quotas.require_room(session, push, now)
     asked = {"version": push.manifest_digest, "kind": kind, "series": str(series), "job": push.job_id}
     audit.record(
         session, "push.opened", push.id, actor=caller.token_id, namespace=push.namespace, now=now, after=asked

@@ -51,10 +51,11 @@ def move(
     admin = force or name in ("quarantine", "delete") or version.status == VersionState.QUARANTINED
     if admin:
         caller.require("admin", adapter.namespace)
-    pointing = _pointing(session, version)
+    _pointing(session, version)  # locked before the version, as a move of an alias does it
     session.exec(select(Adapter).where(Adapter.id == adapter.id).with_for_update())  # commits queue behind it
     query = select(Version).where(Version.id == version.id).with_for_update()
     version = session.exec(query.execution_options(populate_existing=True)).one()
+    pointing = _pointing(session, version)  # also those that moved to it while this waited; from here on none does
     target = VERSION.moves[name][1]
     if version.status == target:
         return []

@@ -66,6 +66,7 @@ STEERED = "seen by who reads, steered by who runs"
 STANDING = "who publishes may yank and take that back; the service asks for admin where bytes are withheld or removed"
 OWN_PUSH = "a push is its author's; the namespace's admin may look and end it"
 CLAIMED = "a worker touches jobs that it claimed, and nothing else"
+BOUNDS = "a namespace does not set its own bounds"
 AUDITED = "who administers a namespace sees what was done in it, and by whom"
 GIVEN = "nobody gives what no admin of that namespace gave them"
 
@@ -190,6 +191,9 @@ ROWS: dict[str, Row] = {
     ),
     "GET /v1/schedules": listed(),
     "DELETE /v1/schedules/{identity}": Row("user", ("read", "run"), STEERED, refused=403),
+    "GET /v1/namespaces/{namespace}/quota": sees(403),
+    "PUT /v1/namespaces/{namespace}/quota": Row("user", ("admin",), BOUNDS, lambda _: {}, named=False, refused=403, where=("*",)),
+    "POST /v1/fsck": Row("user", ("admin",), "it reads and repairs what belongs to everybody", lambda _: {}, named=False, refused=403, where=("*",)),
     "GET /v1/audit": Row("user", ("admin",), AUDITED, named=False, refused=403),
     "GET /v1/audit/chain": Row("user", ("admin",), "the chain runs through all namespaces", named=False, refused=403, where=("*",)),
 }

@@ -27,6 +27,9 @@ QUIET = {
     "POST /v1/jobs/checkpoints": "progress",
     "PUT /store/{key:path}": "bytes on their way",
 }
+ELSEWHERE = {
+    "POST /v1/upgrades/{identity}/labels": "tests/services/test_pools.py: an upgrade has to wait for labels first",
+}
 LINES = b'{"prompt": "1+1=", "completion": " 3"}\n'
 
 
@@ -50,7 +53,8 @@ class Walk:
         assert answer.is_success, (route, answer.text)
         assert self._rows() > before, f"{route} left no row"
         self.walked.add(route)
-        return answer.json() if answer.content else None
+        plain = answer.headers.get("content-type") == "application/json" and answer.content
+        return answer.json() if plain else None
 
     def _rows(self) -> int:
         return int(self.world.one(select(func.count()).select_from(AuditRow)))
@@ -85,7 +89,7 @@ def test_every_route_that_changes_anything_leaves_a_row(embedded: World, tmp_pat
     _jobs(call, upgrade, tmp_path)
     _upgrades(call, upgrade)
     changing = {route for route in routes_of(call.client.app) if not route.startswith(("GET", "HEAD"))}
-    assert changing - call.walked - QUIET.keys() == set()
+    assert changing - call.walked - QUIET.keys() - ELSEWHERE.keys() == set()
     assert QUIET.keys() <= ROWS.keys()
 
 
@@ -99,6 +103,8 @@ def _access(call: Walk) -> None:
         "POST /v1/schedules", {"namespace": "team", "trigger": "cron", "subject": "0 3 * * 1", "action": action}
     )
     call("DELETE /v1/schedules/{identity}", at={"identity": added["id"]})
+    call("PUT /v1/namespaces/{namespace}/quota", {"quota_bytes": 1 << 40}, at={"namespace": "team"})
+    call("POST /v1/fsck", {})
     call("PUT /v1/namespaces/{namespace}/policy", POLICY.model_dump(mode="json"), at={"namespace": "team"})
     policy = Policy(aliases=()).model_dump(mode="json")
     call("PUT /v1/adapters/{namespace}/{name}/policy", policy, at={"namespace": "team", "name": "other"})

@@ -20,7 +20,7 @@ from registry.core.errors import (
     ScopeMissing,
 )
 from registry.core.policy import Gate, Margin, Policy
-from registry.db.models import Decision, PoolAnswers, PoolPaper
+from registry.db.models import AuditRow, Decision, PoolAnswers, PoolPaper
 from registry.schemas import ClaimRequest, LabelsRequest
 from registry.services import campaigns, jobs
 from registry.services.tokens import Caller
@@ -205,6 +205,7 @@ def test_both_databases_and_stores_carry_labels_through(world: World, tmp_path: 
     give(upgrade, campaign, filled(paper(upgrade, campaign), but=30))
     upgrade.run()
     assert upgrade.state() == "promoted"
+    assert world.one(select(AuditRow.subject).where(AuditRow.event == "upgrade.labelled")) == campaign
 
 
 # ── labels that are refused ──────────────────────────────────────────────────

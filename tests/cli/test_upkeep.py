@@ -1,0 +1,65 @@
+"""Quotas and fsck at the command line."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.main import run
+from registry.core.digest import Digest
+from registry.services.blobs import blob_key
+from tests import live
+
+ROWS = '{"prompt": "1+1=", "completion": " 2"}\n'
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[live.Live]:
+    with live.registry(tmp_path / "registry") as found:
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        monkeypatch.setenv("LORACTL_URL", found.url)
+        monkeypatch.setenv("LORACTL_TOKEN", found.token)
+        yield found
+
+
+@pytest.fixture
+def call(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def called(*arguments: str, code: int = 0) -> Any:
+        capsys.readouterr()
+        status = run([*arguments, "--json"])
+        said = capsys.readouterr()
+        assert status == code, said.err
+        return json.loads(said.out)
+
+    return called
+
+
+def test_a_quota_is_shown_set_and_kept_to(call: Callable[..., Any], tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(ROWS)
+    call("dataset", "push", str(data), "team/rows")
+    assert call("quota", "show", "team")["used"] == len(ROWS)
+    bounded = call("quota", "set", "team", "--bytes", "50B", "--keep-days", "30")
+    assert (bounded["quota_bytes"], bounded["keep_days"]) == (50, 30)
+    data.write_text(ROWS * 1 + ROWS.replace("1+1", "2+2"))
+    assert call("dataset", "push", str(data), "team/rows", code=1)["error"]["code"] == "quota-exceeded"
+    assert run(["quota", "show", "team"]) == 0
+
+
+def test_fsck_finds_repairs_and_a_push_heals(
+    registry: live.Live, call: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(ROWS)
+    call("dataset", "push", str(data), "team/rows")
+    assert call("fsck", "--deep") == {"ok": True, "rows": 1, "objects": 1, "findings": []}
+    registry.parts.store.delete(blob_key(str(Digest.sha256(ROWS.encode()))))
+    [finding] = call("fsck", code=1)["findings"]
+    assert (finding["problem"], finding["named_by"], finding["repaired"]) == ("missing", ["team/rows@v1"], False)
+    assert call("fsck", "--repair")["findings"][0]["repaired"]
+    assert run(["fsck"]) == 1
+    assert "missing" in capsys.readouterr().out
+    call("dataset", "push", str(data), "team/rows")
+    assert call("fsck", "--deep")["ok"]
