@@ -266,6 +266,15 @@ class House:
         sys.stdout.flush()
 
 
+def server_environment(folder: Path, *, make: bool) -> dict[str, str]:
+    """What API and daemons of the registry in ``folder`` are told; with ``make`` the folder may be new."""
+    if make:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    elif not (folder / "registry.db").exists():
+        raise PathUnusable(path=str(folder), reason="no registry lies there, and LORACTL_DATABASE_URL names none")
+    return House(folder, "http://127.0.0.1:8080", "127.0.0.1", 8080, 0)._environments()[0]
+
+
 def make_token() -> str:
     """A token of the form that the registry takes: ``lora_ID_SECRET``."""
     return f"lora_{secrets.token_hex(6)}_{secrets.token_urlsafe(32)}"

@@ -399,6 +399,18 @@ class VersionInUse(Conflict):
     help = "If that is meant, {helps}"
 
 
+class NotEmpty(Conflict):
+    code = "not-empty"
+    says = "A backup is restored into an empty installation; table '{table}' holds {count} rows."
+    help = "Give an empty database and bucket, or another folder: loractl restore DIR --dir NEW"
+
+
+class BackupUnusable(Invalid):
+    code = "backup-unusable"
+    says = "The backup at '{path}' cannot be used: {reason}"
+    help = "Another snapshot may do: loractl restore DIR --snapshot NAME"
+
+
 class VersionNotFound(NotFound):
     code = "version-not-found"
     says = "No version '{ref}'.{nearest}"

@@ -62,6 +62,20 @@ class Database:
         with _reachable(), Session(self._readers, expire_on_commit=False, autoflush=False) as session:
             yield session
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A connection that sees one state of everything, whatever is written meanwhile; it holds up no writer."""
+        lite = self.dialect == "sqlite"
+        level = "AUTOCOMMIT" if lite else "REPEATABLE READ"
+        with _reachable(), self.engine.connect().execution_options(isolation_level=level) as connection:
+            if lite:
+                connection.exec_driver_sql("BEGIN")  # deferred: its first read fixes what it sees
+            try:
+                yield connection
+            finally:
+                if lite:
+                    connection.exec_driver_sql("ROLLBACK")
+
     def ping(self) -> None:
         """`DatabaseDown` when the database does not answer."""
         with self.read() as session:

@@ -13,6 +13,7 @@ raises `StorageDown` when the store does not answer and `BadKey` for what cannot
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -126,6 +127,9 @@ class BlobStore(Protocol):
 
     def put(self, key: str, data: bytes, sha256: Digest) -> None:
         """Write a small blob of the registry's own (records, manifests, tables); `ChecksumRefused` when they differ."""
+
+    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
+        """Write a blob of any size from a file whose digest is known; `ChecksumRefused` when its bytes are others."""
 
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""

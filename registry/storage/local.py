@@ -327,6 +327,15 @@ class LocalStore:
         """Write a small blob."""
         self._put(key, data, sha256, Path.replace)
 
+    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
+        """Copy a file."""
+        with path.open("rb") as file:
+            landing = self._land(check_key(key), os.fstat(file.fileno()).st_size, sha256, Path.replace)
+            with closing(landing):
+                while piece := file.read(1 << 20):
+                    landing.write([piece])
+                landing.keep()
+
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""
         try:

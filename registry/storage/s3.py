@@ -14,11 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
@@ -191,6 +194,20 @@ class S3Store:
         """Write a small blob."""
         self._put(key, data, sha256, {})
 
+    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
+        """Send a file: in one piece that the store checks, or in parts above what one call may send."""
+        size = path.stat().st_size
+        with _refusals(key, size=size):
+            if size > self.copy_by_parts_above:
+                parts = TransferConfig(multipart_chunksize=self.copy_part_size)
+                more = {"ChecksumAlgorithm": "SHA256"}
+                self._calls.upload_file(str(path), self._bucket, check_key(key), ExtraArgs=more, Config=parts)
+                return
+            with path.open("rb") as file:
+                self._calls.put_object(
+                    Bucket=self._bucket, Key=check_key(key), Body=file, ChecksumSHA256=sha256.base64
+                )
+
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""
         try:
@@ -328,7 +345,7 @@ def _refusals(key: str, upload_id: str = "", size: int = 0) -> Iterator[None]:
         if code in _TAKEN:
             raise _Taken from error
         raise StorageDown(reason=f"{code} (status {status})") from error
-    except (BotoCoreError, HTTPError) as error:
+    except (Boto3Error, BotoCoreError, HTTPError) as error:
         raise StorageDown(reason=type(error).__name__) from error
 
 

@@ -237,7 +237,8 @@ class Api:
             url += "?" + row.query.format(**names)
         headers = {"authorization": f"Bearer {token}"} if token is not None else {}
         answer = self.client.request(method, url, json=row.body(facts) if row.body else None, headers=headers)
-        body = answer.json() if "json" in answer.headers.get("content-type", "") and answer.content else {}
+        plain = answer.headers.get("content-type") in ("application/json", "application/problem+json")
+        body = answer.json() if plain and answer.content else {}
         return answer.status_code, body
 
 
