@@ -40,7 +40,7 @@ COMMANDS = {
     "export": "export",
     "jobs": "jobs",
     "upgrade": "upgrades", "schedule": "upgrades",
-    "audit": "audit", "quota": "upkeep", "fsck": "upkeep",
+    "webhook": "webhooks", "audit": "audit", "quota": "upkeep", "fsck": "upkeep",
     "backup": "backup", "restore": "backup",
 }  # fmt: skip
 """Command -> the module of `cli` that has it under ``COMMANDS``; in the order of the help."""

@@ -410,6 +410,24 @@ class RegistryClient:
     def label(self, campaign_id: str, request: wire.LabelsRequest) -> wire.CampaignInfo:
         """Give the labels of all these inputs; the same ones again change nothing."""
         return self._post(_path("upgrades", campaign_id, "labels"), wire.CampaignInfo, request, again=True)
+    # ── webhooks ─────────────────────────────────────────────────────────────
+
+    def add_webhook(self, request: wire.WebhookRequest) -> wire.NewWebhook:
+        """A new webhook; its secret is shown this once."""
+        return self._post("/v1/webhooks", wire.NewWebhook, request)
+
+    def webhooks(self) -> wire.Page[wire.WebhookInfo]:
+        """Webhooks that the caller administers."""
+        return self._get("/v1/webhooks", wire.Page[wire.WebhookInfo])
+
+    def remove_webhook(self, webhook_id: str) -> None:
+        """Tell it nothing more."""
+        self._send("DELETE", _path("webhooks", webhook_id))
+
+    def test_webhook(self, webhook_id: str) -> wire.WebhookInfo:
+        """Let it be told something now."""
+        return self._post(_path("webhooks", webhook_id, "test"), wire.WebhookInfo, again=True)
+
     # ── upkeep ───────────────────────────────────────────────────────────────
 
     def quota(self, namespace: str) -> wire.QuotaInfo:

@@ -33,6 +33,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``GET /v1/upgrades/{id}/disagreements?adapter=&alias=`` · ``POST …/labels`` | → `DisagreementsInfo` · `LabelsRequest` → `CampaignInfo` |
 | ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
 | ``GET/PUT /v1/namespaces/{ns}/quota`` · ``POST /v1/fsck`` | `QuotaRequest` → `QuotaInfo` · `FsckRequest` → lines of `FsckLine` |
+| ``POST/GET /v1/webhooks`` · ``DELETE /v1/webhooks/{id}`` · ``POST …/test`` | `WebhookRequest` → `NewWebhook`; → `Page[WebhookInfo]` |
 | ``GET /v1/audit`` · ``GET /v1/audit/chain?after=`` | → `Page[AuditInfo]` · `ChainInfo` |
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
@@ -832,6 +833,35 @@ class FsckLine(Answer):
     named_by: list[str] = Field(default_factory=list)
     repaired: bool = False
     error: dict[str, Any] | None = None
+
+
+class WebhookRequest(Request):
+    url: Annotated[str, Field(min_length=1, max_length=2000)]
+    namespace: str | None = None
+    """None: everything; needs admin everywhere."""
+    events: Annotated[list[Annotated[str, Field(min_length=1, max_length=40)]], Field(max_length=50)] = Field(
+        default_factory=list
+    )
+    """Kinds of changes, or their beginnings: ``alias.``; none: all."""
+
+
+class WebhookInfo(Answer):
+    id: str
+    namespace: str | None
+    url: str
+    events: list[str]
+    cursor: int
+    """The place in the audit up to which it was told."""
+    attempts: int
+    due_at: datetime
+    last_error: str | None
+    created_by: str
+    created_at: datetime
+
+
+class NewWebhook(WebhookInfo):
+    secret: str
+    """Shown this once."""
 
 
 class AuditInfo(Answer):

@@ -94,6 +94,8 @@ class Settings:
     """Refused tokens a minute that an address may send, and a sixth of them of one token; 0: any number."""
     in_flight: int = 512
     """Requests that one API process is at work on at most; 0: any number."""
+    webhook_private: bool = False
+    """Whether webhooks may lead to addresses that are not on the internet."""
     log_level: str = "info"
 
     @classmethod
@@ -135,6 +137,7 @@ class Settings:
             rate=read.number("RATE", 1000, least=0),
             failed_sign_ins=read.number("FAILED_SIGN_INS", 60, least=0),
             in_flight=read.number("IN_FLIGHT", 512, least=0),
+            webhook_private=read.choice("WEBHOOK_PRIVATE", "no", "yes") == "yes",
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 

@@ -37,6 +37,7 @@ from . import (
     schedules,
     upgrades,
     upkeep,
+    webhooks,
 )
 from . import tokens as token_routes
 from .deps import AppParts, known_caller
@@ -65,7 +66,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     problems.install(app)
     # Routes are tried in this order: what is asked most comes first.
     nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes)
-    for routes in (*nouns, audit, upkeep, meta):
+    for routes in (*nouns, audit, upkeep, webhooks, meta):
         app.router.routes.extend(routes.router.routes)  # included, each request would be matched against them twice
     if isinstance(parts.store, LocalStore):
         app.router.routes.extend(store_router(parts.store).routes)

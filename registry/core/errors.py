@@ -411,6 +411,18 @@ class BackupUnusable(Invalid):
     help = "Another snapshot may do: loractl restore DIR --snapshot NAME"
 
 
+class WebhookNotFound(NotFound):
+    code = "webhook-not-found"
+    says = "No webhook '{id}'."
+    help = "List them: loractl webhook list"
+
+
+class AddressRefused(Forbidden):
+    code = "address-refused"
+    says = "'{host}' means {address}, which is not an address on the internet."
+    help = "Operators allow private addresses of webhooks by LORACTL_WEBHOOK_PRIVATE=yes."
+
+
 class VersionNotFound(NotFound):
     code = "version-not-found"
     says = "No version '{ref}'.{nearest}"

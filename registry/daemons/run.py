@@ -19,7 +19,7 @@ from registry.parts import Parts
 from registry.services import doctor
 from registry.settings import Settings
 
-from . import gc, reconciler, scheduler, sequencer, verifier
+from . import gc, outbox, reconciler, scheduler, sequencer, verifier
 
 FIRST_PAUSE_S, PATIENCE_S = 0.5, 30.0
 """The shortest and the longest pause between failures."""
@@ -40,6 +40,7 @@ DAEMONS = (
     Daemon("scheduler", scheduler.step, 0.5),
     Daemon("reconciler", reconciler.step, 5.0),
     Daemon("sequencer", sequencer.step, 1.0),
+    Daemon("outbox", outbox.step, 1.0),
     Daemon("gc", gc.step, 60.0),
 )
 

@@ -144,6 +144,29 @@ class AuditHead(SQLModel, table=True):
     link: str = _digest("of the last row that has its place")
 
 
+class Webhook(SQLModel, table=True):
+    """An address that is told what changes: the audit's rows, in the order of their places."""
+
+    __tablename__ = "webhooks"
+    id: str = Field(primary_key=True, max_length=32)
+    namespace: str | None = Field(default=None, max_length=64, sa_column_kwargs={"comment": "None: everything"})
+    url: str = Field(max_length=2000)
+    events: list[str] = _json("beginnings of what it is told; none: all")
+    secret: str = Field(
+        max_length=64, sa_column_kwargs={"comment": "signs; must be at hand, so it is kept as it is"}
+    )
+    cursor: int = Field(
+        sa_type=BigInteger, sa_column_kwargs={"comment": "place in the audit up to which it was told"}
+    )
+    attempts: int = Field(default=0, sa_column_kwargs={"comment": "failures of what is to be told next"})
+    due_at: datetime = _time("when it is tried again")
+    lease_until: datetime | None = _time("until when one deliverer owns it", nullable=True)
+    last_error: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    created_by: str = Field(max_length=16)
+    created_at: datetime = _time("when it was added")
+    removed_at: datetime | None = _time("from when on it is told nothing", nullable=True)
+
+
 # ── bytes ────────────────────────────────────────────────────────────────────
 
 

@@ -20,8 +20,8 @@ from registry.api.deps import AppParts
 from registry.broker import Broker
 from registry.core.campaign import State
 from registry.db.engine import Database
-from registry.schemas import SCOPES, ScheduleRequest, Scope
-from registry.services import schedules, tokens
+from registry.schemas import SCOPES, ScheduleRequest, Scope, WebhookRequest
+from registry.services import schedules, tokens, webhooks
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.upgrade import POLICY, Upgrade
 from tests.world import ADMIN, SETTINGS, World, adapter_push, base_push, files_push, table_of
@@ -67,6 +67,7 @@ STANDING = "who publishes may yank and take that back; the service asks for admi
 OWN_PUSH = "a push is its author's; the namespace's admin may look and end it"
 CLAIMED = "a worker touches jobs that it claimed, and nothing else"
 BOUNDS = "a namespace does not set its own bounds"
+HOOKS = "a webhook tells what the audit holds, so it takes the same right"
 AUDITED = "who administers a namespace sees what was done in it, and by whom"
 GIVEN = "nobody gives what no admin of that namespace gave them"
 
@@ -194,6 +195,10 @@ ROWS: dict[str, Row] = {
     "GET /v1/namespaces/{namespace}/quota": sees(403),
     "PUT /v1/namespaces/{namespace}/quota": Row("user", ("admin",), BOUNDS, lambda _: {}, named=False, refused=403, where=("*",)),
     "POST /v1/fsck": Row("user", ("admin",), "it reads and repairs what belongs to everybody", lambda _: {}, named=False, refused=403, where=("*",)),
+    "POST /v1/webhooks": Row("user", ("admin",), HOOKS, lambda f: {"url": "https://x.example", "namespace": f["namespace"]}, refused=403),
+    "GET /v1/webhooks": Row("user", ("admin",), HOOKS, named=False, refused=403),
+    "DELETE /v1/webhooks/{identity}": Row("user", ("admin",), HOOKS),
+    "POST /v1/webhooks/{identity}/test": Row("user", ("admin",), HOOKS),
     "GET /v1/audit": Row("user", ("admin",), AUDITED, named=False, refused=403),
     "GET /v1/audit/chain": Row("user", ("admin",), "the chain runs through all namespaces", named=False, refused=403, where=("*",)),
 }
@@ -260,6 +265,8 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
     with world.database.write() as session:
         request = ScheduleRequest(namespace="team", trigger="cron", subject="0 3 * * 1", action={"job": {"recipe": {}}})
         schedule = schedules.add(session, ADMIN, request, world.now)
+        asked = WebhookRequest(url="https://x.example", namespace="team")
+        hook, _ = webhooks.add(session, ADMIN, asked, world.now)
         reader, _ = tokens.create(
             session, ADMIN, name="r", kind="user", scopes={"team": ["read"]}, queues=[], expires_in=None, now=world.now
         )
@@ -268,7 +275,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
         "namespace": "team", "name": "bot", "version": digest, "alias": "prod", "ref": "demo", "base": "demo",
         "a": "demo@r1", "b": "demo@r2", "move": "reinstate",
         "ids": {
-            "tokens": reader.id, "pushes": open_push.id, "jobs": job.id, "upgrades": campaign, "schedules": schedule.id,
+            "tokens": reader.id, "pushes": open_push.id, "jobs": job.id, "upgrades": campaign, "schedules": schedule.id, "webhooks": hook.id,
         },
         "table": table_of(base_of(upgrade.v1)),
         "adapter_push": adapter_push(tiny_adapter(folder / "x", upgrade.v1, seed=78), upgrade.v1)[0].model_dump(mode="json"),
@@ -329,7 +336,7 @@ def test_people_and_workers_have_their_own_routes(api: Api, route: str) -> None:
 PEOPLES = [route for route, row in ROWS.items() if row.who in ("user", "anyone")]
 OTHERS = tuple(scope for scope in SCOPES if scope != "admin")
 REFUSED = "scope-missing"
-NOT_THERE = {f"{noun}-not-found" for noun in ("adapter", "version", "dataset", "job", "campaign", "push", "schedule", "token")}
+NOT_THERE = {f"{noun}-not-found" for noun in ("adapter", "version", "dataset", "job", "campaign", "push", "schedule", "token", "webhook")}
 
 
 def scoped(row: Row, scopes: Sequence[Scope]) -> dict[str, list[Scope]]:

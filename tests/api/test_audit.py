@@ -103,6 +103,9 @@ def _access(call: Walk) -> None:
         "POST /v1/schedules", {"namespace": "team", "trigger": "cron", "subject": "0 3 * * 1", "action": action}
     )
     call("DELETE /v1/schedules/{identity}", at={"identity": added["id"]})
+    hook = call("POST /v1/webhooks", {"url": "https://x.example", "namespace": "team"})
+    call("POST /v1/webhooks/{identity}/test", at={"identity": hook["id"]})
+    call("DELETE /v1/webhooks/{identity}", at={"identity": hook["id"]})
     call("PUT /v1/namespaces/{namespace}/quota", {"quota_bytes": 1 << 40}, at={"namespace": "team"})
     call("POST /v1/fsck", {})
     call("PUT /v1/namespaces/{namespace}/policy", POLICY.model_dump(mode="json"), at={"namespace": "team"})

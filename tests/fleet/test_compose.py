@@ -112,6 +112,18 @@ def test_only_the_api_and_the_store_can_be_reached_from_outside() -> None:
     assert {name for name, service in SERVICES.items() if "ports" in service} == {"api", "seaweedfs"}
 
 
+def test_our_own_processes_cannot_change_their_image_or_gain_rights() -> None:
+    ours = {name: service for name, service in SERVICES.items() if "build" in service}
+    assert len(ours) == 5
+    for name, service in ours.items():
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        mounted = [volume.split(":")[1] for volume in service.get("volumes", [])]
+        assert {*service["tmpfs"], *mounted} == {"/tmp"} | {  # what they may write to
+            service["environment"][key] for key in service["environment"] if key == "LORACTL_CACHE_DIR"
+        }, name
+
+
 def test_every_volume_config_and_anchor_is_used() -> None:
     mounted = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
     assert mounted == set(FILE["volumes"])

@@ -1,0 +1,76 @@
+"""The outbox: tells webhooks what changed, one row at a time each, to addresses that may be told.
+
+A name is resolved once, its address is checked, and the connection goes to just that address: a name that means
+something else a moment later leads nowhere inside. Redirects are not followed.
+"""
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+
+from registry.core.errors import AddressRefused
+from registry.db.models import AuditRow, Webhook
+from registry.parts import Parts
+from registry.services import webhooks
+
+TIMEOUT_S = 10.0
+
+
+def step(parts: Parts) -> bool:
+    """Tell one webhook one thing; whether there was any."""
+    now = parts.clock()
+    with parts.database.write() as session:
+        hook = webhooks.claim(session, now)
+    if hook is None:
+        return False
+    with parts.database.read() as session:
+        row, seen = webhooks.following(session, hook)
+    error = send(hook, row, parts) if row is not None else None
+    with parts.database.write() as session:
+        if row is None or error is None:
+            webhooks.told(session, hook, seen, parts.clock())
+        else:
+            webhooks.refused(session, hook, row, error, parts.clock())
+    return True
+
+
+def send(hook: Webhook, row: AuditRow, parts: Parts) -> str | None:
+    """Post one change; what went wrong, None when the receiver took it (2xx)."""
+    told = webhooks.body(row)
+    try:
+        address = reachable(hook.url, private=parts.settings.webhook_private)
+        url, host = httpx.URL(hook.url), urlsplit(hook.url).netloc
+        with httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+            reply = client.post(
+                url.copy_with(host=address),
+                content=told,
+                headers={
+                    "host": host,
+                    "content-type": "application/json",
+                    "user-agent": "loractl-webhook",
+                    "x-loractl-event": row.event,
+                    "x-loractl-seq": str(row.seq),
+                    "x-loractl-signature": webhooks.signature(hook.secret, told, parts.clock()),
+                },
+                extensions={"sni_hostname": url.host},
+            )
+    except AddressRefused as refusal:
+        return refusal.message
+    except (httpx.HTTPError, OSError, UnicodeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if reply.is_success else f"HTTP {reply.status_code}"
+
+
+def reachable(url: str, *, private: bool) -> str:
+    """The address behind the name in ``url``; `AddressRefused` for one that is not on the internet, unless allowed."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    address = str(found[0][4][0])
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not private and (not ip.is_global or ip.is_multicast):
+        raise AddressRefused(host=parts.hostname or "", address=address)
+    return address

@@ -1,0 +1,258 @@
+"""Webhooks over a real socket: signed, in order, again until taken, and never to an address inside."""
+
+import hashlib
+import hmac
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from sqlmodel import select
+
+from registry.broker import Broker
+from registry.core.errors import AddressRefused, BadRequest, ScopeMissing, WebhookNotFound
+from registry.daemons import outbox
+from registry.db.models import AuditRow, Webhook
+from registry.parts import Parts
+from registry.schemas import WebhookRequest
+from registry.services import audit, webhooks
+from registry.services.tokens import Caller
+from tests.world import ADMIN, World, caller
+
+
+@dataclass
+class Receiver:
+    """What an address was told, and what it answers."""
+
+    url: str = ""
+    status: int = 200
+    heard: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    def told(self) -> list[str]:
+        return [json.loads(body)["subject"] for _, body in self.heard]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            found.heard.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(found.status)
+            if found.status == 302:
+                self.send_header("location", found.url + "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.url = f"http://127.0.0.1:{server.server_address[1]}/hook"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def parts_of(world: World, *, private: bool = True) -> Parts:
+    world = world.with_settings(webhook_private=private)
+    return Parts(world.settings, world.database, world.store, Broker("memory://"), world.clock)
+
+
+def add(world: World, url: str, who: Caller = ADMIN, **more: Any) -> tuple[Webhook, str]:
+    with world.database.write() as session:
+        return webhooks.add(session, who, WebhookRequest(url=url, **more), world.now)
+
+
+def change(world: World, subject: str, event: str = "alias.moved", namespace: str | None = "team") -> None:
+    with world.database.write() as session:
+        audit.record(
+            session, event, subject, actor="ada", now=world.now, namespace=namespace, after={"version": 1}
+        )
+    with world.database.write() as session:
+        audit.chain(session)
+
+
+def deliver(world: World, *, private: bool = True) -> int:
+    count = 0
+    while outbox.step(parts_of(world, private=private)):
+        count += 1
+    return count
+
+
+def test_changes_are_told_in_their_order_signed_and_once(world: World, receiver: Receiver) -> None:
+    change(world, "before it was added")
+    _, secret = add(world, receiver.url)
+    for number in range(3):
+        change(world, f"s{number}")
+    deliver(world)
+    assert receiver.told()[1:] == ["s0", "s1", "s2"]  # the first tells of itself
+    for headers, body in receiver.heard:
+        at, _, mac = headers["x-loractl-signature"].removeprefix("t=").partition(",v1=")
+        assert hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest() == mac
+        assert headers["x-loractl-seq"] == str(json.loads(body)["seq"])
+    assert json.loads(receiver.heard[1][1])["after"] == {"version": 1}
+    assert deliver(world) == 0
+
+
+def test_only_what_it_asked_for_and_may_know_is_told(world: World, receiver: Receiver) -> None:
+    boss = caller("boss", team=["admin"])
+    hook, _ = add(world, receiver.url, boss, namespace="team", events=["alias.", "job.failed"])
+    for subject, event, namespace in (
+        ("yes", "alias.moved", "team"), ("other", "alias.moved", "other"), ("none", "alias.moved", None),
+        ("kind", "job.queued", "team"), ("also", "job.failed", "team"),
+    ):  # fmt: skip
+        change(world, subject, event, namespace)
+    with world.database.write() as session:
+        webhooks.test(session, boss, hook.id, world.now)
+    change(world, "last")
+    deliver(world)
+    assert receiver.told() == ["yes", "also", hook.id, "last"]
+
+
+def test_an_address_that_fails_is_asked_again_after_growing_pauses_and_loses_nothing(
+    world: World, receiver: Receiver
+) -> None:
+    add(world, receiver.url, events=["alias."])
+    for number in range(2):
+        change(world, f"s{number}")
+    receiver.status = 500
+    pauses = []
+    for _ in range(4):
+        assert deliver(world) == 1
+        row = world.one(select(Webhook))
+        pauses.append((row.due_at - world.now).total_seconds())
+        world.now = row.due_at
+    assert pauses == [1, 2, 4, 8]
+    assert world.one(select(Webhook)).last_error == "HTTP 500"
+    receiver.status = 200
+    deliver(world)
+    assert receiver.told() == [*["s0"] * 5, "s1"]
+    assert world.one(select(Webhook)).last_error is None
+
+
+def test_what_is_refused_too_often_is_left_out_on_record(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "ATTEMPTS", 2)
+    add(world, receiver.url, events=["alias."])
+    change(world, "poison")
+    receiver.status = 400
+    deliver(world)
+    world.later(seconds=2)
+    deliver(world)
+    receiver.status = 200
+    change(world, "next")
+    deliver(world)
+    assert receiver.told() == ["poison", "poison", "next"]
+    assert [row.event for row in world.all(select(AuditRow).where(AuditRow.event == "webhook.gave-up"))]
+
+
+def test_whoever_dies_while_telling_is_followed_by_another(world: World, receiver: Receiver) -> None:
+    add(world, receiver.url, events=["alias."])
+    change(world, "s0")
+    with world.database.write() as session:
+        assert webhooks.claim(session, world.now) is not None  # and then it died
+    assert deliver(world) == 0
+    world.later(seconds=61)
+    deliver(world)
+    assert receiver.told() == ["s0"]
+
+
+def test_a_deliverer_that_lost_its_lease_moves_nothing(world: World, receiver: Receiver) -> None:
+    add(world, receiver.url, events=["alias."])
+    change(world, "s0")
+    with world.database.write() as session:
+        slow = webhooks.claim(session, world.now)
+    assert slow is not None
+    world.later(seconds=61)
+    deliver(world)
+    cursor = world.one(select(Webhook)).cursor
+    with world.database.write() as session:
+        assert not webhooks.told(session, slow, 0, world.now)
+    assert world.one(select(Webhook)).cursor == cursor
+
+
+def test_deliverers_at_once_tell_each_change_once(world: World, receiver: Receiver) -> None:
+    add(world, receiver.url, events=["alias."])
+    for number in range(6):
+        change(world, f"s{number}")
+    crowd = [threading.Thread(target=deliver, args=(world,)) for _ in range(3)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    deliver(world)
+    assert receiver.told() == [f"s{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.1", "169.254.169.254", "[::1]", "[fd00::1]",
+     "[::ffff:127.0.0.1]", "100.64.0.1", "224.0.0.1", "2130706433", "0x7f000001"],
+)  # fmt: skip
+def test_addresses_inside_are_refused_unless_allowed(host: str) -> None:
+    with pytest.raises(AddressRefused):
+        outbox.reachable(f"http://{host}:8080/x", private=False)
+    assert outbox.reachable(f"http://{host}:8080/x", private=True)
+
+
+def test_nothing_is_sent_inside_and_the_list_says_why(embedded: World, receiver: Receiver) -> None:
+    add(embedded, receiver.url, events=["alias."])
+    change(embedded, "s0")
+    deliver(embedded, private=False)
+    assert receiver.heard == []
+    assert "not an address on the internet" in (embedded.one(select(Webhook)).last_error or "")
+
+
+def test_a_name_is_asked_for_once_and_the_connection_goes_to_the_address_that_was_checked(
+    embedded: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, resolve, asked = receiver.url.rpartition(":")[2].partition("/")[0], socket.getaddrinfo, list[str]()
+
+    def rebinding(host: str, *more: Any, **named: Any) -> Any:
+        if host != "hook.example":
+            return resolve(host, *more, **named)
+        asked.append(host)
+        assert len(asked) == 1, "asked again, it might mean another address"
+        return resolve("127.0.0.1", *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    add(embedded, f"http://hook.example:{port}/hook", events=["alias."])
+    change(embedded, "s0")
+    deliver(embedded)
+    assert asked == ["hook.example"]
+    assert [headers["host"] for headers, _ in receiver.heard] == [f"hook.example:{port}"]
+
+
+def test_a_redirect_is_not_followed(embedded: World, receiver: Receiver) -> None:
+    receiver.status = 302
+    add(embedded, receiver.url, events=["alias."])
+    change(embedded, "s0")
+    deliver(embedded)
+    assert len(receiver.heard) == 1
+    assert embedded.one(select(Webhook)).last_error == "HTTP 302"
+
+
+def test_webhooks_are_for_admins_and_others_see_none(embedded: World) -> None:
+    hook, _ = add(embedded, "https://x.example", namespace="team")
+    with pytest.raises(ScopeMissing):
+        add(embedded, "https://x.example", caller("x", team=["admin"]))
+    with pytest.raises(ScopeMissing):
+        add(embedded, "https://x.example", caller("x", team=["publish"]), namespace="team")
+    for url in ("ftp://x.example", "https://", "https://user:word@x.example/", "x.example"):
+        with pytest.raises(BadRequest):
+            add(embedded, url)
+    stranger = caller("x", other=["admin"])
+    with embedded.database.read() as session:
+        assert webhooks.listed(session, stranger) == []
+    with pytest.raises(WebhookNotFound), embedded.database.write() as session:
+        webhooks.remove(session, stranger, hook.id, embedded.now)
