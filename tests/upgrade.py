@@ -48,9 +48,9 @@ Skill = float
 """The share of items that come out right."""
 
 
-def records(skill: Skill) -> str:
+def records(skill: Skill, rows: list[dict[str, Any]] = ROWS) -> str:
     """Records of a version that gets the first ``skill`` of all items right, in order of their names."""
-    items = sorted(item_id(row) for row in ROWS)
+    items = sorted(item_id(row) for row in rows)
     found = []
     splits: tuple[Split, ...] = ("calibration", "gate", "report")
     for split in splits:
@@ -75,6 +75,8 @@ class Upgrade:
     """digest -> the tier that made it"""
     drift: float | None = None
     """Of every tensor between the bases, where it is measured."""
+    rows: list[dict[str, Any]] = field(default_factory=lambda: ROWS)
+    """Of the suite."""
     signals: dict[str, object] = field(default_factory=dict)
     """What a comparison says of every adapter that takes part in it."""
     differs: dict[str, int] = field(default_factory=dict)
@@ -207,7 +209,7 @@ class Upgrade:
                 wanted = [*job.recipe["adapters"], *([None] if job.recipe["bare"] else [])]
                 harness = self.harness(job)
                 scored = [
-                    ScoredInfo(adapter=d, records=records(self._skill(job, d)), harness=harness, seconds=1.0)
+                    ScoredInfo(adapter=d, records=records(self._skill(job, d), self.rows), harness=harness, seconds=1.0)
                     for d in wanted
                 ]
                 return FinishRequest(attempt=job.attempt, result={"seconds": 1.0}, evaluations=scored)

@@ -129,6 +129,8 @@ class PoolFacts(Frozen):
     tier: Tier | None = None
     """Whose candidate it decides on, and that candidate; None: it was not asked."""
     version: Sha256 | None = None
+    bare: bool = False
+    """Whether the bare new base was asked too."""
     serving: Progress = Progress()
     candidate: Progress = Progress()
     seconds: Annotated[float, Field(ge=0)] = 0.0
@@ -576,10 +578,11 @@ def _pool(facts: Facts, policy: Policy) -> Step | None:
         return Step(State.FROZEN, (Freeze(f"no tier passed; {nearest}; the pool was not asked: {pool.missing}"),))
     alpha, gate = pool_alpha(facts), gate_of(policy)
     assert gate is not None and mine.verdict is not None
-    if (pool.tier, pool.version) != (mine.tier, mine.version):
+    bare = asks_bare(mine.verdict, gate)
+    if (pool.tier, pool.version) != (mine.tier, mine.version) or (bare and not pool.bare):
         if spent := _spent(facts, policy):
             return Step(State.FROZEN, (Freeze(f"budget: {spent} before the pool was asked; {nearest}"),))
-        return Step(State.RUNNING, (AskPool(mine.tier, str(mine.version), asks_bare(mine.verdict, gate)),))
+        return Step(State.RUNNING, (AskPool(mine.tier, str(mine.version), bare),))
     if pool.lost:
         return Step(State.FROZEN, (Freeze(f"no tier passed; {nearest}; the pool was not answered: {pool.lost}"),))
     if pool.verdict:
@@ -823,6 +826,7 @@ def plan_line(facts: Facts) -> PlanLine:
     gates = () if policy is None else (*policy.gates, *([policy.guard] if policy.guard else []))
     lacking = () if policy is None else tuple(why for tier in policy.tiers if (why := _missing_for(tier, facts)))
     route_ = routed(facts)
+    unasked = (f"the pool is not asked: {facts.pool.missing}",) if facts.pool and facts.pool.missing else ()
     return PlanLine(
         adapter=facts.adapter,
         alias=facts.alias,
@@ -833,7 +837,7 @@ def plan_line(facts: Facts) -> PlanLine:
         expected=tuple(known for known in facts.expected if known.tier in route_.tiers),
         data=_data(facts),
         action="frozen" if policy is None else policy.action,
-        missing=blockers + (lacking if not blockers or possible_tiers(facts) else ()),
+        missing=blockers + (lacking if not blockers or possible_tiers(facts) else ()) + unasked,
         suites=tuple(
             (gate.suite, sizes.get(gate.suite), smallest_n(gate, policy, alpha=max(tier_alphas(facts).values())))
             for gate in gates

@@ -827,7 +827,8 @@ class _Work:
             "kind": "answers", "suite": suite_of(self.session, gate).digest, "metric": gate.metric,
             "inputs": pool.data, "apart": self._learnt(facts),
         }  # fmt: skip
-        asked = pool.unasked().model_copy(update={"tier": action.tier, "version": action.version})
+        who_made = {"tier": action.tier, "version": action.version, "bare": action.bare}
+        asked = pool.unasked().model_copy(update=who_made)
         sides = {
             "serving": {"base": self.old.digest, "adapters": [facts.serving], "bare": False},
             "candidate": {"base": self.new.digest, "adapters": [action.version], "bare": action.bare},

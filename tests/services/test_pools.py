@@ -24,7 +24,7 @@ from registry.db.models import AuditRow, Decision, PoolAnswers, PoolPaper
 from registry.schemas import ClaimRequest, LabelsRequest
 from registry.services import campaigns, jobs
 from registry.services.tokens import Caller
-from tests.upgrade import HARNESS, INPUTS, OTHER_HARNESS, POLICY, WORKER, Upgrade
+from tests.upgrade import HARNESS, INPUTS, OTHER_HARNESS, POLICY, ROWS, WORKER, Upgrade
 from tests.world import ADMIN, World, caller
 
 GOOD = {"serving": 1.0, "bare-old": 0.0, "bare": 0.0}
@@ -306,6 +306,21 @@ def test_a_wider_margin_meanwhile_judges_the_same_answers_anew(upgrade: Upgrade,
     assert (upgrade.state(), upgrade.prod(upgrade.new)) == ("promoted", "carry")
 
 
+def test_a_suite_that_grows_doubtful_of_the_value_has_the_bare_base_asked_too(upgrade: Upgrade, asking: str) -> None:
+    """Answers are there, of the two alone; then the suite changes, and its verdict leaves the value open as well."""
+    upgrade.skills["bare"] = 0.88
+    upgrade.differs["bare"] = 500
+    suite = [*ROWS, {"prompt": "one more", "choices": [" a", " b"], "answer": 0}]
+    upgrade.rows = suite
+    upgrade.world.push_rows("suite", "team/suite", lines(suite))
+    upgrade.run()
+    item = upgrade.item()
+    assert item.pool is not None
+    assert (item.state, item.pool.waits) == ("waiting", True), item.reason
+    answered = [job for job in upgrade.jobs() if job.kind == "answers"]
+    assert [job.recipe["bare"] for job in answered].count(True) == 1
+
+
 def test_a_policy_that_names_no_pool_any_more_freezes_what_waits(upgrade: Upgrade, asking: str) -> None:
     upgrade.policy(WITH_POOL.model_copy(update={"pool": None}))
     upgrade.run()
@@ -432,5 +447,6 @@ def test_a_plan_says_that_the_pool_is_gone(upgrade: Upgrade) -> None:
     item = upgrade.item()
     assert item.pool is not None
     assert "other/inputs" in item.pool.missing
+    assert any(told.startswith("the pool is not asked") for told in item.plan["missing"])
     upgrade.run()
     assert "the pool was not asked" in upgrade.item().reason
