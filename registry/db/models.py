@@ -706,7 +706,7 @@ class PoolAnswers(SQLModel, table=True):
     """What a version, or a bare base, answered to unlabelled inputs; the answers are a blob."""
 
     __tablename__ = "pool_answers"
-    __table_args__ = (Index("ix_pool_answers_job_id", "job_id"),)
+    __table_args__ = (Index("ix_pool_answers_job_id", "job_id"), Index("ix_pool_answers_answers", "answers"))
     id: int | None = Field(default=None, primary_key=True)
     job_id: str = Field(foreign_key="jobs.id", max_length=32)
     version: str | None = Field(
@@ -721,7 +721,11 @@ class PoolPaper(SQLModel, table=True):
     """Inputs on which a candidate and what serves differ, to be labelled; and what people said of them."""
 
     __tablename__ = "pool_papers"
-    __table_args__ = (UniqueConstraint("item_id", "paper"),)
+    __table_args__ = (
+        UniqueConstraint("item_id", "paper"),
+        Index("ix_pool_papers_paper", "paper"),
+        Index("ix_pool_papers_labels", "labels"),
+    )
     id: int | None = Field(default=None, primary_key=True)
     item_id: int = Field(foreign_key="campaign_items.id")
     version: str = _digest("digest of the candidate")

@@ -1,8 +1,9 @@
 """Collecting blobs that nothing names any more, while everything runs: marked, left for a grace, looked at again.
 
 A blob is *named* by a manifest of a version that is not deleted, of a dataset or of a base, by a push that is not over,
-and by an evaluation, whose records it is. `mark` writes down since when a blob is named by nothing; `collect` removes
-what was so for the whole grace: by then every signed URL of it is over. Each removal is a transaction that holds the
+by an evaluation, whose records it is, and by a pool: answers, the file to be labelled, labels. `mark` writes down since
+when a blob is named by nothing; `collect` removes what was so for the whole grace: by then every signed URL of it is
+over. Each removal is a transaction that holds the
 lock of the blob's row and asks once more, so
 
 - a push that says ``present`` holds the same lock while it names the blob (`blobs.keep`): one of the two waits;
@@ -27,6 +28,8 @@ from registry.db.models import (
     Evaluation,
     Hold,
     ManifestBlob,
+    PoolAnswers,
+    PoolPaper,
     Push,
     PushBlob,
     Version,
@@ -54,6 +57,9 @@ def named() -> ColumnElement[bool]:
             col(PushBlob.digest) == Blob.digest, col(PushBlob.push_id) == Push.id, col(Push.state).in_(UNFINISHED)
         ),
         exists().where(col(Evaluation.records) == Blob.digest),
+        exists().where(col(PoolAnswers.answers) == Blob.digest),
+        exists().where(col(PoolPaper.paper) == Blob.digest),
+        exists().where(col(PoolPaper.labels) == Blob.digest),
     )
 
 

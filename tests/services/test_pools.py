@@ -22,7 +22,8 @@ from registry.core.errors import (
 from registry.core.policy import Gate, Margin, Policy
 from registry.db.models import AuditRow, Decision, PoolAnswers, PoolPaper
 from registry.schemas import ClaimRequest, LabelsRequest
-from registry.services import campaigns, jobs
+from registry.services import campaigns, collection, jobs
+from registry.services.blobs import blob_key
 from registry.services.tokens import Caller
 from tests.upgrade import HARNESS, INPUTS, OTHER_HARNESS, POLICY, ROWS, WORKER, Upgrade
 from tests.world import ADMIN, World, caller
@@ -206,6 +207,27 @@ def test_both_databases_and_stores_carry_labels_through(world: World, tmp_path: 
     upgrade.run()
     assert upgrade.state() == "promoted"
     assert world.one(select(AuditRow.subject).where(AuditRow.event == "upgrade.labelled")) == campaign
+
+
+def test_what_a_pool_names_is_not_collected(upgrade: Upgrade, asking: str) -> None:
+    rows, world = filled(paper(upgrade, asking), but=30), upgrade.world
+
+    def collect() -> None:
+        for _ in range(2):
+            collection.mark(world.database, world.now, "sha256:")
+            world.later(hours=3)
+            collection.collect(world.database, world.store, world.now, timedelta(hours=2))
+
+    collect()
+    give(upgrade, asking, rows)
+    collect()
+    upgrade.run()
+    assert (upgrade.state(), upgrade.prod(upgrade.new)) == ("promoted", "carry")
+    kept = world.all(select(PoolAnswers.answers)) + [
+        digest for row in world.all(select(PoolPaper)) for digest in (row.paper, row.labels)
+    ]
+    assert len(kept) == 4
+    assert all(world.store.head(blob_key(digest)) is not None for digest in kept)
 
 
 # ── labels that are refused ──────────────────────────────────────────────────
