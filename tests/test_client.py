@@ -262,7 +262,7 @@ def test_a_broken_stream_of_events_goes_on_behind_the_last_one() -> None:
 # ── the client and the API are one contract ──────────────────────────────────
 
 ARGUMENTS: dict[str, Any] = {
-    "after": 0, "move": "yank", "adapter": "team/bot", "namespace": "team", "blob": "sha256:" + "0" * 64,
+    "after": 0, "move": "yank", "webhook_id": "w1", "adapter": "team/bot", "namespace": "team",
     "request": None, "kind": "dataset", "name": "team/bot", "push_id": "p1", "token_id": "t1", "manifests": [],
     "ref": "llama@r1", "base": "llama@r1", "a": "llama@r1", "b": "llama@r2", "version": "v1", "alias": "prod",
     "policy": Policy(), "job_id": "j1", "attempt": 1, "campaign_id": "c1", "schedule_id": "s1",
