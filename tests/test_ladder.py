@@ -1,19 +1,30 @@
 """The ladder of upgrades on a small model: every tier takes part, and the gate decides."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.rebase import ladder
+
+ABOUT = {"machine": "a machine", "date": "2026-01-01", "seeds": 1, "model": "a model", "scale": 0.02}
 
 
 def test_the_ladder_carries_an_adapter_by_every_tier_and_decides_by_the_gate(tmp_path: Path) -> None:
     setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, most=1)
     cells = ladder.upgraded("short training", setup)
     assert {(cell.task, cell.seed) for cell in cells} == {(setup.tasks[0].name, 1)}
-    assert {cell.tier for cell in cells} == {*ladder.SAME_SHAPE, ladder.REFERENCE}
+    assert {cell.tier for cell in cells} == {*ladder.SAME_SHAPE, *ladder.PEERS}
     assert not [cell.refused for cell in cells if cell.refused]
-    end = ladder.decided([
-        replace(cell, zone="pass" if cell.tier == "align" else "fail", score=2.0, bare=0.0, retrained=2.0)
+    told = [
+        replace(cell, zone="pass" if cell.tier == "align" else "fail", score=4.0 if cell.tier == "retrain" else 2.0,
+                bare=0.0, retrained=2.0, served=3.0, seconds=1.0, gate=1.0)
         for cell in cells
-    ])  # fmt: skip
-    assert (end.tier, end.recovery, end.regret) == ("align", 1.0, 0.0)
+    ]  # fmt: skip
+    end = ladder.ended(ladder.by_gate, told)
+    assert (end.tier, end.recovery, end.regret, end.share, end.gated) == ("align", 1.0, 1.0, 2.0, 2.0)
+    assert end.regressed
+    assert ladder.ended(ladder.copied, told).tier == "carry"
+    assert ladder.ended(ladder.WAYS["freeze"], told).recovery == 0.0
+    elsewhere = [replace(cell, refused="another shape") if cell.tier == "carry" else cell for cell in told]
+    assert ladder.ended(ladder.copied, elsewhere).tier == ladder.REFERENCE
+    page = ladder.table({"short training": ABOUT | {"cells": [asdict(cell) for cell in told]}})
+    assert "| related | the gate, tier by tier | 1 of 1 | 1.00 (1.00) | 1.00 |" in page

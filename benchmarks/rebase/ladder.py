@@ -8,8 +8,8 @@ split that nothing was chosen by, is
     recovery  R = (S(W2 + x) − S(W2)) ⁄ (S(W2 + retrained) − S(W2))
 
 and what the gate says, on a split of its own. What was decided is the first tier that passes, in the order of costs;
-an adapter that nothing passes for stays frozen, and counts with what then serves on the new base: nothing. Its regret
-is how much better the best of all tiers is, by the report split, as a share of what retraining gains.
+an adapter that nothing passes for stays frozen, and counts with what then serves on the new base: nothing. The same is
+told of other ways of deciding. Costs are seconds of a processor, which whoever else works on it does not lengthen.
 
 Model and tasks are those of `benchmarks.tasks`. Upgrades that are done are kept in docs/ladder.json; the table and the
 plot of docs/rebase.md are made from all of them. Peers: what is carried as it is is PortLLM (arXiv:2410.10870).
@@ -23,9 +23,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from workers.run import run as run_recipe
 
 from ..run import machine
 from ..tasks import Task, given, made, rows_of, texts
-from .upgrades import SHAPES, Texts, upgrades
+from .upgrades import RELATED, SHAPES, Texts, upgrades
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 STORE = PAGE.with_name("ladder.json")
@@ -62,6 +63,10 @@ SOME = "sha256:" + "3" * 64
 SAME_SHAPE: tuple[Tier, ...] = ("carry", "align", "warm-start", "distil", "retrain")
 OTHER_SHAPE: tuple[Tier, ...] = ("transport", "warm-start", "distil", "retrain")
 REFERENCE = "retrained"
+SCRATCH = "from scratch"
+"""As many steps as the warm start's, from nothing."""
+PEERS = (REFERENCE, SCRATCH)
+KINDS = {"related": RELATED, "other shape": SHAPES, "unrelated": {"independent seed"}}
 LEAST = 0.01
 """What retraining must gain over the bare base (a point, or hundredths of nats a byte), for a cell to be counted."""
 
@@ -78,10 +83,13 @@ class Cell:
     """Median ρ of the upgrade."""
     steps: int = 0
     seconds: float = 0.0
+    """Of a processor, as are the gate's."""
+    gate: float = 0.0
     bare: float = 0.0
     retrained: float = 0.0
+    served: float = 0.0
     score: float = 0.0
-    """On the report split, as the next two."""
+    """On the report split, as the three before and the next."""
     flips: float | None = None
     """Right on the old base, and wrong now."""
     zone: str = ""
@@ -170,8 +178,12 @@ def recipe(setup: Setup, rate: float, seed: int, base: str = OLD) -> FineTune:
     )  # fmt: skip
 
 
-def _trained(model: Any, tokenizer: Any, setup: Setup, asked: Sequence[tuple[Task, float, int]]) -> list[Adapter]:
-    tasks = [Training(recipe(setup, rate, seed), task.train) for task, rate, seed in asked]
+def _trained(
+    model: Any, tokenizer: Any, setup: Setup, asked: Sequence[tuple[Task, float, int]], steps: int | None = None
+) -> list[Adapter]:
+    recipes = [recipe(setup, rate, seed) for _, rate, seed in asked]
+    recipes = [each.model_copy(update={"steps": steps or each.steps}) for each in recipes]
+    tasks = [Training(each, task.train) for each, (task, _, _) in zip(recipes, asked, strict=True)]
     return [run.adapter for run in finetune_many(model, tokenizer, tasks)]
 
 
@@ -193,28 +205,38 @@ def upgraded(name: str, setup: Setup) -> list[Cell]:
     new = setup.folder / name.replace(" ", "-")
     upgrades(setup.base)[name](setup.base, Texts(*texts()), new, setup.scale)
     drift = compare(setup.base, new).median
-    rates, began = _best_rates(setup, new), time.monotonic()
+    rates = _best_rates(setup, new)
     model, tokenizer = load(new, "fp32")
     asked = [(task, rate, s) for task, rate in zip(setup.tasks, rates, strict=True) for s in range(1, setup.seeds + 1)]
+    began = time.process_time()
     reference = _trained(model, tokenizer, setup, asked)
-    each = (time.monotonic() - began) / len(asked)
+    each = (time.process_time() - began) / len(asked)
+    began = time.process_time()
+    few = _few(recipe(setup, 1.0, 0))
+    scratch = _trained(model, tokenizer, setup, asked, few)
+    short = (time.process_time() - began) / len(asked)
     cells: list[Cell] = []
     for number, task in enumerate(setup.tasks):
-        some = reference[number * setup.seeds : (number + 1) * setup.seeds]
+        mine = slice(number * setup.seeds, (number + 1) * setup.seeds)
         told = [_made(setup, task, seed, new) for seed in range(1, setup.seeds + 1)]
-        candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(some, start=1)}
+        candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(reference[mine], start=1)}
+        candidates |= {f"{seed} {SCRATCH}": adapter for seed, adapter in enumerate(scratch[mine], start=1)}
         for seed, (adapters, _, _) in enumerate(told, start=1):
             candidates |= {f"{seed} {tier}": adapter for tier, adapter in adapters.items()}
+        began = time.process_time()
         records = evaluate(model, tokenizer, setup.suite(task), candidates)
+        gate = (time.process_time() - began) / len(records)
         served = _served(setup, task)
         retrained = statistics.fmean(_mean(records[f"{s} {REFERENCE}"], metric_of(task), "report")
                                      for s in range(1, setup.seeds + 1))  # fmt: skip
         for seed, (adapters, costs, refused) in enumerate(told, start=1):
-            costs[REFERENCE] = (recipe(setup, 1.0, seed).steps, each)
+            costs |= {REFERENCE: (recipe(setup, 1.0, seed).steps, each), SCRATCH: (few, short)}
             bare = _mean(records["bare"], metric_of(task), "report")
             common: dict[str, Any] = {"upgrade": name, "task": task.name, "seed": seed, "drift": drift, "bare": bare}
-            common["retrained"] = retrained
-            alphas = dict[str, float](shares(Policy().alpha, list(adapters)).items()) | {REFERENCE: Policy().alpha}
+            common |= {"retrained": retrained, "gate": gate}
+            common["served"] = _mean(served[str(seed)], metric_of(task), "report")
+            alone = dict.fromkeys((REFERENCE, SCRATCH), Policy().alpha)
+            alphas = dict[str, float](shares(Policy().alpha, list(adapters)).items()) | alone
             for tier, alpha in alphas.items():
                 found = _judged(task, alpha, records[f"{seed} {tier}"], served[str(seed)], served["bare"],
                                 records["bare"])  # fmt: skip
@@ -240,19 +262,24 @@ def _made(setup: Setup, task: Task, seed: int, new: Path) -> Made:
     for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
         asked = _asked(tier, recipe(setup, rate, seed, NEW))
         with tempfile.TemporaryDirectory() as out:
+            began = time.process_time()
             try:
                 result = run_recipe(asked, inputs, Path(out), lambda _: None)
             except LoractlError as error:
                 refused[tier] = error.message
                 continue
             adapters[tier] = read_adapter(Path(out) / "adapter")
-            costs[tier] = (result.facts["steps"], result.facts["seconds"])
+            costs[tier] = (result.facts["steps"], time.process_time() - began)
     return adapters, costs, refused
 
 
+def _few(recorded: FineTune) -> int:
+    return Policy().steps_of_warm_start(recorded.steps)
+
+
 def _asked(tier: Tier, recorded: FineTune) -> Rebase:
-    few = min(60, max(20, recorded.steps // 20))
-    training = {"warm-start": recorded.model_copy(update={"steps": few}), "retrain": recorded}.get(tier)
+    warm = recorded.model_copy(update={"steps": _few(recorded)})
+    training = {"warm-start": warm, "retrain": recorded}.get(tier)
     taught = Distil(
         steps=max(4, recorded.steps // 5), learning_rate=recorded.learning_rate, batch_tokens=512, max_length=256,
         max_new_tokens=64, precision="fp32",
@@ -298,37 +325,80 @@ def _mean(records: Sequence[Record], metric: str, split: str | None = None) -> f
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What became of one adapter."""
+class End:
+    """What a way of deciding made of one adapter."""
 
     tier: str | None
-    recovery: float
-    regret: float
-    share: float
-    """Of retraining's seconds: all tiers up to the one that passed."""
-    flips: float | None
+    """None: nothing serves on the new base."""
+    recovery: float = 0.0
+    regret: float = 0.0
+    """How much better the best of all tiers is, as a share of what retraining gains."""
+    points: float | None = None
+    """The same in points, where answers are right or wrong."""
+    share: float = 0.0
+    """Of retraining's seconds: of all that was made."""
+    gated: float = 0.0
+    """The same, with the gate's own seconds on both sides."""
+    flips: float | None = None
+    regressed: bool = False
+    """It serves, and worse than before by more than two points, or 2 % of what retraining gains."""
 
 
-def decided(cells: Sequence[Cell]) -> Decided:
-    """The first tier that passes, in the order of costs."""
-    tried = [cell for cell in cells if not cell.refused and cell.tier != REFERENCE]
+Way = Callable[[Sequence[Cell]], Sequence[Cell]]
+"""Of an adapter's cells: those that are paid for, the last of which serves if it passed; or nothing."""
+
+
+def by_gate(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The tiers in the order of costs, up to the first that passes."""
+    tried = [cell for cell in cells if cell.tier not in PEERS]
+    passed = next((at for at, cell in enumerate(tried) if cell.zone == "pass"), len(tried))
+    return tried[: passed + 1]
+
+
+def copied(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """Copy if shapes match, and retrain if not."""
+    return _trusted("carry", cells) or _trusted(REFERENCE, cells)
+
+
+def _trusted(tier: str, cells: Sequence[Cell]) -> Sequence[Cell]:
+    return [replace(cell, zone="pass") for cell in cells if cell.tier == tier]
+
+
+WAYS: Mapping[str, Way] = {
+    "the gate, tier by tier": by_gate,
+    "as it is (PortLLM)": partial(_trusted, "carry"),
+    "copy if shapes match": copied,
+    "always retrain": partial(_trusted, REFERENCE),
+    "freeze": lambda _: (),
+}
+
+
+def ended(way: Way, cells: Sequence[Cell]) -> End:
+    """What came of one adapter's cells."""
+    cells = [cell for cell in cells if not cell.refused]
     whole = next(cell for cell in cells if cell.tier == REFERENCE)
-    best = max([cell.recovery for cell in cells if not cell.refused])
-    spent = 0.0
-    for cell in tried:
-        spent += cell.seconds
-        if cell.zone == "pass":
-            return Decided(cell.tier, cell.recovery, best - cell.recovery, spent / whole.seconds, cell.flips)
-    return Decided(None, 0.0, max(best, 0.0), spent / whole.seconds, None)
+    best = max(cell.score for cell in cells)
+    paid = way(cells)
+    last = paid[-1] if paid and paid[-1].zone == "pass" else None
+    score = last.score if last else whole.bare
+    gain, missed = whole.retrained - whole.bare, max(0.0, best - score)
+    worse = 0.02 if whole.flips is not None else 0.02 * gain
+    spent = sum(cell.seconds for cell in paid)
+    return End(
+        last.tier if last else None, (score - whole.bare) / gain, missed / gain,
+        100 * missed if whole.flips is not None else None, spent / whole.seconds,
+        (spent + sum(cell.gate for cell in paid)) / (whole.seconds + whole.gate), last.flips if last else None,
+        last is not None and whole.served - score > worse,
+    )  # fmt: skip
 
 
 def table(stored: Mapping[str, Any]) -> str:
     """Markdown: a row an upgrade, a column a tier, then what was decided."""
-    tiers = [*dict.fromkeys([*SAME_SHAPE, *OTHER_SHAPE])]
+    tiers = [*dict.fromkeys([*SAME_SHAPE, *OTHER_SHAPE]), SCRATCH]
     lines = [
         "| upgrade | drift ρ | " + " | ".join(f"{tier}: R (steps)" for tier in tiers)
-        + " | promoted | R of what was decided | regret | negative flips |",
-        "|" + "---|" * (len(tiers) + 6),
+        + " | promoted | R of what was decided |",
+        "|" + "---|" * (len(tiers) + 4),
     ]  # fmt: skip
     for name, entry in stored.items():
         cells = [cell for cell in map(_cell, entry["cells"]) if cell.tells]
@@ -336,24 +406,56 @@ def table(stored: Mapping[str, Any]) -> str:
         for tier in tiers:
             some = [cell for cell in cells if cell.tier == tier and not cell.refused]
             shown.append(f"{statistics.median(c.recovery for c in some):.2f} ({some[0].steps})" if some else "–")
-        ends = [decided(each) for each in _by_adapter(cells).values()]
-        flips = [end.flips for end in ends if end.flips is not None]
+        ends = [ended(by_gate, each) for each in _by_adapter(cells).values()]
         shown += [
             f"{sum(end.tier is not None for end in ends)} of {len(ends)}",
             f"{statistics.median(end.recovery for end in ends):.2f}" if ends else "–",
-            f"{statistics.fmean(end.regret for end in ends):.2f}" if ends else "–",
-            f"{statistics.fmean(flips):.1%}" if flips else "–",
         ]
         lines.append("| " + " | ".join(shown) + " |")
     told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, {entry['model']}"
                    for entry in stored.values()})  # fmt: skip
-    return "\n".join([*lines, "", *(f"Measured: {line}." for line in told)])
+    return "\n".join([*lines, "", *_ways(stored), "", *(f"Measured: {line}." for line in told)])
 
 
-def _by_adapter(cells: Sequence[Cell]) -> dict[tuple[str, int], list[Cell]]:
-    found: dict[tuple[str, int], list[Cell]] = {}
+COLUMNS = (
+    "upgrades", "decided by", "serve", "R, median (10th percentile)", "regret, mean", "in points", "seconds, median",
+    "with gates", "negative flips, mean", "promoted and worse",
+)  # fmt: skip
+
+
+def _ways(stored: Mapping[str, Any]) -> list[str]:
+    """Markdown: a row a way of deciding, over the adapters of related bases and over those of other shapes."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for kind, names in KINDS.items():
+        cells = [_cell(each) for name, entry in stored.items() if name in names for each in entry["cells"]]
+        adapters = list(_by_adapter([cell for cell in cells if cell.tells]).values())
+        for said, way in WAYS.items() if adapters else ():
+            ends = [ended(way, each) for each in adapters]
+            recoveries = sorted(end.recovery for end in ends)
+            shown = [
+                kind, said, f"{sum(end.tier is not None for end in ends)} of {len(ends)}",
+                f"{statistics.median(recoveries):.2f} ({recoveries[len(ends) // 10]:.2f})",
+                f"{statistics.fmean(end.regret for end in ends):.2f}", _mean_of([end.points for end in ends], ".2f"),
+                f"{statistics.median(end.share for end in ends):.0%}",
+                f"{statistics.median(end.gated for end in ends):.0%}",
+                _mean_of([end.flips for end in ends], ".1%"), str(sum(end.regressed for end in ends)),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(shown) + " |")
+    return lines
+
+
+def _mean_of(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(statistics.fmean(known), form) if known else "–"
+
+
+def _by_adapter(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[Cell]]:
+    found: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.task, cell.seed), []).append(cell)
+        found.setdefault((cell.upgrade, cell.task, cell.seed), []).append(cell)
     return found
 
 
