@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -278,9 +278,32 @@ class S3Server:
     pid: int
 
 
+@dataclass(frozen=True)
+class Weed:
+    """A SeaweedFS that is not running: its data lie in ``folder`` and outlive each of its lives."""
+
+    server: S3Server
+    command: list[str]
+    folder: Path
+
+    @contextmanager
+    def running(self) -> Iterator[Running]:
+        """One life of it, from the first put and get that worked to the end of the block."""
+        with running("SeaweedFS", self.command, self.folder, stop=signal.SIGKILL) as process:
+            process.wait_until(lambda: _s3_answers(self.server))
+            yield process
+
+
 @contextmanager
 def seaweedfs() -> Iterator[S3Server]:
     """A fresh SeaweedFS with one bucket, its S3 gateway on a loopback port; ready when a put and a get worked."""
+    with weed() as found, found.running() as process:
+        yield replace(found.server, pid=process.process.pid)
+
+
+@contextmanager
+def weed() -> Iterator[Weed]:
+    """A fresh SeaweedFS, to be started any number of times; its bucket is made when it first runs."""
     with tempfile.TemporaryDirectory(prefix="loractl-seaweedfs-") as scratch:
         folder = Path(scratch)
         access_key, secret_key = f"key{secrets.token_hex(8)}", secrets.token_urlsafe(24)
@@ -307,17 +330,15 @@ def seaweedfs() -> Iterator[S3Server]:
         command += [f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"]
         command += ["-master.telemetry=false", "-master.electionTimeout=1s", "-master.volumeSizeLimitMB=256"]
         command += ["-volume.max=64", "-volume.minFreeSpace=0", "-volume.preStopSeconds=0"]
-        with running("SeaweedFS", command, folder, stop=signal.SIGKILL) as server:
-            found = S3Server(
-                endpoint=f"http://127.0.0.1:{ports['s3']}",
-                bucket="loractl",
-                access_key=access_key,
-                secret_key=secret_key,
-                region="us-east-1",
-                pid=server.process.pid,
-            )
-            server.wait_until(lambda: _s3_answers(found))
-            yield found
+        server = S3Server(
+            endpoint=f"http://127.0.0.1:{ports['s3']}",
+            bucket="loractl",
+            access_key=access_key,
+            secret_key=secret_key,
+            region="us-east-1",
+            pid=0,
+        )
+        yield Weed(server, command, folder)
 
 
 def _s3_answers(server: S3Server) -> bool:

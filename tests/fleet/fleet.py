@@ -1,15 +1,13 @@
 """A fleet on loopback: the commands and the environment of docker-compose.yml, as processes, on real servers.
 
-Only what a network of containers would resolve is put in: hosts, ports and the folder of a cache. A `Front` stands
+Only what a network of containers would resolve is put in: hosts, ports and the folder of a cache. A `Link` stands
 where an operator's load balancer would, before all API processes, and counts what passes.
 """
 
-import asyncio
 import json
 import os
 import secrets
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,61 +22,9 @@ import psycopg
 from registry.services.tokens import make_text
 from tests import servers
 from tests.fleet.compose import BIN, REQUIRED, composed, redis_server
+from tests.link import Link
 
 PATIENCE_S = 90.0
-
-
-class Front:
-    """A load balancer: every connection goes to the next backend; counts connections and bytes, both ways."""
-
-    def __init__(self, port: int, backends: list[int]) -> None:
-        self.port, self.backends = port, backends
-        self.passed = 0
-        self.served = dict.fromkeys(backends, 0)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="front")
-        self._ready, self._stop = threading.Event(), asyncio.Event()
-
-    def __enter__(self) -> "Front":
-        self._thread.start()
-        self._ready.wait()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
-        self._ready.set()
-        await self._stop.wait()
-        server.close()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.backends = [*self.backends[1:], self.backends[0]]
-        backend = self.backends[-1]
-        try:
-            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", backend)
-        except OSError:
-            writer.close()
-            return
-        self.served[backend] += 1
-        await asyncio.gather(self._pump(reader, back_writer), self._pump(back_reader, writer))
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                self.passed += len(data)
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass  # one side is gone; so is the other then
-        finally:
-            writer.close()
 
 
 @dataclass
@@ -88,7 +34,7 @@ class Fleet:
     folder: Path
     values: dict[str, str]
     postgres: servers.Cluster
-    front: Front
+    front: Link
     ports: Mapping[str, int]
     places: Mapping[str, str]
     """What the file names -> where it is."""
@@ -202,7 +148,7 @@ def fleet(folder: Path, store: servers.S3Server, **more: str) -> Iterator[Fleet]
             "POSTGRES_PASSWORD": user.partition(":")[2],
         }
         places = {"@postgres:5432": f"@{address}", "@redis:6379": f"@127.0.0.1:{ports['redis']}"}
-        front = stack.enter_context(Front(ports["front"], [ports["api-1"], ports["api-2"]]))
+        front = stack.enter_context(Link(ports["front"], [ports["api-1"], ports["api-2"]]))
         found = Fleet(folder, values | more, cluster, front, ports, places)
         found.start_redis()
         found.start_postgres()

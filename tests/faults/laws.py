@@ -1,0 +1,203 @@
+"""What must hold in a town when everything has been healed and everybody has come to rest; each a list of breaches."""
+
+import hashlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session, col, func, select
+
+from registry.client import RegistryClient
+from registry.core.lifecycle import JobState, PushState
+from registry.daemons import gc
+from registry.db.models import Adapter, Alias, AliasMove, Blob, Job, ManifestBlob, Push, StoredManifest, Version
+from registry.parts import Parts
+from registry.services import pushes
+from registry.services.blobs import blob_key
+from registry.transfer import PARTIAL, pull
+from tests.faults import people
+from tests.faults.people import journals
+from tests.faults.town import LEASE_S, Town
+
+PATIENCE_S = 60.0
+_ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+def come_to_rest(town: Town, seed: int) -> list[str]:
+    """Let what was begun come to its end: work is done, pushes are verified or expire."""
+    deadline = time.time() + PATIENCE_S
+    parts = Parts.of(town.settings)
+    try:
+        while time.time() < deadline:
+            with parts.database.read() as session:
+                jobs = session.exec(select(func.count()).select_from(Job).where(col(Job.state).not_in(_ENDED))).one()
+                verifying = (PushState.VERIFYING,)
+                waiting = select(func.count()).select_from(Push).where(col(Push.state).in_(verifying))
+                pushes = session.exec(waiting).one()
+            if not jobs and not pushes:
+                return []
+            town.comes(people.worker, "ida", seed)
+            time.sleep(1.0)
+            town.leave()
+        return [f"{jobs} jobs and {pushes} verifications did not come to an end within {PATIENCE_S:.0f} s"]
+    finally:
+        parts.close()
+
+
+def breaches(town: Town, seen: set[str]) -> list[str]:
+    """What is broken; ``seen``: digests that were pulled and verified before, which grows."""
+    promised = list(journals(town.place.folder))
+    parts = Parts.of(town.settings)
+    try:
+        with parts.database.read() as session:
+            found = [told for law in LAWS for told in law(session, promised)]
+            found += _blobs_are_there(session, parts)
+            found += _nothing_is_left(session, parts)
+        return found + _pulls(town, promised, seen) + _nothing_is_half_written(town.place.folder, promised)
+    finally:
+        parts.close()
+
+
+Promises = list[dict[str, Any]]
+
+
+def no_one_saw_what_should_not_be(_session: Session, promised: Promises) -> Iterator[str]:
+    """Nobody was refused but with a reason to come again, or because somebody was quicker."""
+    for line in promised:
+        if line["did"] == "breach":
+            yield f"{line['who']}: {line['code']}: {line['told']}"
+
+
+def what_was_committed_is_there(session: Session, promised: Promises) -> Iterator[str]:
+    """Every version that somebody was told of, with the number that was told."""
+    rows = session.exec(select(Adapter.namespace, Adapter.name, Version.digest, Version.number).join(Version)).all()
+    numbers = {(f"{namespace}/{name}", digest): number for namespace, name, digest, number in rows}
+    for line in promised:
+        if line["did"] == "pushed" and line["kind"] == "adapter":
+            told, now = (line["outcome"] or {}).get("version"), numbers.get((line["name"], line["digest"]))
+            if now is None or told != f"v{now}":
+                yield f"{line['name']} {line['digest']} was {told}, and is v{now}"
+
+
+def numbers_are_given_once(session: Session, _promised: Promises) -> Iterator[str]:
+    """A version has one number, and a number one version; exactly one is the latest of a base."""
+    for adapter, number in session.exec(
+        select(Version.adapter_id, Version.number).group_by(col(Version.adapter_id), col(Version.number))
+        .having(func.count() > 1)
+    ):  # fmt: skip
+        yield f"number {number} of adapter {adapter} was given twice"
+    latest = select(Version.adapter_id, func.max(Version.number)).group_by(col(Version.adapter_id))
+    newest = dict(session.exec(latest).all())
+    marked = dict(session.exec(select(Version.adapter_id, Version.number).where(Version.latest)).all())
+    if newest != marked:
+        yield f"the newest versions are {newest}, and marked as such are {marked}"
+
+
+def aliases_stand_where_they_were_put(session: Session, promised: Promises) -> Iterator[str]:
+    """Each has a history without a gap that ends where it points; every move that was told is in it."""
+    moves = session.exec(select(AliasMove).order_by(col(AliasMove.id))).all()
+    for alias in session.exec(select(Alias)).all():
+        mine = [m for m in moves if (m.adapter_id, m.base_id, m.name) == (alias.adapter_id, alias.base_id, alias.name)]
+        generations = sorted(move.generation for move in mine)
+        if generations != list(range(1, alias.generation + 1)):
+            yield f"alias {alias.name} of adapter {alias.adapter_id} is at {alias.generation}; its moves: {generations}"
+        elif mine and max(mine, key=lambda move: move.generation).to_version_id != alias.version_id:
+            yield f"alias {alias.name} of adapter {alias.adapter_id} does not point where its last move went"
+    names = {adapter.id: f"{adapter.namespace}/{adapter.name}" for adapter in session.exec(select(Adapter)).all()}
+    digests = dict(session.exec(select(Version.id, Version.digest)).all())
+    known = {(names[move.adapter_id], move.name, move.generation): digests.get(move.to_version_id) for move in moves}
+    for line in promised:
+        if line["did"] == "moved":
+            now = known.get((line["name"], line["alias"], line["generation"]))
+            if now != line["digest"]:
+                yield f"{line['name']}:{line['alias']} move {line['generation']} went to {line['digest']}; now {now}"
+
+
+def work_is_done_once(session: Session, promised: Promises) -> Iterator[str]:
+    """Every job that was asked for came to one end; who was told that it is done finds one version of it."""
+    jobs = {job.id: job for job in session.exec(select(Job)).all()}
+    made = Counter(session.exec(select(Version.job_id).where(col(Version.job_id).is_not(None))).all())
+    for line in promised:
+        if line["did"] == "asked" and line["job"] not in jobs:
+            yield f"job {line['job']} was lost"
+        if line["did"] == "finished" and jobs[line["job"]].state != JobState.SUCCEEDED:
+            yield f"job {line['job']} was finished, and is {jobs[line['job']].state}"
+    for identity, job in jobs.items():
+        if job.state not in _ENDED:
+            yield f"job {identity} is {job.state}"
+        if made[identity] != (job.state == JobState.SUCCEEDED):
+            yield f"job {identity} {job.state} and made {made[identity]} versions"
+
+
+def no_lease_is_old(session: Session, _promised: Promises) -> Iterator[str]:
+    """Nobody owns anything for ever."""
+    for kind, leases in (("job", select(Job.id, Job.lease_until)), ("push", select(Push.id, Push.lease_until))):
+        for identity, until in session.exec(leases).all():
+            if until is not None and until.timestamp() < time.time() - PATIENCE_S - LEASE_S:
+                yield f"{kind} {identity} is still leased until {until}"
+
+
+LAWS: tuple[Callable[[Session, Promises], Iterator[str]], ...] = (
+    no_one_saw_what_should_not_be, what_was_committed_is_there, numbers_are_given_once,
+    aliases_stand_where_they_were_put, work_is_done_once, no_lease_is_old,
+)  # fmt: skip
+
+
+def _blobs_are_there(session: Session, parts: Parts) -> list[str]:
+    """Every blob that a manifest names has a row and bytes of its size."""
+    named = set(session.exec(select(ManifestBlob.blob)))
+    sizes = dict(session.exec(select(Blob.digest, Blob.size)).all())
+    here = {stat.key: stat.size for stat in parts.store.walk("blobs/")}
+    found = [f"blob {digest} is named and has no row" for digest in named - sizes.keys()]
+    found += [
+        f"blob {digest} of {sizes[digest]} bytes has {here.get(blob_key(digest))} in the store"
+        for digest in named & sizes.keys()
+        if here.get(blob_key(digest)) != sizes[digest]
+    ]
+    lost = select(Version.digest).where(col(Version.digest).not_in(select(StoredManifest.digest)))
+    return found + [f"version {digest} has no manifest" for digest in session.exec(lost)]
+
+
+def _nothing_is_left(session: Session, parts: Parts) -> list[str]:
+    """What ended pushes left in staging goes; only what belongs to one that lives, or to none, may wait."""
+    ended = (PushState.COMMITTED, PushState.REJECTED, PushState.EXPIRED, PushState.ABORTED)
+    over = set(session.exec(select(Push.id).where(col(Push.state).in_(ended))))
+    pushes.sweep(parts.database, parts.store, parts.clock(), gc.GRACE)
+    return [f"{s.key} was left" for s in parts.store.walk("staging/") if s.key.split("/")[1] in over]
+
+
+def _pulls(town: Town, promised: Promises, seen: set[str]) -> list[str]:
+    """Every version that somebody was told of comes, byte by byte; once in its life is enough."""
+    found = []
+    digests = {line["digest"] for line in promised if line["did"] == "pushed"} - seen
+    with RegistryClient(town.place.url, town.place.token) as client:
+        for digest in sorted(digests):
+            out = town.place.folder / "pulled" / digest.removeprefix("sha256:")
+            shutil.rmtree(out, ignore_errors=True)  # what is there would not be asked for
+            try:
+                pull(client, digest, out)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is a breach
+                found.append(f"{digest} cannot be pulled: {type(error).__name__}: {error}")
+            else:
+                seen.add(digest)
+    return found
+
+
+def _nothing_is_half_written(folder: Path, promised: Promises) -> list[str]:
+    """A file that has its name in a reader's folder has all of its bytes: those of the same version elsewhere."""
+    right = {
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in (folder / "pulled").rglob("*")
+        if file.is_file() and PARTIAL not in file.parts
+    }
+    known = {line["digest"].removeprefix("sha256:")[:16] for line in promised if line["did"] == "pushed"}
+    return [
+        f"{file} is not what was pushed"
+        for home in (folder / "homes").glob("*/*-*")
+        if home.name.partition("-")[0] in known
+        for file in home.rglob("*")
+        if file.is_file() and PARTIAL not in file.parts and hashlib.sha256(file.read_bytes()).hexdigest() not in right
+    ]
