@@ -17,7 +17,7 @@ SOURCES := registry workers cli migrations tests docs $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench up docs clean
+.PHONY: help setup demo test check soak bench up docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,9 @@ check: .venv/install.stamp ## Lint, types and the import rules
 	@$(BIN)/mypy --no-error-summary $(SOURCES)
 	@echo "check: import rules"
 	@$(BIN)/lint-imports --no-logo
+
+soak: .venv/install.stamp ## Hours of misfortune: 250 episodes in each of four registries (EPISODES=N)
+	@$(BIN)/python -m tests.faults.run --episodes $(or $(EPISODES),250)
 
 bench: .venv/install.stamp ## Measure the claims and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.run

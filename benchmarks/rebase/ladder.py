@@ -51,7 +51,7 @@ from workers.run import run as run_recipe
 
 from ..run import machine
 from ..tasks import Task, given, made, rows_of, texts
-from .upgrades import RELATED, SHAPES, Texts, upgrades
+from .upgrades import RELATED, SHAPES, Texts, trained_on, upgrades
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 STORE = PAGE.with_name("ladder.json")
@@ -142,7 +142,10 @@ def _written(row: Row) -> dict[str, Any]:
 
 def prepared(folder: Path, seeds: int, scale: float, most: int | None = None) -> Setup:
     """Base, tasks (at ``most`` so many), and their adapters on it, each at the best of its rates."""
-    base, tasks = given(round(ITEMS * scale), more=True) or made(folder / "made", scale)
+    found = given(ITEMS, more=True)
+    base, tasks = found or made(folder / "made", scale)
+    if found:
+        base = _ending(base, folder / "old" / base.name, scale)
     setup = Setup(base, tasks[:most], folder, seeds, scale)
     model, tokenizer = load(setup.base, "fp32")
     rates = _best_rates(setup, setup.base)
@@ -154,6 +157,13 @@ def prepared(folder: Path, seeds: int, scale: float, most: int | None = None) ->
         _write_rows(folder / f"rows-{setup.tasks.index(task)}", task.train)
     (folder / "rates.json").write_text(json.dumps(rates))
     return setup
+
+
+def _ending(base: Path, folder: Path, scale: float) -> Path:
+    """A base that has seen where texts end: one that never did answers rightly and goes on, and is never right."""
+    folder.parent.mkdir()
+    trained_on(100, 1e-3, seed=9)(base, Texts(*texts()), folder, scale)
+    return folder
 
 
 def _best_rates(setup: Setup, base: Path) -> list[float]:

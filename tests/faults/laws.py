@@ -11,11 +11,24 @@ from typing import Any
 from sqlmodel import Session, col, func, select
 
 from registry.client import RegistryClient
+from registry.core.audit import Head, Linked, breaks
 from registry.core.lifecycle import JobState, PushState
 from registry.daemons import gc
-from registry.db.models import Adapter, Alias, AliasMove, Blob, Job, ManifestBlob, Push, StoredManifest, Version
+from registry.db.models import (
+    Adapter,
+    Alias,
+    AliasMove,
+    AuditHead,
+    AuditRow,
+    Blob,
+    Job,
+    ManifestBlob,
+    Push,
+    StoredManifest,
+    Version,
+)
 from registry.parts import Parts
-from registry.services import pushes
+from registry.services import audit, pushes
 from registry.services.blobs import blob_key
 from registry.transfer import PARTIAL, pull
 from tests.faults import people
@@ -140,9 +153,22 @@ def no_lease_is_old(session: Session, _promised: Promises) -> Iterator[str]:
                 yield f"{kind} {identity} is still leased until {until}"
 
 
+def the_audit_is_whole(session: Session, _promised: Promises) -> Iterator[str]:
+    """No link of the chain is broken, and every move of an alias left its row."""
+    head = session.exec(select(AuditHead)).one()
+    rows = session.exec(select(AuditRow).where(col(AuditRow.seq).is_not(None)).order_by(col(AuditRow.seq))).all()
+    links = [Linked(row.seq or 0, row.link or "", audit.entry(row)) for row in rows]
+    for broken in breaks(links, Head(head.seq, head.link)):
+        yield f"the audit: {broken}"
+    told = session.exec(select(func.count()).select_from(AuditRow).where(AuditRow.event == "alias.moved")).one()
+    moved = session.exec(select(func.count()).select_from(AliasMove)).one()
+    if told != moved:
+        yield f"aliases moved {moved} times, and the audit has {told} rows of it"
+
+
 LAWS: tuple[Callable[[Session, Promises], Iterator[str]], ...] = (
     no_one_saw_what_should_not_be, what_was_committed_is_there, numbers_are_given_once,
-    aliases_stand_where_they_were_put, work_is_done_once, no_lease_is_old,
+    aliases_stand_where_they_were_put, work_is_done_once, no_lease_is_old, the_audit_is_whole,
 )  # fmt: skip
 
 
