@@ -284,7 +284,7 @@ def _made(setup: Setup, task: Task, seed: int, new: Path) -> Made:
 
 
 def _few(recorded: FineTune) -> int:
-    return Policy().steps_of_warm_start(recorded.steps)
+    return Policy().warm_start(recorded.steps)[0]
 
 
 def _asked(tier: Tier, recorded: FineTune) -> Rebase:
@@ -296,6 +296,7 @@ def _asked(tier: Tier, recorded: FineTune) -> Rebase:
     )  # fmt: skip
     return Rebase(
         tier=tier, adapter=SOME, old=OLD, base=NEW, training=training, suite=SOME if training else None,
+        candidates=Policy().warm_start(recorded.steps)[1] if tier == "warm-start" else 3,
         distil=taught if tier == "distil" else None, inputs=SOME if tier in ("distil", "transport") else None,
     )  # fmt: skip
 
