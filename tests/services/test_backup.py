@@ -50,9 +50,11 @@ def _empty(store: BlobStore) -> None:
 
 
 @contextmanager
-def empty_database(world: World, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    """Another database of the same kind, as the migrations make it."""
-    if world.database.dialect == "sqlite":
+def empty_database(
+    world: World, request: pytest.FixtureRequest, tmp_path: Path, *, same_kind: bool = True
+) -> Iterator[Database]:
+    """Another database, of the same kind or of the other, as the migrations make it."""
+    if (world.database.dialect == "sqlite") == same_kind:
         path = tmp_path / f"{secrets.token_hex(4)}.db"
         shutil.copyfile(request.getfixturevalue("sqlite_template"), path)
         made = Database(f"sqlite:///{path}")
@@ -82,15 +84,16 @@ def back_up(world: World, folder: Path) -> dict[str, Any]:
     return backup.back_up(world.database, world.store, folder, world.clock)
 
 
+@pytest.mark.parametrize("same_kind", [True, False])
 def test_what_is_restored_is_what_was_backed_up_to_the_last_digest(
-    filled: World, request: pytest.FixtureRequest, tmp_path: Path
+    filled: World, request: pytest.FixtureRequest, tmp_path: Path, *, same_kind: bool
 ) -> None:
     made = back_up(filled, tmp_path / "kept")
     assert made["lost"] == [] and made["copied"] == made["bytes"] > 0
     before = rows(filled.database, "holds", "audit")
     digests = filled.all(select(Blob.digest))
     _empty(filled.store)
-    with empty_database(filled, request, tmp_path) as database:
+    with empty_database(filled, request, tmp_path, same_kind=same_kind) as database:
         backup.restore(database, filled.store, tmp_path / "kept", filled.clock)
         assert rows(database, "holds", "audit") == before
         for digest in digests:
