@@ -423,8 +423,8 @@ def table(stored: Mapping[str, Any]) -> str:
             f"{statistics.median(end.recovery for end in ends):.2f}" if ends else "–",
         ]
         lines.append("| " + " | ".join(shown) + " |")
-    told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, {entry['model']}"
-                   for entry in stored.values()})  # fmt: skip
+    told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, steps × {entry['scale']}, "
+                   f"{entry['model']}" for entry in stored.values()})  # fmt: skip
     return "\n".join([*lines, "", *_ways(stored), "", *(f"Measured: {line}." for line in told)])
 
 
