@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.core.audit import Entry, Head, Linked, breaks
-
 from . import config
 from .output import Output, command, fields, table
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
+    from registry.core.audit import Head, Linked
     from registry.schemas import ChainInfo, LinkedInfo
 
 _FACTS = 60
@@ -78,12 +77,14 @@ def verify(out: Output, head: str | None) -> None:
     Keep the head that it prints where the registry's operators cannot change it, and give it the next time: then also
     a chain that was written anew from its beginning is found out.
     """
+    from registry.core.audit import Head, breaks
+
     kept = Head.parse(head) if head else None
     with config.connect() as client, out.progress() as bar:
         first = client.audit_chain(0)
         stored = Head(first.seq, first.link)
 
-        def rows() -> Iterator[Linked]:
+        def rows() -> "Iterator[Linked]":
             for done, row in enumerate(_rows(client, first, stored.seq), 1):
                 bar.count("chain", done, stored.seq, "rows")
                 yield row
@@ -95,7 +96,7 @@ def verify(out: Output, head: str | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _rows(client: "RegistryClient", first: "ChainInfo", last: int) -> Iterator[Linked]:
+def _rows(client: "RegistryClient", first: "ChainInfo", last: int) -> "Iterator[Linked]":
     """The chain up to ``last``, page by page; what is chained meanwhile is another look's."""
     page = first
     while page.rows:
@@ -106,12 +107,14 @@ def _rows(client: "RegistryClient", first: "ChainInfo", last: int) -> Iterator[L
         page = client.audit_chain(page.rows[-1].seq)
 
 
-def _linked(row: "LinkedInfo") -> Linked:
+def _linked(row: "LinkedInfo") -> "Linked":
     said = (row.id, row.at, row.actor, row.namespace, row.event, row.subject, row.reason, row.before, row.after)
+    from registry.core.audit import Entry, Linked
+
     return Linked(row.seq, row.link, Entry(*said))
 
 
-def _verified(stored: Head, waiting: int, found: list[dict[str, Any]]) -> None:
+def _verified(stored: "Head", waiting: int, found: list[dict[str, Any]]) -> None:
     fields({
         "chain": "broken" if found else "whole",
         "rows": stored.seq,

@@ -91,6 +91,8 @@ def house(folder: Path, base: Path, broker: str = "memory://", **changes: Any) -
         for kind, text in (("dataset", ROWS), ("suite", ITEMS)):
             (folder / f"{kind}.jsonl").write_text(text)
         push_dataset(client, "dataset", folder / "dataset.jsonl", "team/rows")
+        (folder / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 200}) + "\n")
+        push_dataset(client, "dataset", folder / "long.jsonl", "team/too-long")
         push_dataset(client, "suite", folder / "suite.jsonl", "team/parity")
         token = client.create_token(TokenRequest(name="w", kind="worker", queues=["cpu"])).token
         settings = WorkerSettings(found.url, token, broker, folder / "cache", 1 << 30, "w")
@@ -265,7 +267,7 @@ def test_a_killed_attempt_is_gone_on_with_to_the_same_bytes(home: House) -> None
 
 
 def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(home: House) -> None:
-    short, wrong = home.train("team/short", steps=3), home.train("team/wrong", rank=4096)
+    short, wrong = home.train("team/short", steps=3), home.train("team/wrong", datasets=["team/too-long"])
     stopped, long = home.train("team/stopped", steps=100_000), home.train("team/long", steps=150, checkpoint_every=1)
     with home.working():
         home.await_state(short, "succeeded")  # while the others go on
@@ -277,7 +279,7 @@ def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(hom
         home.await_state(long, "succeeded")
     assert (failed := home.client.job(wrong.id)).state == "failed"
     assert failed.error is not None
-    assert failed.error["code"] == "rank-too-high"
+    assert failed.error["code"] == "bad-dataset"
     made = [home.client.job(job.id) for job in (short, long)]
     assert [(job.result or {})["made"][0]["ref"] for job in made] == ["team/short@v1", "team/long@v1"]
     assert [home.logged(job, 1, "progress")[-1]["step"] for job in (short, long)] == [3, 150]
@@ -381,12 +383,12 @@ def test_a_damaged_checkpoint_is_not_used_and_the_job_begins_again(home: House, 
 
 
 def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home: House) -> None:
-    wrong = home.train("team/wrong", rank=4096)
+    wrong = home.train("team/wrong", datasets=["team/too-long"])
     with home.working():
         failed = home.await_state(wrong, "failed")
         assert failed.attempt == 1
         assert failed.error is not None
-        assert failed.error["code"] == "rank-too-high"
+        assert failed.error["code"] == "bad-dataset"
     long = home.train("team/long", steps=100_000)
     with home.working():
         home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)
