@@ -1,8 +1,6 @@
 """The audit at the command line: what was changed, whether the record is whole, and where it is not."""
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,27 +9,6 @@ from sqlalchemy import text
 from cli.main import run
 from registry.services import audit
 from tests import live
-
-
-@pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[live.Live]:
-    with live.registry(tmp_path / "registry") as found:
-        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-        monkeypatch.setenv("LORACTL_URL", found.url)
-        monkeypatch.setenv("LORACTL_TOKEN", found.token)
-        yield found
-
-
-@pytest.fixture
-def call(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    def called(*arguments: str, code: int = 0) -> Any:
-        capsys.readouterr()
-        status = run([*arguments, "--json"])
-        said = capsys.readouterr()
-        assert status == code, said.err
-        return json.loads(said.out)
-
-    return called
 
 
 def test_changes_are_listed_and_the_record_of_them_is_verified(

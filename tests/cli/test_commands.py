@@ -46,20 +46,6 @@ Call = Callable[..., Any]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command with ``--json``; its document. ``code`` is the exit code that is expected."""
-
-    def called(*arguments: object, code: int = 0) -> Any:
-        capsys.readouterr()
-        status = run([*map(str, arguments), "--json"])
-        said = capsys.readouterr()
-        assert status == code, said.err
-        return json.loads(said.out)
-
-    return called
-
-
-@pytest.fixture
 def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command for people; what it printed on stdout."""
 

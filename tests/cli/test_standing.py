@@ -1,7 +1,7 @@
 """Taking versions out of use at the command line: yank, quarantine, reinstate, delete, and what a pull then says."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ from tests.factories import tiny_adapter, tiny_base
 
 
 @pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[live.Live]:
-    with live.registry(tmp_path / "registry") as found:
-        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setenv("LORACTL_URL", found.url)
-        monkeypatch.setenv("LORACTL_TOKEN", found.token)
-        monkeypatch.chdir(tmp_path)
-        yield found
+def call(registry: live.Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> (
+    Callable[..., Any]
+):  # fmt: skip
+    """As everywhere, in a folder of its own; what was said on stderr is in the document too."""
+    monkeypatch.chdir(tmp_path)
 
-
-@pytest.fixture
-def call(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     def called(*arguments: str, code: int = 0) -> Any:
         capsys.readouterr()
         status = run([*arguments, "--json"])

@@ -1,7 +1,6 @@
 """Quotas and fsck at the command line."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,6 @@ from registry.services.blobs import blob_key
 from tests import live
 
 ROWS = '{"prompt": "1+1=", "completion": " 2"}\n'
-
-
-@pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[live.Live]:
-    with live.registry(tmp_path / "registry") as found:
-        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-        monkeypatch.setenv("LORACTL_URL", found.url)
-        monkeypatch.setenv("LORACTL_TOKEN", found.token)
-        yield found
-
-
-@pytest.fixture
-def call(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    def called(*arguments: str, code: int = 0) -> Any:
-        capsys.readouterr()
-        status = run([*arguments, "--json"])
-        said = capsys.readouterr()
-        assert status == code, said.err
-        return json.loads(said.out)
-
-    return called
 
 
 def test_a_quota_is_shown_set_and_kept_to(call: Callable[..., Any], tmp_path: Path) -> None:
