@@ -425,7 +425,8 @@ def table(stored: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(shown) + " |")
     told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, steps × {entry['scale']}, "
                    f"{entry['model']}" for entry in stored.values()})  # fmt: skip
-    return "\n".join([*lines, "", *_ways(stored), "", *(f"Measured: {line}." for line in told)])
+    count = f"{len(stored)} of {len(set().union(*KINDS.values()))} upgrades on record."
+    return "\n".join([*lines, "", *_ways(stored), "", count, *(f"Measured: {line}." for line in told)])
 
 
 COLUMNS = (
@@ -475,6 +476,7 @@ def plot(stored: Mapping[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "ladder"  # equal figures, equal bytes
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
