@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -202,15 +203,19 @@ def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path) -> None:
         silent.listen()
         env = {**os.environ, "LORACTL_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         line = [sys.executable, "-m", "cli.main", "pull", "team/bot", "--out", str(tmp_path / "bot"), "--json"]
-        with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # What a shell runs in the background ignores SIGINT, and so would the children of tests there.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        ) as child:  # fmt: skip
             connection, _ = silent.accept()
-            connection.recv(100)
-            for patience in (10, 10, 30):  # the interpreter may be where it ignores one; people press again
-                child.send_signal(signal.SIGINT)
-                with suppress(subprocess.TimeoutExpired):
-                    out, err = child.communicate(timeout=patience)
-                    break
-            connection.close()
+            with connection:
+                connection.recv(100)
+                for _ in range(30):  # one that comes between the last look for signals and the wait is not heard there
+                    child.send_signal(signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        out, err = child.communicate(timeout=5)
+                        break
     assert child.returncode == 130
     assert ".partial" in err
     assert json.loads(out)["error"]["code"] == "interrupted"
