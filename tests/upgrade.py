@@ -93,11 +93,13 @@ class Upgrade:
 
     # ── what people do ───────────────────────────────────────────────────────
 
-    def push(self, name: str = "team/bot", seed: int = 0, *, recipe: bool = True, base: Path | None = None) -> str:
+    def push(
+        self, name: str = "team/bot", seed: int = 0, *, recipe: bool = True, base: Path | None = None, steps: int = 40
+    ) -> str:
         """A version of an adapter on the old base, with its training recipe; its digest."""
         on = base or self.v1
         folder = tiny_adapter(self._folder(), on, seed=seed, record_base=True)
-        trained = FineTune(base=str(base_of(on).digest), datasets=(self.data,), steps=40).model_dump(mode="json")
+        trained = FineTune(base=str(base_of(on).digest), datasets=(self.data,), steps=steps).model_dump(mode="json")
         scan = scan_folder(
             "adapter",
             folder,

@@ -98,6 +98,23 @@ class Policy(Frozen):
         return alias in self.aliases and bool(self.gates or self.evidence)
 
 
+_LOOKS = 12
+"""Times that a choice among variants reads the calibration split: eight candidates, and the text on both bases."""
+_DEAR = 5
+"""A token of these many small passes takes about as long as five of a training's (SmolLM2-135M on a processor)."""
+_BYTES_A_TOKEN = 4
+
+
+def variants_pay(steps: int, batch_tokens: int, suite_bytes: int) -> bool:
+    """Whether a carry's choice among its variants costs at most a quarter of the training that it may save.
+
+        _DEAR · _LOOKS · tokens(calibration) ≤ ¼ · 3 · steps · batch_tokens
+
+    A step reads a token forward and, at twice the price, backward. The calibration split is a fifth of the suite.
+    """
+    return _DEAR * _LOOKS * suite_bytes / 5 / _BYTES_A_TOKEN <= 3 * steps * batch_tokens / 4
+
+
 def loosened(before: Policy, after: Policy) -> list[str]:
     """What ``after`` asks less of a candidate than ``before``, in words: gates, guard, margins, alpha, evidence.
 

@@ -43,7 +43,7 @@ from registry.core.gate import Quoted, Verdict
 from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
 from registry.core.manifest import canonical_json
 from registry.core.names import SeriesName
-from registry.core.policy import Gate, Policy
+from registry.core.policy import Gate, Policy, variants_pay
 from registry.core.pool import gate_of
 from registry.core.recipes import TRAINED
 from registry.core.route import AS_THEY_WERE, Signals
@@ -732,7 +732,7 @@ class _Work:
         if action.tier in TRAINED:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
         if action.tier == "carry" and facts.signals.lineage not in AS_THEY_WERE:
-            recipe |= self._chosen_by(facts)
+            recipe |= self._chosen_by(facts, action.adapter)
         if not facts.starts:  # nothing to begin from: the recorded recipe, from scratch
             recipe = self._anew(action.adapter)
         message = f"{action.tier} to {bases.labels(self.session, [self.new])[self.campaign.new_id]}"
@@ -743,10 +743,17 @@ class _Work:
             progress = Progress(job=JobState.FAILED, error=error.message)
         return facts.with_tier(facts.tier(action.tier).model_copy(update={"produce": progress}))
 
-    def _chosen_by(self, facts: Facts) -> dict[str, Any]:
-        """What a carry chooses among its variants by: the suite's calibration split, and texts where some are kept."""
+    def _chosen_by(self, facts: Facts, adapter: str) -> dict[str, Any]:
+        """What a carry chooses among its variants by: the suite's calibration split, and texts where some are kept.
+
+        Nothing where the choice would cost nearly as much as the training that it may save.
+        """
         assert facts.policy is not None
-        found = {"suite": suite_of(self.session, facts.policy.gates[0]).digest}
+        suite = suite_of(self.session, facts.policy.gates[0])
+        training = jobs.training_of(self.session, self._version(adapter), self.new.digest)
+        if training is not None and not variants_pay(training.steps, training.batch_tokens, suite.size):
+            return {}
+        found = {"suite": suite.digest}
         if facts.policy.retained and facts.retained:
             found["inputs"] = facts.policy.retained
         return found

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from registry.core.metrics import NAMED
-from registry.core.policy import Evidence, Gate, Margin, Policy, loosened
+from registry.core.policy import Evidence, Gate, Margin, Policy, loosened, variants_pay
 from registry.core.recipes import TIERS
 
 METRICS = st.sampled_from([*NAMED, "custom:sql", "custom-binary:runs", "lm-eval:exact_match,strict-match"])
@@ -116,3 +116,12 @@ def test_what_asks_no_less_twice_asks_no_less(a: Policy, b: Policy, c: Policy) -
 @given(POLICIES)
 def test_nothing_is_looser_than_no_policy(policy: Policy) -> None:
     assert loosened(Policy(), policy) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "size", "pays"), [(30, 50_000, False), (2000, 50_000, True), (2000, 5_000_000, False)]
+)
+def test_a_carry_looks_at_its_variants_where_that_is_cheap_beside_a_retraining(
+    steps: int, size: int, *, pays: bool
+) -> None:
+    assert variants_pay(steps, 1024, size) is pays

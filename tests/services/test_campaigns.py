@@ -1092,8 +1092,17 @@ def test_where_inputs_are_retained_forward_passes_choose_the_route(
     assert [(job.recipe["inputs"], job.namespace, len(job.recipe["adapters"])) for job in asked] == [(kept, "team", 1)]
 
 
+def test_a_carry_chooses_nothing_where_that_costs_as_much_as_a_short_training(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    upgrade.begin()
+    upgrade.run()
+    [carried] = [job.recipe for job in upgrade.jobs() if job.recipe.get("tier") == "carry"]
+    assert carried["suite"] is None
+
+
 def test_a_campaigns_carry_chooses_by_its_suite_and_the_inputs_that_are_retained(upgrade: Upgrade) -> None:
     kept = _retaining(upgrade)
+    upgrade.serve(seed=1, steps=5000)
     upgrade.skills["carry"] = 1.0
     upgrade.begin()
     upgrade.run()
