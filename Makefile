@@ -17,7 +17,7 @@ SOURCES := registry workers cli migrations tests docs $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak bench up docs clean
+.PHONY: help setup demo test check soak fuzz bench up docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -65,6 +65,9 @@ check: .venv/install.stamp ## Lint, types and the import rules
 
 soak: .venv/install.stamp ## Hours of misfortune: 250 episodes in each of four registries (EPISODES=N)
 	@$(BIN)/python -m tests.faults.run --episodes $(or $(EPISODES),250)
+
+fuzz: .venv/install.stamp ## Bad inputs for every reader, hours of them (CASES=N of each)
+	@$(BIN)/python -m tests.fuzz.run --cases $(or $(CASES),20000)
 
 bench: .venv/install.stamp ## Measure the claims and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.run

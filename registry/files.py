@@ -48,7 +48,17 @@ from registry.core.errors import (
     PickleRefused,
     ZeroUpdate,
 )
-from registry.core.manifest import Draft, FileEntry, Kind, LateFile, Lineage, Manifest, check_path
+from registry.core.manifest import (
+    Draft,
+    FileEntry,
+    Kind,
+    LateFile,
+    Lineage,
+    Manifest,
+    check_json,
+    check_path,
+    check_values,
+)
 from registry.core.safetensors import PREFIX_BYTES, Header, TensorInfo, header_bytes, parse_header
 
 Progress = Callable[[int], None]
@@ -97,9 +107,11 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """The JSON object in ``data``; `BadConfig` when it is none."""
     try:
+        check_values(data)
         found = json.loads(data)
+        check_json(found)
     except (ValueError, RecursionError) as error:
-        raise BadConfig(path=name, reason=f"it is not JSON: {error}") from error
+        raise BadConfig(path=name, reason=f"it is not JSON that can be kept: {error}") from error
     if not isinstance(found, dict):
         raise BadConfig(path=name, reason="it is not a JSON object")
     return found
@@ -345,8 +357,11 @@ def _task(folder: Path, named: Any) -> Any:
         raise BadConfig(path=SUITE_FILE, reason=f"'{named[:100]}' is no YAML file beside it; there are: {beside}")
     try:
         with there[named].open("rb") as file:
-            return yaml.safe_load(file.read(MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+            found = yaml.safe_load(file.read(MAX_CONFIG_BYTES))
+        check_json(found)  # its aliases may stand for billions of values
+        return found
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        # `!!int ""`, `!!bool x` and `!!timestamp x` leave PyYAML as errors of its own code
         reason = " ".join(str(error).split())
         if "!function" in reason:
             reason = "!function names code, and a suite is data"

@@ -19,6 +19,7 @@ from joserfc.errors import InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet
 
 from .core.errors import ProviderDown, TokenRefused
+from .core.manifest import check_json
 from .schemas import SCOPES
 from .settings import BadSetting, OidcSettings
 
@@ -62,12 +63,14 @@ class Provider:
         """Whom the token stands for; `TokenRefused` with the reason, `ProviderDown` when its keys cannot be had."""
         claims = self._claims(text)
         subject, issuer = str(claims["sub"]), self.settings.issuer
-        return Person(
-            id=f"o{hashlib.sha256(f'{issuer} {subject}'.encode()).hexdigest()[:15]}",
-            name=str(claims.get("email") or claims.get("preferred_username") or subject)[:200],
-            scopes=self.granted(claims),
-            until=datetime.fromtimestamp(claims["exp"], UTC),
-        )
+        name = str(claims.get("email") or claims.get("preferred_username") or subject)[:200]
+        try:
+            check_json([subject, name])
+            until = datetime.fromtimestamp(claims["exp"], UTC)
+        except (ValueError, OverflowError, OSError) as error:
+            raise TokenRefused(reason=f"the provider's token does not hold: {str(error)[:200]}") from error
+        identity = hashlib.sha256(f"{issuer} {subject}".encode()).hexdigest()[:15]
+        return Person(f"o{identity}", name, self.granted(claims), until)
 
     def granted(self, claims: dict[str, Any]) -> dict[str, list[str]]:
         """Scopes per namespace: the union of all rows of the table that fit."""
@@ -98,7 +101,7 @@ class Provider:
                 exp={"essential": True},
             )
             wanted.validate(claims)
-        except (JoseError, ValueError, TypeError) as error:
+        except (JoseError, ValueError, TypeError, RecursionError) as error:
             raise TokenRefused(reason=f"the provider's token does not hold: {str(error)[:200]}") from error
         return claims
 

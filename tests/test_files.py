@@ -376,6 +376,11 @@ def test_a_spec_has_the_words_of_the_tasks_it_names(tmp_path: Path) -> None:
     [
         ("process_docs: !function utils.run\n", "!function names code, and a suite is data"),
         ("a: [", "expected the node content"),
+        ('a: !!int ""', "index out of range"),
+        ("a: !!bool x", "'x'"),
+        ("a: !!timestamp x", "NoneType"),
+        ("a: &a [*a]", "nested over"),
+        ("\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 12))]), "values"),
         (None, "'a.yaml' is no YAML file beside it; there are: other.yaml"),
     ],
 )

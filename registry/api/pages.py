@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Query
 
 from registry.core.errors import BadRequest
+from registry.core.manifest import check_json
 
 Limit = Annotated[int, Query(ge=1, le=500)]
 
@@ -23,6 +24,7 @@ def behind(text: str | None, start: tuple[Any, ...]) -> tuple[Any, ...]:
         return start
     try:
         key = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+        check_json(key)
     except (binascii.Error, ValueError, RecursionError) as error:
         raise BadRequest(problems=f"'{text[:50]}' is not a cursor of this registry") from error
     if not isinstance(key, list) or [type(part) for part in key] != [type(part) for part in start]:

@@ -6,12 +6,13 @@ Whoever kept one ``n:link`` elsewhere can tell whether the first n entries are s
 that of certificate transparency and of git, with a chain in place of a tree: entries are read in order anyway.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from .digest import Digest
-from .errors import BadDigest, BadRequest
+from .errors import BadRequest
 from .manifest import canonical_json
 
 START = "sha256:" + "0" * 64
@@ -57,11 +58,10 @@ class Head:
     @classmethod
     def parse(cls, text: str) -> "Head":
         """``N:sha256:…``, as ``loractl audit verify`` prints it; `BadRequest`."""
-        number, _, link = text.partition(":")
-        try:
-            return cls(int(number), str(Digest.parse(link)))
-        except (ValueError, BadDigest) as error:
-            raise BadRequest(problems=f"'{text[:100]}' is not a head; expected N:sha256:…") from error
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,17}):(sha256:[0-9a-f]{64})", text)
+        if match is None:
+            raise BadRequest(problems=f"'{text[:100]}' is not a head; expected N:sha256:…")
+        return cls(int(match[1]), match[2])
 
     def __str__(self) -> str:
         return f"{self.seq}:{self.link}"

@@ -27,12 +27,13 @@ from blake3 import blake3
 
 from .digest import Digest
 from .errors import BadConfig, BadDigest, BadManifest, DuplicateTensor
-from .manifest import canonical_json
+from .manifest import canonical_json, check_json, check_values
 from .safetensors import DTYPE_BITS, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS, check_tensor_name
 
 ArchKind = Literal["canonical", "raw", "none"]
 Config = Mapping[str, Any]
 MAX_TABLE_BYTES = 256 << 20
+MAX_LAYERS = 100_000
 MAX_PARAMETERS = 1 << 50
 """Numbers that all tensors of a base hold together."""
 
@@ -173,6 +174,7 @@ class BaseModel:
     def from_json(cls, data: bytes) -> Self:
         """The inverse of `to_json`, checked; `BadManifest` says what is wrong."""
         try:
+            check_values(data)
             table = json.loads(data)
             if table["schema"] != "loractl/1 base":
                 raise BadManifest(reason="it is not a base table of schema 'loractl/1 base'")
@@ -180,6 +182,8 @@ class BaseModel:
             tokens = {key: Digest.parse(value) for key, value in table["tokenizer"].items() if value is not None}
             kind, fields = table["arch"]["kind"], table["arch"]["fields"]
             tokenizer = Tokenizer(**tokens)
+            check_json(fields)
+            canonical_json(fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadDigest) as error:
             raise BadManifest(reason=f"the base table cannot be read: {error}") from error
         names = [tensor.name.encode() for tensor in tensors]
@@ -269,7 +273,7 @@ def canonical_tensors(stored: Iterable[Tensor], config: Config | None) -> tuple[
             raise DuplicateTensor(tensor=name, first=found[name].name, second=tensor.name)
         found[name] = tensor
     family = _family(config)
-    if family and config is not None and canonical_arch(config)[1]["tie_word_embeddings"] and family.head in found:
+    if family and config is not None and canonical_arch(config)[1].get("tie_word_embeddings") and family.head in found:
         head, embedding = found[family.head], found.get(family.embedding)
         if embedding is None or (head.digest, head.shape, head.dtype) == (
             embedding.digest, embedding.shape, embedding.dtype
@@ -341,7 +345,7 @@ def canonical_arch(config: Config | None) -> tuple[ArchKind, dict[str, Any]]:
         extra = {key: value for key, value in left.items() if key not in family.fields and not _absent(value)}
         fields = {key: left.get(key, default) for key, default in family.fields.items()} | extra
         family.settle(fields)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise BadConfig(path="config.json", reason=f"a field has a value of the wrong kind: {error}") from error
     fields = {key: value for key, value in fields.items() if value is not None}
     return "canonical", model_type | fields | ({"rope_parameters": rope} if rope else {})
@@ -402,14 +406,21 @@ def _windows(fields: dict[str, Any]) -> None:
         window = fields["sliding_window"] = None
     fields["layer_types"] = fields["layer_types"] or [
         "sliding_attention" if window is not None and layer >= first else "full_attention"
-        for layer in range(fields["num_hidden_layers"])
+        for layer in _layers(fields)
     ]
+
+
+def _layers(fields: dict[str, Any]) -> range:
+    count = fields["num_hidden_layers"]
+    if not 0 <= count <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {count}; at most {MAX_LAYERS} are allowed")
+    return range(count)
 
 
 def _alternating(fields: dict[str, Any]) -> None:
     _heads(fields)
     fields["layer_types"] = fields["layer_types"] or [
-        "full_attention" if layer % 2 else "sliding_attention" for layer in range(fields["num_hidden_layers"])
+        "full_attention" if layer % 2 else "sliding_attention" for layer in _layers(fields)
     ]
     fields.pop("hidden_act", None)  # written by transformers 4, read by nothing
 
@@ -510,8 +521,15 @@ def tokenizer_digests(files: Mapping[str, bytes]) -> Tokenizer:
     """Digests of the tokenizer in ``files`` (name -> bytes); the same after a re-save by another version.
 
     ``tokenizer.json`` is read for what it means (without padding, truncation and its version; merges as pairs);
-    a tokenizer without one is its vocabulary files as they are.
+    a tokenizer without one is its vocabulary files as they are. `BadConfig` for files that are of another form.
     """
+    try:
+        return _tokenizer(files)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BadConfig(path="tokenizer.json", reason=f"the tokenizer's files cannot be read: {error}") from error
+
+
+def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     config = _json(files, "tokenizer_config.json")
     special = {key: _content(value) for key in _SPECIAL if (value := config.get(key)) is not None}
     fast = _json(files, "tokenizer.json")
@@ -539,6 +557,7 @@ def _content(token: Any) -> Any:
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
+        check_values(files.get(name, b""))
         found = json.loads(files[name]) if name in files else {}
     except (ValueError, RecursionError) as error:
         raise BadConfig(path=name, reason=f"it is not JSON: {error}") from error

@@ -9,6 +9,7 @@ while they are hashed, and the digests come last (docs/adr/0019).
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -21,12 +22,53 @@ MAX_FILES = 4096
 MAX_ORIGINS = 1000
 """Parents, and datasets, that one version can name."""
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_DEPTH = 100
+MAX_VALUES = 5_000_000
+"""Of a JSON file: a table of 250 000 tensors has a dozen values each."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 Kind = Literal["adapter", "base", "dataset", "suite"]
 
 
 def canonical_json(value: Any) -> bytes:
     """``value`` with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def check_json(value: Any) -> None:
+    """Whether every database can keep a JSON value, and every reader read it; ValueError says why not.
+
+    No text holds NUL or half of a surrogate pair; it is nested at most `MAX_DEPTH` deep and has at most `MAX_VALUES`
+    values (a YAML file of a few lines can stand for billions). Numbers are looked at where they are written.
+    """
+    count, waiting = 0, [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise ValueError(f"it is nested over {MAX_DEPTH} deep, or has over {MAX_VALUES} values")
+        if isinstance(one, str):
+            if "\0" in one or (not one.isascii() and _SURROGATE.search(one)):
+                raise ValueError(f"a text holds NUL or half of a surrogate pair: {ascii(one)[:60]}")
+        elif isinstance(one, dict):
+            waiting += [(item, depth + 1) for pair in one.items() for item in pair]
+        elif isinstance(one, list | tuple):
+            waiting += [(item, depth + 1) for item in one]
+
+
+def check_values(text: bytes) -> None:
+    """ValueError when a JSON text may have over `MAX_VALUES` values: asked before it is read, it bounds the memory."""
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_VALUES:
+        raise ValueError(f"it may have over {MAX_VALUES} values")
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    check_json(value)
+    canonical_json(value)
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_json)]
+"""A JSON object that has a canonical form, and that every database can keep."""
 
 
 def check_path(path: str) -> str:
@@ -71,7 +113,7 @@ BaseDigest = Annotated[str, AfterValidator(_b3)]
 class Frozen(BaseModel):
     """A value: no field changes, no unknown field is taken."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(Frozen):
@@ -89,7 +131,7 @@ class Lineage(Frozen):
     """Digests of the versions it was made from (rebase: the original; combine: all)."""
     datasets: Annotated[tuple[Sha256, ...], Field(max_length=MAX_ORIGINS)] = ()
     """Version digests of the datasets it was trained on."""
-    recipe: dict[str, Any] | None = None
+    recipe: Json | None = None
     """The frozen recipe, as `registry.core.recipes` dumps it."""
 
 
@@ -110,11 +152,11 @@ class Listing(Frozen):
     files: Annotated[tuple[FileEntry | LateFile, ...], Field(min_length=1, max_length=MAX_FILES)]
     base: BaseDigest | None = None
     """Adapters: the base they are bound to. Bases: their own base digest."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Json = Field(default_factory=dict)
     """Adapters: adapter_config.json as it is. Datasets and suites: their spec."""
     lineage: Lineage = Lineage()
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

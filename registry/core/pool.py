@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from .errors import BadLabel, BadRecords, LabelsContradict, LabelsForeign, LabelsMissing
 from .gate import Verdict, Zone, judge_pool, shares, smallest_n
-from .manifest import Frozen, canonical_json
+from .manifest import Frozen, Json, canonical_json
 from .metrics import LM_EVAL, is_binary
 from .policy import Gate, Policy
 from .records import Record
@@ -44,7 +44,7 @@ class Answered(Frozen):
     """What one version answered to one input."""
 
     item: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    input: dict[str, Any]
+    input: Json
     answer: str
     parsed: bool | None = None
 
@@ -64,7 +64,11 @@ class Question(Frozen):
 
 def input_id(row: Mapping[str, Any]) -> str:
     """The name of what a row asks: 16 hex digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical_json(input_of(dict(row)))).hexdigest()[:16]
+    return _called(input_of(dict(row)))
+
+
+def _called(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(dict(asked))).hexdigest()[:16]
 
 
 def to_jsonl(answers: Sequence[Answered]) -> bytes:
@@ -81,7 +85,7 @@ def parse_answers(data: bytes) -> dict[str, Answered]:
             one = Answered.model_validate_json(line)
         except ValidationError as error:
             raise BadRecords(line=number, reason=str(error.errors()[0]["msg"])) from error
-        if one.item in found or one.item != input_id(one.input):
+        if one.item in found or one.item != _called(one.input):
             twice = "occurs twice" if one.item in found else "is not what its input is called"
             raise BadRecords(line=number, reason=f"item {one.item} {twice}")
         found[one.item] = one

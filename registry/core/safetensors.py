@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadHeader, BadTensor, LfsPointer, PickleRefused
+from .manifest import check_json, check_values
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 250_000
@@ -100,6 +101,10 @@ def parse_header(data: bytes, file_size: int, path: str) -> Header:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadHeader(path=path, reason="__metadata__ must map strings to strings")
+    try:
+        check_json(metadata)
+    except ValueError as error:
+        raise BadHeader(path=path, reason=f"__metadata__: {error}") from error
     if not table:
         raise BadHeader(path=path, reason="it holds no tensors")
     if len(table) > MAX_TENSORS:
@@ -141,6 +146,7 @@ def _table(text: bytes, path: str) -> dict[str, Any]:
         return found
 
     try:
+        check_values(text)
         table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BadHeader(path=path, reason=f"the header is not JSON: {str(error)[:200]}") from error

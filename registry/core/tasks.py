@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from .errors import BadConfig
+from .manifest import check_json
 from .metrics import LM_EVAL
 
 Kind = Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"]
@@ -189,6 +190,10 @@ def parse_tasks(spec: dict[str, Any]) -> list[Task]:
     said = spec["lm_eval"]
     if not isinstance(said, dict) or said.keys() != {"tasks"}:
         raise BadConfig(path="suite.json", reason='lm_eval must be {"tasks": [...]} and nothing else')
+    try:
+        check_json(said)
+    except ValueError as error:
+        raise BadConfig(path="suite.json", reason=f"lm_eval.tasks: {error}") from error
     try:
         tasks = _TASKS.validate_python(said["tasks"])
     except ValidationError as error:

@@ -58,7 +58,7 @@ def send(hook: Webhook, row: AuditRow, parts: Parts) -> str | None:
             )
     except AddressRefused as refusal:
         return refusal.message
-    except (httpx.HTTPError, OSError, UnicodeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None if reply.is_success else f"HTTP {reply.status_code}"
 

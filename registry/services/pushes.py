@@ -15,7 +15,6 @@ Verbs that talk to the store for long take the `Database` and hold no transactio
 """
 
 import base64
-import binascii
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -302,7 +301,7 @@ def read_table(text: str) -> BaseModel:
     """The base model in a base64 compressed table; `BadManifest` says what is wrong with it."""
     try:
         return BaseModel.from_compressed(base64.b64decode(text, validate=True))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's own, and one for what is not ASCII
         raise BadManifest(reason=f"the base table is not base64: {error}") from error
 
 

@@ -39,14 +39,24 @@ _LOOKED_AT = 500
 # ── a person's side ──────────────────────────────────────────────────────────
 
 
+def check_url(url: str) -> str:
+    """``url`` itself when a webhook may lead there; `BadRequest` when not."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna"), parts.port
+    except ValueError:  # brackets, a port, a name that cannot be
+        host, port = b"", None
+    if not host or port == 0 or parts.scheme not in ("http", "https") or parts.username or parts.password:
+        raise BadRequest(problems=f"url: '{url[:100]}' is not http(s)://HOST/… without a password in it")
+    return url
+
+
 def add(session: Session, caller: Caller, request: WebhookRequest, now: datetime) -> tuple[Webhook, str]:
     """A new webhook, and its secret, shown this once: for admins of the namespace, or of everything without one."""
     if request.namespace is not None:
         check_name(request.namespace, "namespace")
     caller.require("admin", request.namespace or EVERYWHERE)
-    parts = urlsplit(request.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        raise BadRequest(problems=f"url: '{request.url[:100]}' is not http(s)://HOST/… without a password in it")
+    check_url(request.url)
     secret = secrets.token_urlsafe(32)
     row = Webhook(
         id=f"w{secrets.token_hex(6)}",

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from joserfc import jwt
-from joserfc.jwk import RSAKey
+from joserfc.jwk import KeySet, RSAKey
 from sqlmodel import select
 
 from cli.main import run
@@ -115,6 +116,7 @@ def test_a_token_that_does_not_hold_opens_nothing(api: Api) -> None:
             "signed by what everybody reads": hs256(told, carol, json.dumps(public).encode()),
             "cut off": good[:-10],
             "of another provider": id_token(other, "ada"),
+            "with a head that is too deep": f"{base64.urlsafe_b64encode(b'[' * 9000).decode()}.{body}.{signature}",
             "for another client": id_token(api.issuer, "ada", "another"),
         }
     for how, token in forged.items():
@@ -122,6 +124,22 @@ def test_a_token_that_does_not_hold_opens_nothing(api: Api) -> None:
         assert (answer.status_code, answer.json()["code"]) == (401, "token-refused"), how
     api.world.later(hours=2)
     assert api.ask(id_token(api.issuer, "ada")).status_code == 401  # its time is over by our clock
+
+
+@pytest.mark.parametrize("change", [{"exp": 1e300}, {"sub": "\0"}, {"email": "a\0b"}])
+def test_claims_that_nobody_can_write_down_are_refused(change: dict[str, Any]) -> None:
+    key = RSAKey.generate_key(2048, {"kid": "k"})
+
+    class Signed(Provider):
+        def _published(self) -> KeySet:
+            return KeySet([key])
+
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    claims = ADA | {"iss": "https://x.example", "aud": "loractl", "exp": int(now.timestamp()) + 60}
+    provider = Signed(settings_of("https://x.example"), lambda: now)
+    assert provider.person(jwt.encode({"alg": "RS256", "kid": "k"}, claims, key)).name == "ada@example.org"
+    with pytest.raises(TokenRefused):
+        provider.person(jwt.encode({"alg": "RS256", "kid": "k"}, claims | change, key))
 
 
 def encoded(value: dict[str, Any]) -> str:

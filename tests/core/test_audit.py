@@ -85,6 +85,6 @@ def test_a_break_is_told_once_with_the_row() -> None:
 
 def test_a_head_is_written_as_it_is_read() -> None:
     assert Head.parse(str(HEAD)) == HEAD
-    for wrong in ("", "6", "six:" + START, "6:b3", START):
+    for wrong in ("", "6", "six:" + START, "6:b3", START, "-1:" + START, "٣:" + START, "1:b3:" + "0" * 64):
         with pytest.raises(BadRequest):
             Head.parse(wrong)

@@ -21,7 +21,7 @@ from registry.core.base_model import (
 )
 from registry.core.digest import Digest
 from registry.core.errors import BadConfig, BadManifest, DuplicateTensor
-from registry.core.manifest import canonical_json
+from registry.core.manifest import MAX_VALUES, canonical_json
 from registry.files import digest_base
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -173,6 +173,19 @@ def test_a_table_that_was_tampered_with_is_refused(change: dict[str, Any]) -> No
     table = json.loads(BaseModel.of([tensor("a")]).to_json())
     with pytest.raises(BadManifest):
         BaseModel.from_json(json.dumps(table | change).encode())
+
+
+@pytest.mark.parametrize("value", [float("nan"), "\ud800", "\0"])
+def test_a_table_whose_architecture_has_no_canonical_form_is_refused(value: Any) -> None:
+    table = json.loads(BaseModel((tensor("a"),)).to_json())
+    table["arch"]["fields"]["x"] = [value]
+    with pytest.raises(BadManifest, match="cannot be read"):
+        BaseModel.from_json(json.dumps(table).encode())
+
+
+def test_a_table_of_very_many_values_is_refused_before_it_is_read() -> None:
+    with pytest.raises(BadManifest, match="values"):
+        BaseModel.from_json(b"[" + b"[]," * (MAX_VALUES // 2 + 1) + b"[]]")
 
 
 def test_a_truncated_compressed_table_is_refused() -> None:
@@ -352,6 +365,31 @@ def test_a_tokenizer_without_a_fast_one_is_its_files() -> None:
     one, two = tokenizer_digests({"tokenizer.model": b"a"}), tokenizer_digests({"tokenizer.model": b"b"})
     assert one.vocabulary not in (None, two.vocabulary)
     assert tokenizer_digests({}) == Tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenizer.json", {"model": [1]}),
+        ("tokenizer.json", {"model": {"merges": 3}}),
+        ("tokenizer.json", {"model": {"vocab": {"\ud800": 1}}}),
+        ("tokenizer_config.json", {"chat_template": 3}),
+    ],
+)
+def test_a_tokenizer_file_of_another_form_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(BadConfig, match="tokenizer"):
+        tokenizer_digests({"vocab.txt": b"a", name: json.dumps(value).encode()})
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**400, -1, float("inf"), "x"])
+def test_layers_are_counted_before_they_are_listed(layers: Any) -> None:
+    with pytest.raises(BadConfig, match="wrong kind"):
+        canonical_arch({"model_type": "qwen2", "num_hidden_layers": layers})
+
+
+def test_a_head_may_say_null_where_others_say_nothing() -> None:
+    config = {"model_type": "llama", "tie_word_embeddings": None}
+    assert [t.name for t in BaseModel.of([tensor("lm_head.weight")], config).tensors] == ["lm_head.weight"]
 
 
 def test_a_broken_tokenizer_file_is_refused() -> None:

@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.core.errors import BadManifest, BadPath, LoractlError
-from registry.core.manifest import MAX_FILES, Draft, Manifest, canonical_json, check_path, parse_listing
+from registry.core.manifest import (
+    MAX_DEPTH,
+    MAX_FILES,
+    MAX_VALUES,
+    Draft,
+    Manifest,
+    canonical_json,
+    check_json,
+    check_path,
+    check_values,
+    parse_listing,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "manifest.json"
 SHA = "sha256:" + "0" * 64
@@ -23,7 +34,8 @@ def manifest(*paths: str, **changes: Any) -> dict[str, Any]:
 
 
 PATHS = st.lists(st.from_regex(r"[a-z]{1,5}(/[a-z]{1,5}\.[a-z]{2})?", fullmatch=True), min_size=1, max_size=5)
-CONFIGS = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=4)
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
+CONFIGS = st.dictionaries(TEXTS, st.integers() | TEXTS | st.none(), max_size=4)
 
 
 @given(PATHS, CONFIGS)
@@ -118,6 +130,46 @@ def test_a_manifest_that_cannot_be_says_why(change: dict[str, Any], word: str) -
 def test_no_bytes_do_more_than_a_refusal(data: bytes) -> None:
     with pytest.raises(BadManifest):
         Manifest.parse(data)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("\0", "NUL"),
+        ("\ud800", "surrogate"),
+        ({"\udfff": 1}, "surrogate"),
+        (float("nan"), "not JSON compliant"),
+        (1e999, "not JSON compliant"),
+        (nested(MAX_DEPTH), "deep"),
+    ],
+)
+def test_what_no_database_keeps_is_in_no_config_and_no_recipe(value: Any, word: str) -> None:
+    for change in ({"config": {"a": value}}, {"lineage": {"recipe": {"a": [value]}}}):
+        with pytest.raises(BadManifest, match=word):
+            Manifest.parse(manifest() | change)
+
+
+def test_a_value_that_stands_for_billions_is_refused_before_they_are_there() -> None:
+    value: Any = ["x"] * 10
+    for _ in range(20):
+        value = [value] * 10
+    with pytest.raises(ValueError, match=f"over {MAX_VALUES} values"):
+        check_json(value)
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(ValueError, match="deep"):
+        check_json(circle)
+    check_json({"a": nested(MAX_DEPTH - 1), "é": [1.5, None, "ü"]})
+    check_values(b"[" * MAX_VALUES)
+    with pytest.raises(ValueError, match=f"over {MAX_VALUES} values"):
+        check_values(b"[" * MAX_VALUES + b",")
 
 
 def test_an_oversize_manifest_is_refused_before_it_is_read() -> None:

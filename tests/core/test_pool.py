@@ -29,7 +29,7 @@ from registry.core.pool import (
     verdict,
     without_labels,
 )
-from registry.core.rows import parse_input, parse_row
+from registry.core.rows import input_of, parse_input, parse_row
 
 GATE = Gate(suite="team/suite", metric="exact-match", margin=Margin(value=0.02))
 POLICY = Policy(gates=(GATE,), pool="team/inputs")
@@ -157,6 +157,16 @@ def test_answers_survive_their_file_and_what_is_none_is_refused() -> None:
     for bad in (b"", b"{}\n", line + line, line.replace(b"question", b"another")):
         with pytest.raises(BadRecords):
             parse_answers(bad)
+
+
+def test_answers_to_chats_survive_their_file_too() -> None:
+    row = parse_row(
+        b'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}', "f", 1
+    )
+    one = Answered(item=input_id(row), input=input_of(row), answer="4")
+    assert parse_answers(to_jsonl([one])) == {one.item: one}
+    with pytest.raises(BadRecords):
+        parse_answers(to_jsonl([one]).replace(b"2+2", b"2+3"))
 
 
 def test_an_input_is_what_a_row_asks_whatever_its_answer() -> None:

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from registry.core.errors import BadFile, BadHeader, BadTensor, LfsPointer, LoractlError, PickleRefused
+from registry.core.manifest import MAX_VALUES
 from registry.core.safetensors import DTYPE_BITS, Header, TensorInfo, header_bytes, parse_header
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -156,7 +158,17 @@ def test_no_tensors_are_refused() -> None:
         parsed({"__metadata__": {"a": "b"}})
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, [], "x"])
+def test_a_header_of_more_values_than_tensors_have_is_refused_before_it_is_read() -> None:
+    text = b'{"a":[' + b"[]," * (MAX_VALUES // 2 + 1) + b"[]]}"
+    tracemalloc.start()
+    with pytest.raises(BadHeader, match="values"):
+        parsed(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(text)  # read, they would be 170 bytes each
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, [], "x", {"a": "\0"}, {"loractl.note": "\ud800"}])
 def test_metadata_must_be_texts(metadata: Any) -> None:
     with pytest.raises(BadHeader, match="__metadata__"):
         parsed({"__metadata__": metadata, "a": A}, 16)

@@ -23,6 +23,8 @@ from registry.services import audit, webhooks
 from registry.services.tokens import Caller
 from tests.world import ADMIN, World, caller
 
+NO_PLACES = ("http://[x/", "http://[::1", "http://x:99999/", "http://x:0/", "http://a..b/", "http://" + "x" * 64 + "/")
+
 
 @dataclass
 class Receiver:
@@ -242,13 +244,27 @@ def test_a_redirect_is_not_followed(embedded: World, receiver: Receiver) -> None
     assert embedded.one(select(Webhook)).last_error == "HTTP 302"
 
 
+@pytest.mark.parametrize("url", NO_PLACES)
+def test_an_address_that_no_client_can_use_is_told_as_an_error(embedded: World, receiver: Receiver, url: str) -> None:
+    hook, _ = add(embedded, receiver.url)
+    with embedded.database.write() as session:  # as one that was taken before the door knew
+        found = session.get(Webhook, hook.id)
+        assert found is not None
+        found.url = url
+        session.add(found)
+    change(embedded, "a")
+    assert outbox.step(parts_of(embedded))
+    with embedded.database.read() as session:
+        assert (session.exec(select(Webhook.attempts)).one(), receiver.heard) == (1, [])
+
+
 def test_webhooks_are_for_admins_and_others_see_none(embedded: World) -> None:
     hook, _ = add(embedded, "https://x.example", namespace="team")
     with pytest.raises(ScopeMissing):
         add(embedded, "https://x.example", caller("x", team=["admin"]))
     with pytest.raises(ScopeMissing):
         add(embedded, "https://x.example", caller("x", team=["publish"]), namespace="team")
-    for url in ("ftp://x.example", "https://", "https://user:word@x.example/", "x.example"):
+    for url in ("ftp://x.example", "https://", "https://user:word@x.example/", "x.example", *NO_PLACES):
         with pytest.raises(BadRequest):
             add(embedded, url)
     stranger = caller("x", other=["admin"])
