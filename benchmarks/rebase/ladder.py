@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import transformers
 
+from registry.core.digest import Digest
 from registry.core.errors import LoractlError
 from registry.core.gate import judge, mean_gain, shares
 from registry.core.policy import Gate, Margin, Policy
@@ -45,9 +46,11 @@ from workers.compute.finetune import Task as Training
 from workers.compute.finetune import finetune_many
 from workers.compute.lora import Adapter
 from workers.compute.model import load
+from workers.compute.rebase.distil import steps_of
 from workers.compute.rebase.signals import compare
 from workers.compute.weights import read_adapter, write_adapter
 from workers.run import run as run_recipe
+from workers.run import run_together
 
 from ..run import machine
 from ..tasks import Task, given, made, rows_of, texts
@@ -56,7 +59,7 @@ from .upgrades import RELATED, SHAPES, Texts, trained_on, upgrades
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 STORE = PAGE.with_name("ladder.json")
 PLOT = PAGE.with_name("ladder.svg")
-STEPS, RANK, ITEMS = 300, 8, 1200
+STEPS, RANK, ITEMS = 300, 8, 2400
 RATES = (2e-3, 4e-3, 8e-3)
 OLD, NEW = "b3:" + "1" * 64, "b3:" + "2" * 64
 SOME = "sha256:" + "3" * 64
@@ -225,69 +228,100 @@ def upgraded(name: str, setup: Setup) -> list[Cell]:
     few = _few(recipe(setup, 1.0, 0))
     scratch = _trained(model, tokenizer, setup, asked, few)
     short = (time.process_time() - began) / len(asked)
+    made = _made(setup, new)
     cells: list[Cell] = []
     for number, task in enumerate(setup.tasks):
         mine = slice(number * setup.seeds, (number + 1) * setup.seeds)
-        told = [_made(setup, task, seed, new) for seed in range(1, setup.seeds + 1)]
+        told = [made[number, seed] for seed in range(1, setup.seeds + 1)]
         candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(reference[mine], start=1)}
         candidates |= {f"{seed} {SCRATCH}": adapter for seed, adapter in enumerate(scratch[mine], start=1)}
-        for seed, (adapters, _, _) in enumerate(told, start=1):
-            candidates |= {f"{seed} {tier}": adapter for tier, adapter in adapters.items()}
+        for seed, own in enumerate(told, start=1):
+            candidates |= {f"{seed} {tier}": adapter for tier, adapter in own.adapters.items()}
         began = time.process_time()
         records = evaluate(model, tokenizer, setup.suite(task), candidates)
         gate = (time.process_time() - began) / len(records)
         served = _served(setup, task)
         retrained = statistics.fmean(_mean(records[f"{s} {REFERENCE}"], metric_of(task), "report")
                                      for s in range(1, setup.seeds + 1))  # fmt: skip
-        for seed, (adapters, costs, refused) in enumerate(told, start=1):
-            costs |= {REFERENCE: (recipe(setup, 1.0, seed).steps, each), SCRATCH: (few, short)}
+        for seed, own in enumerate(told, start=1):
+            costs = own.costs | {REFERENCE: (recipe(setup, 1.0, seed).steps, each), SCRATCH: (few, short)}
             bare = _mean(records["bare"], metric_of(task), "report")
             common: dict[str, Any] = {"upgrade": name, "task": task.name, "seed": seed, "drift": drift, "bare": bare}
             common |= {"retrained": retrained, "gate": gate}
             common["served"] = _mean(served[str(seed)], metric_of(task), "report")
             alone = dict.fromkeys((REFERENCE, SCRATCH), Policy().alpha)
-            alphas = dict[str, float](shares(Policy().alpha, list(adapters)).items()) | alone
+            alphas = dict[str, float](shares(Policy().alpha, list(own.adapters)).items()) | alone
             for tier, alpha in alphas.items():
                 found = _judged(task, alpha, records[f"{seed} {tier}"], served[str(seed)], served["bare"],
                                 records["bare"])  # fmt: skip
                 cells.append(Cell(**common, tier=tier, steps=costs[tier][0], seconds=costs[tier][1], **found))
-            cells += [Cell(**common, tier=tier, refused=why) for tier, why in refused.items()]
+            cells += [Cell(**common, tier=tier, refused=why) for tier, why in own.refused.items()]
     return cells
 
 
-Made = tuple[dict[Tier, Adapter], dict[str, tuple[int, float]], dict[str, str]]
+@dataclass(frozen=True)
+class Made:
+    """What the tiers make of one adapter: the adapters, steps and seconds of each, and who refused."""
+
+    adapters: dict[Tier, Adapter] = field(default_factory=dict)
+    costs: dict[str, tuple[int, float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def _made(setup: Setup, task: Task, seed: int, new: Path) -> Made:
-    """What every tier makes of one adapter, by the recipes of jobs: adapters, steps and seconds, and refusals."""
-    number = setup.tasks.index(task)
-    rate = json.loads((setup.folder / "rates.json").read_text())[number]
-    adapters: dict[Tier, Adapter] = {}
-    costs: dict[str, tuple[int, float]] = {}
-    refused: dict[str, str] = {}
-    inputs = {
-        "base": new, "old": setup.base, "adapter": setup.adapter(task, seed), "inputs": setup.folder / f"rows-{number}",
-        "suite": setup.folder / f"suite-{number}", "dataset.0": setup.folder / f"rows-{number}",
-    }  # fmt: skip
+def _made(setup: Setup, new: Path) -> dict[tuple[int, int], Made]:
+    """By task and seed what every tier makes of the adapter, by the recipes of jobs; those that train, train together.
+
+    What is done together costs each an equal share.
+    """
+    rates = json.loads((setup.folder / "rates.json").read_text())
+    found = {(number, seed): Made() for number in range(len(setup.tasks)) for seed in range(1, setup.seeds + 1)}
+    inputs = [
+        {"base": new, "old": setup.base, "adapter": setup.adapter(setup.tasks[number], seed),
+         "inputs": setup.folder / f"rows-{number}", "suite": setup.folder / f"suite-{number}",
+         "dataset.0": setup.folder / f"rows-{number}"} for number, seed in found
+    ]  # fmt: skip
     for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
-        asked = _asked(tier, recipe(setup, rate, seed, NEW))
-        with tempfile.TemporaryDirectory() as out:
-            began = time.process_time()
-            try:
-                result = run_recipe(asked, inputs, Path(out), lambda _: None)
-            except LoractlError as error:
-                refused[tier] = error.message
-                continue
-            adapters[tier] = read_adapter(Path(out) / "adapter")
-            costs[tier] = (result.facts["steps"], time.process_time() - began)
-    return adapters, costs, refused
+        recipes = [_asked(tier, recipe(setup, rates[number], seed, NEW), _name(number, seed)) for number, seed in found]
+        with tempfile.TemporaryDirectory(dir=setup.folder) as out:
+            outs = [Path(out) / str(place) for place in range(len(found))]
+            seconds = _run(recipes, inputs, outs)
+            for made, folder, took in zip(found.values(), outs, seconds, strict=True):
+                if (refusal := folder / "error.json").exists():
+                    made.refused[tier] = json.loads(refusal.read_text())["detail"]
+                    continue
+                made.adapters[tier] = read_adapter(folder / "adapter")
+                made.costs[tier] = (json.loads((folder / "result.json").read_text())["steps"], took)
+    return found
+
+
+def _run(recipes: Sequence[Rebase], inputs: Sequence[Mapping[str, Path]], outs: Sequence[Path]) -> list[float]:
+    """Leave outcomes in ``outs``; the seconds of each."""
+    began = time.process_time()
+    if steps_of(recipes[0]) is not None:
+        run_together(recipes, inputs, outs, lambda _: None)
+        return [(time.process_time() - began) / len(recipes)] * len(recipes)
+    seconds = []
+    for one, given_to, out in zip(recipes, inputs, outs, strict=True):
+        began = time.process_time()
+        try:
+            run_recipe(one, given_to, out, lambda _: None)
+        except LoractlError as error:
+            out.mkdir(exist_ok=True)
+            (out / "error.json").write_text(json.dumps(error.problem(), default=str))
+        seconds.append(time.process_time() - began)
+    return seconds
+
+
+def _name(number: int, seed: int) -> str:
+    """A digest of an adapter's own: what a teacher leaves is found by it."""
+    return str(Digest.sha256(f"{number} {seed}".encode()))
 
 
 def _few(recorded: FineTune) -> int:
     return Policy().warm_start(recorded.steps)[0]
 
 
-def _asked(tier: Tier, recorded: FineTune) -> Rebase:
+def _asked(tier: Tier, recorded: FineTune, adapter: str) -> Rebase:
     warm = recorded.model_copy(update={"steps": _few(recorded)})
     training = {"warm-start": warm, "retrain": recorded}.get(tier)
     taught = Distil(
@@ -295,7 +329,7 @@ def _asked(tier: Tier, recorded: FineTune) -> Rebase:
         max_new_tokens=64, precision="fp32",
     )  # fmt: skip
     return Rebase(
-        tier=tier, adapter=SOME, old=OLD, base=NEW, training=training, suite=SOME if training else None,
+        tier=tier, adapter=adapter, old=OLD, base=NEW, training=training, suite=SOME if training else None,
         candidates=Policy().warm_start(recorded.steps)[1] if tier == "warm-start" else 3,
         distil=taught if tier == "distil" else None, inputs=SOME if tier in ("distil", "transport") else None,
     )  # fmt: skip
@@ -512,6 +546,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="upgrades; without a name all of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps and items, for a quick look")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="upgrades side by side")
     parser.add_argument("--store", type=Path, default=STORE, help="where results are kept")
     asked = parser.parse_args()
     _quiet()
@@ -521,7 +556,7 @@ def main() -> None:
         names = asked.names or list(upgrades(setup.base))
         about = {"machine": machine(), "date": dt.datetime.now(dt.UTC).date().isoformat(), "seeds": asked.seeds,
                  "model": setup.base.name, "scale": asked.scale}  # fmt: skip
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
             running = {pool.submit(upgraded, name, setup): name for name in names}
             for done in as_completed(running):
                 stored[running[done]] = about | {"cells": [asdict(cell) for cell in done.result()]}

@@ -86,7 +86,7 @@ class Policy(Frozen):
         """Steps, and how many candidates take them, of a warm start for what was trained for ``recorded`` steps.
 
         candidates · steps ≤ recorded ⁄ 2: the whole race must cost well under what it is to save. Where three do not
-        fit, the third of the rate is left out; where two do not, each takes a quarter. What a policy says stays,
+        fit, the tenth of the rate is left out; where two do not, each takes a quarter. What a policy says stays,
         up to the training's own steps.
         """
         steps = min(self.warm_steps or min(60, max(20, round(recorded / 20))), recorded)

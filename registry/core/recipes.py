@@ -234,7 +234,7 @@ class Rebase(Frozen):
     inputs: Sha256 | None = None
     """A dataset of which only the prompts are read: unlabelled text of what the adapter is for."""
     candidates: Literal[2, 3] = 3
-    """warm-start: how many are trained; of two the start is tried at the recipe's rate alone, scratch beside it."""
+    """warm-start: how many are trained; of two the start is tried at one rate alone, scratch beside it."""
     distil: Distil | None = None
     """distil: how; the old base with the adapter completes ``inputs``, or writes texts from nothing."""
 

@@ -27,10 +27,10 @@ MAX_LENGTH = 2048
 _BATCH_TOKENS = 2048
 _TOGETHER = 16
 """Adapters in one pass, the bare base among them."""
-_GENERATED = 32
-"""Rows that are generated at once."""
+_GENERATED = 128
+"""Rows that are generated at once: a step for many costs little more than one for few."""
 _GENERATED_TOKENS = 16384
-"""Tokens of the prompts that are read at once."""
+"""Tokens that are remembered at once, of prompts and of what is written."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class Panel:
         if at_least:
             how["min_new_tokens"] = at_least
         for company in _parts(self.names, _TOGETHER):
-            for batch in _prompts(prompts, len(company), mixed):
+            for batch in _prompts(prompts, length, len(company), mixed):
                 rows = [prompts[i] for i in batch]
-                for some in _parts(company, max(1, _GENERATED_TOKENS // (len(rows) * len(rows[-1])))):
+                for some in _parts(company, max(1, _GENERATED_TOKENS // (len(rows) * (len(rows[-1]) + length)))):
                     self._seat(some, len(rows))
                     with _chance(self.model, f"{seed}/{next(numbers)}") if temperature else nullcontext():
                         made = _generate(self.model, self.tokenizer, rows * len(some), until, how)
@@ -196,13 +196,21 @@ def _answers(model: Model, batch: Sequence[Query], many: int, whole: bool, greed
     return found
 
 
-def _prompts(prompts: Sequence[Sequence[int]], many: int, mixed: bool) -> Iterator[list[int]]:
-    """Places of prompts by length, at most `_GENERATED` rows for ``many``; of one length at a time unless ``mixed``."""
+def _prompts(prompts: Sequence[Sequence[int]], length: int, many: int, mixed: bool) -> Iterator[list[int]]:
+    """Places of prompts by length, as many as `_GENERATED` rows and `_GENERATED_TOKENS` tokens are (at least one).
+
+    Rows are those of ``many``; tokens those of one, ``length`` more than its prompts'. Unless ``mixed``, of one length.
+    """
     ordered = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    size = max(1, _GENERATED // many)
-    for _, group in groupby(ordered, key=lambda i: mixed or len(prompts[i])):
-        alike = list(group)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+    for _, alike in groupby(ordered, key=lambda i: mixed or len(prompts[i])):
+        batch: list[int] = []
+        for i in alike:
+            rows = len(batch) + 1
+            if batch and (rows * many > _GENERATED or rows * (len(prompts[i]) + length) > _GENERATED_TOKENS):
+                yield batch
+                batch = []
+            batch.append(i)
+        yield batch
 
 
 @contextmanager

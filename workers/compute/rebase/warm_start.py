@@ -2,9 +2,10 @@
 
     θ ← θ_start − steps of AdamW on   loss + ½·pull·(1 − t/T)·‖θ − θ_start‖²
 
-Candidates are the best start at the recorded rate and at a third of it, and a fresh adapter at the recorded rate: all
-with the same steps and rows, in one run, so that the start has to earn its place; after a short training the third of
-the rate is left out, since all of them together are to cost well under a retraining. The calibration split of the suite
+Candidates are the best start at a third and at a tenth of the recorded rate, and a fresh adapter at the rate itself:
+all with the same steps and rows, in one run, so that the start has to earn its place. The recorded rate is for factors
+that begin at zero; a few steps of it undo more of a start than they teach (docs: rebase). After a short training the
+tenth is left out, since all of them together are to cost well under a retraining. The calibration split of the suite
 chooses, without one the loss of the last quarter of training.
 
 Under `FEW` rows only the core of a start is trained (r×r numbers a module, as LoRA-XS, arXiv:2405.17604, has them):
@@ -38,7 +39,8 @@ PULL = 0.01
 """Where the recipe names none."""
 FEW = 50
 """Rows below which only the core of a start is trained."""
-THIRD = "{}, a third of the rate"
+GENTLE = {"{}, a third of the rate": 3, "{}, a tenth of the rate": 10}
+"""What the recorded rate is divided by where training begins from a start; if there is room for one, the first."""
 
 
 def warm_start(
@@ -51,22 +53,22 @@ def warm_start(
     fresh = scratch(model, recipe, starts)
     entrants = {}
     if (best := best_of(told)) != SCRATCH:
-        entrants = from_start(model, recipe, rows, best, starts.adapters[best])
-        if candidates == 2:
-            del entrants[THIRD.format(best)]
+        entrants = from_start(model, recipe, rows, best, starts.adapters[best], candidates - 1)
     entrants[SCRATCH] = Entrant(SCRATCH, Task(recipe.model_copy(update={"pull": 0.0}), rows, fresh))
     return Race(entrants, by_score(model, tokenizer, suite), told)
 
 
 def from_start(
-    model: Model, recipe: FineTune, rows: Sequence[Row], name: str, start: Adapter
+    model: Model, recipe: FineTune, rows: Sequence[Row], name: str, start: Adapter, many: int
 ) -> dict[str, Entrant]:
-    """The start at the recipe's rate and at a third of it, held to where it began."""
+    """The start at ``many`` of the gentle rates, held to where it began."""
     few = len(rows) < FEW
     full = with_rate(model, recipe, start).model_copy(update={"pull": recipe.pull or PULL})
-    third = full.model_copy(update={"learning_rate": rate_of(full) / 3})
-    rates = {name: full, THIRD.format(name): third}
-    return {called: Entrant(name, task_from(each, rows, start, core=few)) for called, each in rates.items()}
+    found = {}
+    for called, by in list(GENTLE.items())[:many]:
+        gentle = full.model_copy(update={"learning_rate": rate_of(full) / by})
+        found[called.format(name)] = Entrant(name, task_from(gentle, rows, start, core=few))
+    return found
 
 
 def task_from(recipe: FineTune, rows: Sequence[Row], start: Adapter, *, core: bool = False) -> Task:

@@ -16,12 +16,13 @@ from workers.compute.model import Model
 from workers.compute.rebase.race import Chosen, Entrant, Race, as_raced, raced
 from workers.compute.rebase.retrain import retrain
 from workers.compute.rebase.starts import SCRATCH, Starts, starts_of
-from workers.compute.rebase.warm_start import by_loss, warm_start, with_core
+from workers.compute.rebase.warm_start import GENTLE, by_loss, warm_start, with_core
 
 TOKENIZER = factories.tokenizer()
 ROWS = factories.rows(60)
 SUITE = Suite([*factories.rows(12), *factories.rows(90)[60:]])
 RECIPE = factories.recipe(steps=40, batch_tokens=200, targets=("all-linear",))
+THIRD, TENTH = (name.format("carry") for name in GENTLE)
 SHORT = RECIPE.model_copy(update={"steps": 4, "learning_rate": 3e-3})
 
 
@@ -52,14 +53,14 @@ def won(model: Model, found: Starts, suite: Suite | None = None, recipe: FineTun
 @pytest.mark.parametrize("suite", [SUITE, None], ids=["by the suite", "by the loss"])
 def test_on_a_drifted_base_a_warm_start_beats_scratch_in_as_many_steps(carried: Adapter, suite: Suite | None) -> None:
     chosen = won(drifted(factories.llama(), 0.1), starts(carry=carried), suite)
-    third = "carry, a third of the rate"
     assert chosen.start == "carry"
-    assert chosen.candidates.keys() == {"carry", third, SCRATCH}
+    assert chosen.candidates.keys() == {THIRD, TENTH, SCRATCH}
     assert chosen.steps == 3 * len(chosen.trained.losses) == 12
-    assert chosen.candidates["carry"]["score"] > chosen.candidates[SCRATCH]["score"]
-    assert chosen.candidates["carry"]["learning_rate"] == pytest.approx(3 * chosen.candidates[third]["learning_rate"])
+    assert chosen.candidates[THIRD]["score"] > chosen.candidates[SCRATCH]["score"]
+    rates = [chosen.candidates[name]["learning_rate"] for name in (SCRATCH, THIRD, TENTH)]
+    assert rates == pytest.approx([rates[0], rates[0] / 3, rates[0] / 10])
     if suite:
-        estimate, lower, upper = chosen.candidates["carry"]["over_scratch"]
+        estimate, lower, upper = chosen.candidates[THIRD]["over_scratch"]
         assert 0 < lower <= estimate <= upper
 
 
@@ -93,7 +94,7 @@ def test_with_few_rows_only_the_core_of_the_start_changes(carried: Adapter) -> N
         core_RR = torch.linalg.lstsq(before.b_OR.double(), patch.b_OR.double()).solution
         torch.testing.assert_close(before.b_OR.double() @ core_RR, patch.b_OR.double(), atol=1e-5, rtol=1e-4)
         assert not torch.allclose(patch.b_OR, before.b_OR, atol=1e-4)
-    assert chosen.candidates["carry"]["loss"] < chosen.candidates[SCRATCH]["loss"]
+    assert chosen.candidates[THIRD]["loss"] < chosen.candidates[SCRATCH]["loss"]
 
 
 def test_a_core_changes_nothing_before_it_is_trained(carried: Adapter) -> None:
@@ -132,11 +133,10 @@ def test_races_on_one_base_give_what_each_gives_alone(carried: Adapter) -> None:
         )
 
 
-def test_after_a_short_training_the_start_is_tried_at_its_own_rate_alone(carried: Adapter) -> None:
+def test_after_a_short_training_the_start_is_tried_at_one_rate_alone(carried: Adapter) -> None:
     model = drifted(factories.llama(), 0.1)
     race = warm_start(model, TOKENIZER, SHORT, ROWS, starts(carry=carried), None, candidates=2)
-    assert list(race.entrants) == ["carry", SCRATCH]
-    assert race.entrants["carry"].task.recipe.learning_rate == SHORT.learning_rate
+    assert list(race.entrants) == [THIRD, SCRATCH]
 
 
 def test_who_is_not_wanted_any_more_leaves_the_others_to_their_end(carried: Adapter) -> None:
@@ -153,7 +153,7 @@ def test_progress_counts_the_steps_of_all_candidates(carried: Adapter) -> None:
     raced(model, TOKENIZER, warm_start(model, TOKENIZER, SHORT, ROWS, starts(carry=carried), None), told.append)
     assert [now["step"] for now in told] == list(range(1, 13))
     assert {now["steps"] for now in told} == {12}
-    assert {now["candidate"] for now in told} == {"carry", "carry, a third of the rate", SCRATCH}
+    assert {now["candidate"] for now in told} == {THIRD, TENTH, SCRATCH}
 
 
 def test_a_race_that_was_stopped_ends_in_the_same_factors(carried: Adapter, tmp_path: Path) -> None:
