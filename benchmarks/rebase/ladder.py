@@ -36,7 +36,7 @@ import transformers
 
 from registry.core.digest import Digest
 from registry.core.errors import LoractlError
-from registry.core.gate import judge, mean_gain, shares
+from registry.core.gate import Zone, judge, mean_gain, shares
 from registry.core.policy import Gate, Margin, Policy
 from registry.core.recipes import Distil, FineTune, Rebase, Tier
 from registry.core.records import Record, item_id
@@ -69,6 +69,7 @@ REFERENCE = "retrained"
 SCRATCH = "from scratch"
 """As many steps as the warm start's, from nothing."""
 PEERS = (REFERENCE, SCRATCH)
+FLIPS = "negative-flips"
 KINDS = {"related": RELATED, "other shape": SHAPES, "unrelated": {"independent seed"}}
 LEAST = 0.01
 """What retraining must gain over the bare base (a point, or hundredths of nats a byte), for a cell to be counted."""
@@ -96,6 +97,10 @@ class Cell:
     flips: float | None = None
     """Right on the old base, and wrong now."""
     zone: str = ""
+    open: tuple[str, ...] = ()
+    """The gate's criteria that did not pass."""
+    seen: float | None = None
+    """Negative flips on the gate's split."""
     refused: str = ""
 
     @property
@@ -359,7 +364,10 @@ def _judged(
         before = {record.item: record.metrics[metric] for record in serving if record.split == "report"}
         now = {record.item: record.metrics[metric] for record in candidate if record.split == "report"}
         flips = statistics.fmean(now[item] < value for item, value in before.items())
-    return {"score": _mean(candidate, metric, "report"), "flips": flips, "zone": str(verdict.zone)}
+    seen = next((told.estimate for told in verdict.criteria if told.name == FLIPS), None)
+    left = [told.name for told in verdict.criteria if told.zone is not Zone.PASS]
+    told = {"zone": str(verdict.zone), "open": left, "seen": seen}
+    return {"score": _mean(candidate, metric, "report"), "flips": flips} | told
 
 
 def _mean(records: Sequence[Record], metric: str, split: str | None = None) -> float:
@@ -409,8 +417,18 @@ def _trusted(tier: str, cells: Sequence[Cell]) -> Sequence[Cell]:
     return [replace(cell, zone="pass") for cell in cells if cell.tier == tier]
 
 
+def by_gate_as_seen(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The same, where negative flips are held to their bound as they were seen, not surely."""
+    return by_gate([replace(cell, zone="pass") if _all_but_flips(cell) else cell for cell in cells])
+
+
+def _all_but_flips(cell: Cell) -> bool:
+    return tuple(cell.open) == (FLIPS,) and cell.seen is not None and cell.seen <= Policy().max_negative_flips
+
+
 WAYS: Mapping[str, Way] = {
     "the gate, tier by tier": by_gate,
+    "the gate, flips as seen": by_gate_as_seen,
     "as it is (PortLLM)": partial(_trusted, "carry"),
     "copy if shapes match": copied,
     "always retrain": partial(_trusted, REFERENCE),
