@@ -18,6 +18,7 @@ from registry.core.names import Reference, SeriesName
 
 from . import bases, config
 from .bases import FOLDER
+from .keys import FILE, pinned_keys, private_key
 from .output import Output, ago, command, fields, number, short, size, table, tree
 from .parameters import METRIC, METRICS, TIER
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from registry.client import RegistryClient
+    from registry.core.manifest import Manifest
     from registry.core.policy import Gate
     from registry.schemas import (
         AdapterInfo,
@@ -58,6 +60,7 @@ def policy() -> None:
     None,
     "loractl push ./out team/bot --base ./llama",
     "loractl push ./out team/bot --base llama@r2 --alias prod -m 'more data'",
+    "loractl push ./out team/bot --base ./llama --sign signing-key.pem",
 )
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("ref", metavar="REF")
@@ -67,6 +70,7 @@ def policy() -> None:
 @click.option("--task", metavar="TEXT", help="What it is for, to be found by.")
 @click.option("--trust-base", is_flag=True, help="Believe --base against contradicting evidence; on record.")
 @click.option("--allow-zero", is_flag=True, help="Take a fresh adapter whose update is zero.")
+@click.option("--sign", "key_file", metavar="KEY", type=FILE, help="Sign it with this private key, before it is sent.")
 def push(
     out: Output,
     folder: Path,
@@ -77,6 +81,7 @@ def push(
     task: str | None,
     trust_base: bool,
     allow_zero: bool,
+    key_file: Path | None,
 ) -> None:
     """Push the adapter in DIR as a new version of REF, bound to BASE by content."""
     from registry.schemas import Wishes
@@ -95,6 +100,13 @@ def push(
         trust_base=trust_base,
         allow_zero=allow_zero,
     )
+    sign = None
+    if key_file is not None:
+        key, series = private_key(key_file), str(name.series)
+
+        def sign(manifest: "Manifest") -> dict[str, Any]:
+            return key.sign(series, manifest).document()
+
     with config.connect() as client, out.progress() as bar, out.if_interrupted(
         "Nothing is lost: repeat the command, and it resumes behind the parts that arrived."
     ):
@@ -103,7 +115,7 @@ def push(
 
         def send() -> Any:
             return push_adapter(
-                client, folder, str(name.series), digest, wishes, progress=bar, cache=config.hashes()
+                client, folder, str(name.series), digest, wishes, sign=sign, progress=bar, cache=config.hashes()
             )
 
         try:
@@ -121,6 +133,7 @@ def push(
     "loractl pull team/bot:prod --for ./llama",
     "loractl pull team/bot@v7 --out ./bot",
     "loractl pull team/bot:prod --for llama@r2 --fit same-shape",
+    "loractl pull team/bot:prod --for ./llama --key release.pub",
 )
 @click.argument("ref", metavar="REF")
 @click.option("--for", "base_text", metavar="BASE", help="Your weights: a local folder, line@rev, line, or a digest.")
@@ -128,13 +141,31 @@ def push(
               help="Where to; default: ./NAME")  # fmt: skip
 @click.option("--fit", type=click.Choice(FITS[:4]), multiple=True, help="Accept this class; default: exact, derived.")
 @click.option("--engine", type=click.Choice(ENGINES), help="Refuse what this engine cannot load.")
+@click.option("--key", "key_files", multiple=True, metavar="PUB", type=FILE,
+              help="Refuse what none of these public keys signed; default: those of loractl key pin.")  # fmt: skip
+@click.option("--unverified", is_flag=True, help="Look at no signature, although keys are pinned or one is required.")
 def pull(
-    out: Output, ref: str, base_text: str | None, target: Path | None, fit: tuple[str, ...], engine: str | None
+    out: Output,
+    ref: str,
+    base_text: str | None,
+    target: Path | None,
+    fit: tuple[str, ...],
+    engine: str | None,
+    key_files: tuple[Path, ...],
+    unverified: bool,
 ) -> None:
-    """Fetch the one version of REF that belongs to your weights, verified byte by byte."""
+    """Fetch the one version of REF that belongs to your weights, verified byte by byte.
+
+    Signatures are verified by the keys that are pinned here, else by the living keys of the namespace, and kept in
+    DIR/.loractl with the manifest.
+    """
+    from registry import trust
     from registry.transfer import fetch
 
+    if unverified and key_files:
+        raise click.UsageError("--key and --unverified exclude each other.")
     name = Reference.parse(ref)
+    pinned = pinned_keys(name.series.namespace, key_files)
     target = target or Path(name.series.name)
     with config.connect() as client, out.progress() as bar, out.if_interrupted(
         f"What arrived lies in {target / '.partial'} and is used when you repeat the command; no file has its name"
@@ -147,7 +178,16 @@ def pull(
             return client.resolve(str(name), base=base, engine=engine, fit=wanted)
 
         found = resolve()
+        checked = None
+        if not unverified and (pinned or found.signature_required or found.version.signed_by):
+            checked = trust.check(client, str(name.series), found.manifest, found.version.ref, pinned)
+            checked.require()
+            checked.require_files(found.files, found.base if found.fit.fit == "exact" else None)
         written = fetch(found.files, target, refresh=lambda: resolve().files, progress=bar)
+        if checked is not None:
+            trust.keep_beside(target, checked)
+    counting = checked.counting if checked is not None else []
+    signed = [{"key": one.key, "name": one.name, "pinned": one.key in pinned} for one in counting]
     document = {
         "ref": found.version.ref,
         "digest": found.version.digest,
@@ -155,6 +195,7 @@ def pull(
         "base_assumed": found.base_assumed,
         "fit": found.fit,
         "status": found.version.status,
+        "signatures": signed,
         "out": str(target),
         "files": [str(target / file.path) for file in found.files],
         "fetched": [str(path) for path in written],
@@ -167,6 +208,7 @@ def pull(
         "digest": short(found.version.digest),
         "base": f"{found.version.base_ref} {short(found.base)}{assumed}",
         "fit": found.fit.fit,
+        "signed": ", ".join(f"{one['name']} {short(str(one['key']))}" for one in signed),
         "out": f"{target} ({len(written)} of {len(found.files)} files were fetched, all are verified)",
     }))  # fmt: skip
 
@@ -297,6 +339,7 @@ def _version(version: "VersionInfo") -> None:
         "message": version.message,
         "job": version.job,
         "pushed": f"{ago(version.created_at)} by {version.created_by}",
+        "signed": ", ".join(version.signed_by),
     })  # fmt: skip
     for engine, verdict in version.engines.items():
         click.echo(f"{engine:<10} {verdict}")

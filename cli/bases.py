@@ -127,6 +127,7 @@ def pushed_lines(info: "PushInfo") -> None:
         "base": short(made.get("base")),
         "evidence": made.get("evidence"),
         "aliases": ", ".join(made.get("aliases") or []),
+        "signed": ", ".join(short(key) for key in made.get("signed") or []),
     })  # fmt: skip
     for warning in made.get("warnings") or []:
         click.echo(f"warning  {warning}")

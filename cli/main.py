@@ -35,6 +35,7 @@ COMMANDS = {
     "push": "adapters", "pull": "adapters", "list": "adapters", "show": "adapters", "log": "adapters",
     "diff": "adapters", "alias": "adapters", "promote": "adapters", "rollback": "adapters", "policy": "adapters",
     "yank": "standing", "quarantine": "standing", "reinstate": "standing", "delete": "standing",
+    "sign": "keys", "verify": "keys", "key": "keys",
     "dataset": "jobs", "suite": "jobs", "train": "jobs", "evaluate": "jobs", "merge": "jobs", "rebase": "jobs",
     "combine": "updates", "compress": "updates", "extract": "updates",
     "export": "export",

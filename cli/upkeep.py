@@ -64,7 +64,8 @@ def _quota(info: "QuotaInfo") -> None:
 def fsck(out: Output, deep: bool, repair: bool) -> None:
     """Compare the bucket with the database, both ways; exits with 1 when something is wrong and was not repaired.
 
-    Finds blobs that are missing, of the wrong size, corrupt, orphaned, or unknown, and says what names them.
+    Finds blobs that are missing, of the wrong size, corrupt, orphaned, or unknown, and says what names them; with
+    --deep also signatures that do not hold any more.
     """
     from registry.schemas import FsckRequest
 

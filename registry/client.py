@@ -200,6 +200,15 @@ class RegistryClient:
         """``yank``, ``quarantine``, ``reinstate`` or ``delete`` a version."""
         return self._post(_series("adapter", name, "versions", version, move), wire.StandingInfo, request, again=True)
 
+    def signatures(self, name: str, version: str) -> wire.SignaturesInfo:
+        """Every signature of a version, those by revoked keys too."""
+        return self._get(_series("adapter", name, "versions", version, "signatures"), wire.SignaturesInfo)
+
+    def sign(self, name: str, version: str, request: wire.SignatureRequest) -> wire.SignatureInfo:
+        """Add a signature to a version; one of each key is kept, the first."""
+        path = _series("adapter", name, "versions", version, "signatures")
+        return self._post(path, wire.SignatureInfo, request, again=True)
+
     def manifest(self, name: str, version: str) -> bytes:
         """The canonical bytes of a version's manifest."""
         return self._send("GET", _series("adapter", name, "versions", version, "manifest")).content
@@ -437,6 +446,27 @@ class RegistryClient:
     def set_quota(self, namespace: str, request: wire.QuotaRequest) -> wire.QuotaInfo:
         """Set both bounds of a namespace."""
         return _parsed(wire.QuotaInfo, self._send("PUT", _path("namespaces", namespace, "quota"), body=request))
+
+    def keys(self, namespace: str) -> wire.Page[wire.KeyInfo]:
+        """Keys whose signatures count in a namespace, and those that were revoked."""
+        return self._get(_path("namespaces", namespace, "keys"), wire.Page[wire.KeyInfo])
+
+    def add_key(self, namespace: str, request: wire.KeyRequest) -> wire.KeyInfo:
+        """Let signatures by a public key count in a namespace."""
+        return self._post(_path("namespaces", namespace, "keys"), wire.KeyInfo, request, again=True)
+
+    def revoke_key(self, namespace: str, fingerprint: str, request: wire.RevokeRequest) -> wire.KeyInfo:
+        """Let nothing count that a key signed, for good."""
+        path = _path("namespaces", namespace, "keys", fingerprint, "revoke")
+        return self._post(path, wire.KeyInfo, request, again=True)
+
+    def signing(self, namespace: str) -> wire.SigningInfo:
+        """Whether a namespace requires signatures."""
+        return self._get(_path("namespaces", namespace, "signing"), wire.SigningInfo)
+
+    def set_signing(self, namespace: str, request: wire.SigningRequest) -> wire.SigningInfo:
+        """Require signatures in a namespace, or no more."""
+        return _parsed(wire.SigningInfo, self._send("PUT", _path("namespaces", namespace, "signing"), body=request))
 
     def fsck(self, request: wire.FsckRequest) -> Iterator[wire.FsckLine]:
         """Compare bucket and rows: lines as they are found. The refusal that ended it is raised."""

@@ -19,6 +19,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``GET /v1/bases/{ref}/adapters`` | → `Page[CompatibleAdapter]` |
 | ``POST /v1/bases/{ref}/derivations`` | `DerivationRequest` → `DerivationInfo` |
 | ``GET /v1/adapters`` · ``/v1/adapters/{ns}/{name}`` | → `Page[AdapterInfo]` · `AdapterInfo` |
+| ``GET/POST …/versions/{v}/signatures`` | → `SignaturesInfo` · `SignatureRequest` → `SignatureInfo` |
 | ``GET …/versions`` · ``…/versions/{v}`` · ``…/versions/{v}/manifest`` | → `Page[VersionInfo]` · `VersionInfo` · the manifest's bytes with ETag |
 | ``POST …/versions/{v}/yank`` · ``/quarantine`` · ``/reinstate`` · ``/delete`` | `StandingRequest` → `StandingInfo` |
 | ``GET …/log`` · ``…/lineage`` · ``…/evaluations`` · ``…/aliases`` | → `LogInfo` · `LineageInfo` · `Page[EvaluationInfo]` · `list[AliasInfo]` |
@@ -32,6 +33,8 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST /v1/upgrades/plan`` · ``POST/GET /v1/upgrades`` · ``GET /v1/upgrades/{id}`` · ``/start`` · ``/pause`` · ``/resume`` · ``/abort`` · ``/approve`` · ``/rollback`` | `UpgradeRequest` … → `CampaignInfo` |
 | ``GET /v1/upgrades/{id}/disagreements?adapter=&alias=`` · ``POST …/labels`` | → `DisagreementsInfo` · `LabelsRequest` → `CampaignInfo` |
 | ``GET /v1/upgrades/ledger`` | → `Page[DecisionInfo]` |
+| ``GET/POST /v1/namespaces/{ns}/keys`` · ``POST …/keys/{fingerprint}/revoke`` | `KeyRequest` → `KeyInfo` · → `Page[KeyInfo]` · `RevokeRequest` → `KeyInfo` |
+| ``GET/PUT /v1/namespaces/{ns}/signing`` | `SigningRequest` → `SigningInfo` |
 | ``GET/PUT /v1/namespaces/{ns}/quota`` · ``POST /v1/fsck`` | `QuotaRequest` → `QuotaInfo` · `FsckRequest` → lines of `FsckLine` |
 | ``POST/GET /v1/webhooks`` · ``DELETE /v1/webhooks/{id}`` · ``POST …/test`` | `WebhookRequest` → `NewWebhook`; → `Page[WebhookInfo]` |
 | ``GET /v1/audit`` · ``GET /v1/audit/chain?after=`` | → `Page[AuditInfo]` · `ChainInfo` |
@@ -45,6 +48,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from .core.manifest import MAX_FILES, BaseDigest, FileEntry, Sha256
 from .core.policy import Policy
+from .core.signatures import MAX_SIGNATURES
 
 Scope = Literal["read", "publish", "promote", "run", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "publish", "promote", "run", "admin")
@@ -186,6 +190,11 @@ class PushRequest(Request):
     wishes: Wishes = Wishes()
     table: str | None = None
     """Bases: the tensor table, base64 of its compressed form (`BaseModel.to_bytes`)."""
+    signatures: Annotated[list[dict[str, Any]], Field(max_length=MAX_SIGNATURES, exclude_if=lambda them: not them)] = (
+        Field(default_factory=list)
+    )
+    """Adapters: bundles that sign the version (`registry.core.signatures`). Sent where there are some: a registry of the
+    release before knows none."""
 
 
 class SignedRequest(Answer):
@@ -219,7 +228,7 @@ class PushInfo(Answer):
     findings: list[dict[str, Any]] = Field(default_factory=list)
     """Problems (code, detail, hint, facts) that led to a rejection."""
     outcome: dict[str, Any] | None = None
-    """After the commit: ``ref``, ``version``, ``digest``, ``base``, ``evidence``, ``aliases``, ``warnings``."""
+    """After the commit: ``ref``, ``version``, ``digest``, ``base``, ``evidence``, ``aliases``, ``signed``, ``warnings``."""
     sealed: bool = True
     """Whether all digests are known; before, ``version_digest`` is the draft's."""
 
@@ -371,6 +380,75 @@ class VersionInfo(Answer):
     status_reason: str | None = None
     aliases: list[str] = Field(default_factory=list)
     evaluations: list[EvaluationInfo] = Field(default_factory=list)
+    signed_by: list[str] = Field(default_factory=list)
+    """Names of the living keys that signed it."""
+
+
+class SignatureRequest(Request):
+    bundle: dict[str, Any]
+    """`registry.core.signatures`"""
+
+
+class SignatureInfo(Answer):
+    """A signature of a version; whether it counts follows from ``revoked_at``, and from whom one trusts."""
+
+    key: Sha256
+    """Fingerprint of the public key."""
+    name: str
+    """Whose key that is, as an admin of the namespace said."""
+    public: str
+    """PEM."""
+    revoked_at: datetime | None
+    bundle: dict[str, Any]
+    created_by: str
+    created_at: datetime
+
+
+class SignaturesInfo(Answer):
+    ref: str
+    digest: Sha256
+    required: bool
+    """Whether the namespace gives only signed versions by alias."""
+    signatures: list[SignatureInfo]
+
+
+class KeyRequest(Request):
+    public: Annotated[str, Field(max_length=4000)]
+    """PEM of a public elliptic curve key: P-256, P-384 or P-521."""
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class RevokeRequest(Request):
+    reason: Annotated[str, Field(max_length=2000)] = ""
+
+
+class KeyInfo(Answer):
+    """A public key whose signatures count in a namespace until it is revoked."""
+
+    namespace: str
+    fingerprint: Sha256
+    name: str
+    public: str
+    created_by: str
+    created_at: datetime
+    revoked_at: datetime | None
+    revoked_by: str | None
+    revoked_reason: str | None
+    follows: list[str] = Field(default_factory=list)
+    """What follows from the revocation just made, in words."""
+
+
+class SigningRequest(Request):
+    required: bool
+
+
+class SigningInfo(Answer):
+    """Whether a namespace gives only signed versions by alias."""
+
+    namespace: str
+    required: bool
+    follows: list[str] = Field(default_factory=list)
+    """What follows from the change just made, in words."""
 
 
 class StandingRequest(Request):
@@ -471,6 +549,8 @@ class Resolution(Answer):
     """True when no base was given and the current revision of the adapter's line was meant."""
     manifest: Sha256
     files: list[Download]
+    signature_required: bool = False
+    """Whether the namespace gives only signed versions by alias; who named this very version gets it all the same."""
 
 
 class DownloadRequest(Request):
@@ -828,7 +908,7 @@ class FsckLine(Answer):
     """Read so far of the blob at hand."""
     blob: str | None = None
     problem: str | None = None
-    """missing, wrong-size, corrupt, orphan or unknown"""
+    """missing, wrong-size, corrupt, orphan, unknown, or bad-signature, whose ``blob`` is the version's digest"""
     detail: str = ""
     named_by: list[str] = Field(default_factory=list)
     repaired: bool = False

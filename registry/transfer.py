@@ -51,7 +51,8 @@ from .core.errors import (
     SignatureRefused,
     StorageDown,
 )
-from .core.manifest import FileEntry, Kind, Lineage, Listing, check_path
+from .core.manifest import FileEntry, Kind, Lineage, Listing, Manifest, check_path
+from .core.signatures import Bundle
 from .core.tasks import parse_tasks
 from .files import HashCache, Scan, Sketch
 from .schemas import (
@@ -62,6 +63,7 @@ from .schemas import (
     PushInfo,
     PushRequest,
     SealRequest,
+    SignatureRequest,
     SignedRequest,
     Wishes,
 )
@@ -69,6 +71,8 @@ from .schemas import (
 Progress = Callable[[str, int, int], None]
 """(what is going on, bytes done, bytes in all); called from many threads, one at a time."""
 Refresh = Callable[[], Sequence[Download]]
+Sign = Callable[[Manifest], dict[str, Any]]
+"""From a manifest to a bundle that signs it (`registry.core.signatures`)."""
 Opening = Callable[[PushRequest], PushInfo]
 """How a push is opened: by a person, or for a job."""
 
@@ -97,16 +101,24 @@ def push_adapter(
     wishes: Wishes | None = None,
     *,
     lineage: Lineage | None = None,
+    sign: Sign | None = None,
     progress: Progress = silent,
     cache: HashCache | None = None,
     threads: int = THREADS,
 ) -> PushInfo:
     """Push the adapter in ``folder`` as the next version of ``name``, bound to the base digest ``base``.
 
-    An unchanged adapter is one request and no bytes.
+    An unchanged adapter is one request and no bytes. ``sign`` makes the bundle that signs its manifest; where it came
+    too late for a push that was just being verified, it is added afterwards.
     """
     scan = scanned("adapter", folder, base=Digest.parse(base), lineage=lineage, progress=progress, cache=cache)
-    return push(client, "adapter", name, scan, wishes, progress=progress, threads=threads)
+    bundle = sign(scan.manifest) if sign is not None else None
+    info = push(
+        client, "adapter", name, scan, wishes, signatures=[bundle] if bundle else [], progress=progress, threads=threads
+    )
+    if bundle and Bundle.parse(bundle, name).key not in (info.outcome or {}).get("signed", []):
+        client.sign(name, str(scan.manifest.digest), SignatureRequest(bundle=bundle))
+    return info
 
 
 def push_base(
@@ -196,11 +208,13 @@ def push(
     wishes: Wishes | None = None,
     *,
     table: str | None = None,
+    signatures: Sequence[dict[str, Any]] = (),
     progress: Progress = silent,
     threads: int = THREADS,
 ) -> PushInfo:
     """Open a push of what was scanned, send what is needed, and commit."""
-    info = client.open_push(kind, name, request_of(scan, wishes, table))
+    request = request_of(scan, wishes, table).model_copy(update={"signatures": list(signatures)})
+    info = client.open_push(kind, name, request)
     return finish_push(client, info, scan, progress=progress, threads=threads)
 
 

@@ -265,7 +265,8 @@ ARGUMENTS: dict[str, Any] = {
     "after": 0, "move": "yank", "webhook_id": "w1", "adapter": "team/bot", "namespace": "team",
     "request": None, "kind": "dataset", "name": "team/bot", "push_id": "p1", "token_id": "t1", "manifests": [],
     "ref": "llama@r1", "base": "llama@r1", "a": "llama@r1", "b": "llama@r2", "version": "v1", "alias": "prod",
-    "policy": Policy(), "job_id": "j1", "attempt": 1, "campaign_id": "c1", "schedule_id": "s1",
+    "fingerprint": "sha256:1", "policy": Policy(), "job_id": "j1", "attempt": 1, "campaign_id": "c1",
+    "schedule_id": "s1",
 }  # fmt: skip
 NOT_ROUTES = {"close"}
 

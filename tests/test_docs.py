@@ -54,7 +54,8 @@ def test_every_command_line_in_the_guides_is_understood(
     monkeypatch.chdir(tmp_path)
     for folder in ("adapter", "base", "base-v2"):
         (tmp_path / folder).mkdir()
-    for file in ("train.jsonl", "suite.jsonl", "inputs.jsonl", "differ.jsonl", "recipe.toml"):
+    keys = ("signing-key.pem", "signing-key.pem.pub", "release.pub")
+    for file in ("train.jsonl", "suite.jsonl", "inputs.jsonl", "differ.jsonl", "recipe.toml", *keys):
         (tmp_path / file).touch()
     command: click.Command = cli
     context = click.Context(cli, info_name="loractl")

@@ -23,11 +23,14 @@ from registry.schemas import (
     Page,
     Resolution,
     RollbackRequest,
+    SignatureInfo,
+    SignatureRequest,
+    SignaturesInfo,
     StandingInfo,
     StandingRequest,
     VersionInfo,
 )
-from registry.services import adapters, aliases, bases, downloads, evaluations, withdrawals
+from registry.services import adapters, aliases, bases, downloads, evaluations, signatures, withdrawals
 from registry.services.adapters import BY_DEFAULT, Filter
 from registry.services.references import find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
@@ -113,6 +116,7 @@ def _resolved(
             base_assumed=found.assumed,
             manifest=digest,
             files=downloads.files(session, parts.store, parts.settings, [digest])[digest],
+            signature_required=signatures.is_required(session, found.adapter.namespace),
         )
     return answer.model_dump_json(by_alias=True).encode()
 
@@ -192,6 +196,24 @@ def show_version(namespace: str, name: str, version: str, parts: Parts, caller: 
     """One version: ``vN`` or its digest."""
     with parts.database.read() as session:
         return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
+
+
+@router.get("/adapters/{namespace}/{name}/versions/{version}/signatures")
+def list_signatures(namespace: str, name: str, version: str, parts: Parts, caller: User) -> SignaturesInfo:
+    """Every signature of the version, those by revoked keys too."""
+    with parts.database.read() as session:
+        row, adapter = _version(session, caller, namespace, name, version)
+        return signatures.show(session, adapter, row)
+
+
+@router.post("/adapters/{namespace}/{name}/versions/{version}/signatures")
+def sign_version(
+    namespace: str, name: str, version: str, request: SignatureRequest, parts: Parts, caller: User
+) -> SignatureInfo:
+    """Add a signature by a living key of the namespace; one of each key is kept, the first."""
+    with parts.database.write() as session:
+        row, adapter = _version(session, caller, namespace, name, version)
+        return signatures.sign(session, caller, adapter, row, request.bundle, parts.clock())
 
 
 @router.post("/adapters/{namespace}/{name}/versions/{version}/{move}")

@@ -35,6 +35,7 @@ from . import (
     problems,
     pushes,
     schedules,
+    signing,
     upgrades,
     upkeep,
     webhooks,
@@ -66,7 +67,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     problems.install(app)
     # Routes are tried in this order: what is asked most comes first.
     nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes)
-    for routes in (*nouns, audit, upkeep, webhooks, meta):
+    for routes in (*nouns, audit, upkeep, signing, webhooks, meta):
         app.router.routes.extend(routes.router.routes)  # included, each request would be matched against them twice
     if isinstance(parts.store, LocalStore):
         app.router.routes.extend(store_router(parts.store).routes)

@@ -221,6 +221,8 @@ class Facts(Frozen):
     reference_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Device seconds of the evaluations that all tiers share; not counted against the budget."""
 
+    unsigned: Annotated[tuple[Sha256, ...], Field(exclude_if=lambda them: not them)] = ()
+    """Versions that tiers made, where the namespace requires a signature and none of theirs counts."""
     approved: bool | None = None
     """With the action ``ask``: what a person said."""
     decided_by: str = ""
@@ -372,6 +374,15 @@ class WaitForApproval:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitForSignature:
+    """Ask a person to sign ``version``, without which no alias moves to it."""
+
+    tier: Tier
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AskPool:
     """Have the serving version on the old base, and what ``tier`` made on the new one, answer the pool's inputs."""
 
@@ -456,8 +467,8 @@ class Settle:
 
 Action = (
     Produce | EvaluateServing | EvaluateBare | EvaluateBareOld | EvaluateCandidate | Judge | Promote
-    | WaitForApproval | AskPool | ComparePool | WaitForLabels | JudgePool | Replan | Wait | Freeze | Retire | Fail
-    | Abort | Settle
+    | WaitForApproval | WaitForSignature | AskPool | ComparePool | WaitForLabels | JudgePool | Replan | Wait | Freeze
+    | Retire | Fail | Abort | Settle
 )  # fmt: skip
 
 
@@ -565,7 +576,18 @@ def _promotion(facts: Facts, policy: Policy, passed: TierFacts) -> Step:
     if policy.action == "ask" and facts.approved is False:
         by = f" by {facts.decided_by}" if facts.decided_by else ""
         return Step(State.FROZEN, (Freeze(f"declined{by}, although {passed.tier} passed: {why}"),))
+    if version in facts.unsigned and facts.overdue is not None:
+        nobody = f"nobody signed {_label(passed)} before the deadline {facts.overdue}"
+        return Step(State.FROZEN, (Freeze(f"{nobody}, although {passed.tier} passed: {why}"),))
+    if version in facts.unsigned:
+        ask = f"waits for a signature: loractl sign {facts.adapter}{_named(passed)} --key KEY"
+        return Step(State.WAITING, (WaitForSignature(passed.tier, version, f"{ask}; {passed.tier} passed: {why}"),))
     return Step(State.RUNNING, (Promote(passed.tier, version, facts.alias, facts.generation, facts.serving),))
+
+
+def _named(mine: TierFacts) -> str:
+    """``@v7``, as a reference names it."""
+    return mine.label if mine.label.startswith("@") else f"@{mine.version}"
 
 
 def _pool(facts: Facts, policy: Policy) -> Step | None:

@@ -556,6 +556,57 @@ class SignatureRefused(Forbidden):
     help = "Ask for a fresh one: repeat the command."
 
 
+# ── signatures ───────────────────────────────────────────────────────────────
+
+
+class BadSigningKey(BadFile):
+    code = "bad-signing-key"
+    says = "'{path}' is no key to sign or verify with: {reason}"
+    help = "Make a pair: loractl key create; the public one of a private key lies beside it, as FILE.pub"
+
+
+class PassphraseNeeded(Invalid):
+    code = "passphrase-needed"
+    says = "The key '{path}' is locked by a passphrase."
+    help = "Type it when asked, or give it in LORACTL_KEY_PASSPHRASE"
+
+
+class BadSignature(BadFile):
+    code = "bad-signature"
+    says = "A signature of {ref} does not hold: {reason}"
+    help = "Sign it anew: loractl sign REF --key KEY; who signed what: loractl verify REF"
+
+
+class SigningKeyNotFound(NotFound):
+    code = "key-not-found"
+    says = "No key {id} signs for '{namespace}'."
+    help = "List those that do: loractl key list {namespace}; an admin adds one: loractl key add {namespace} PUBLIC.pem"
+
+
+class SigningKeyRevoked(Conflict):
+    code = "key-revoked"
+    says = "Key {id} of '{namespace}' was revoked by {by} at {at}: {reason}"
+    help = "It is not taken again; sign with a key of: loractl key list {namespace}"
+
+
+class NoSigningKey(Conflict):
+    code = "no-signing-key"
+    says = "'{namespace}' has no living key, so no version there could have a signature that counts."
+    help = "Add one first: loractl key add {namespace} PUBLIC.pem"
+
+
+class SignatureRequired(Conflict):
+    code = "signature-required"
+    says = "{ref} has no signature by a living key of '{namespace}', which requires one."
+    help = "When pushing: loractl push DIR REF --base BASE --sign KEY; afterwards: loractl sign REF --key KEY; keys: loractl key list {namespace}"
+
+
+class NotVerified(Invalid):
+    code = "not-verified"
+    says = "{ref} is not verified, and nothing of it was loaded: {reason}"
+    help = "What there is: loractl verify REF; without verification, at your own risk: loractl pull REF --unverified"
+
+
 # ── pushes, aliases, jobs, campaigns ─────────────────────────────────────────
 
 

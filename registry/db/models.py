@@ -23,6 +23,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -215,6 +216,10 @@ class Namespace(SQLModel, table=True):
     quota_bytes: int | None = Field(default=None, sa_type=BigInteger, sa_column_kwargs={"comment": "None: no bound"})
     keep_days: int | None = Field(
         default=None, sa_column_kwargs={"comment": "days that unreferenced versions are kept; None: for ever"}
+    )
+    require_signature: bool = Field(
+        default=False,
+        sa_column_kwargs={"comment": "whether only signed versions are given by alias", "server_default": false()},
     )
 
 
@@ -450,6 +455,38 @@ class Version(SQLModel, table=True):
         default=None, max_length=16, sa_column_kwargs={"comment": "whose token changed it last"}
     )
     status_at: datetime | None = _time("when it was changed last", nullable=True)
+
+
+class SigningKey(SQLModel, table=True):
+    """A public key whose signatures count in a namespace, until it is revoked, for good."""
+
+    __tablename__ = "signing_keys"
+    __table_args__ = (UniqueConstraint("namespace", "fingerprint"),)
+    id: int | None = Field(default=None, primary_key=True)
+    namespace: str = Field(max_length=64)
+    fingerprint: str = _digest("sha256 of the public key's PEM")
+    name: str = Field(max_length=200, sa_column_kwargs={"comment": "whose it is, for people"})
+    public: str = Field(sa_column=Column(Text, nullable=False, comment="PEM"))
+    created_by: str = Field(max_length=16)
+    created_at: datetime = _time("when it was added")
+    revoked_at: datetime | None = _time("from when on nothing that it signed counts", nullable=True)
+    revoked_by: str | None = Field(default=None, max_length=16)
+    revoked_reason: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+
+
+class Signature(SQLModel, table=True):
+    """What a key signed of a version; verified when it came, one a key."""
+
+    __tablename__ = "signatures"
+    __table_args__ = (UniqueConstraint("version_id", "key_id"), Index("ix_signatures_key_id", "key_id"))
+    id: int | None = Field(default=None, primary_key=True)
+    version_id: int = Field(foreign_key="versions.id")
+    key_id: int = Field(foreign_key="signing_keys.id")
+    bundle: bytes = Field(
+        sa_column=Column(LargeBinary, nullable=False, comment="registry.core.signatures, as JSON")
+    )
+    created_by: str = Field(max_length=16)
+    created_at: datetime = _time("when it came")
 
 
 class VersionParent(SQLModel, table=True):

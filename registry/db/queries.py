@@ -35,7 +35,10 @@ from .models import (
     DatasetVersion,
     Evaluation,
     Line,
+    Namespace,
     Revision,
+    Signature,
+    SigningKey,
     StoredPolicy,
     TargetFit,
     Version,
@@ -204,6 +207,12 @@ class Pointed(NamedTuple):
     """Of the base."""
     status: str
     """Of the version."""
+    signatures: int
+    """Of the version, revoked ones too."""
+    living: int
+    """Those of them whose key is not revoked; with the number of all it tells whether another counts now."""
+    signature_required: bool | None
+    """None: the namespace has no row."""
 
 
 class Pointer(NamedTuple):
@@ -246,8 +255,12 @@ def _pointed_at(
     evaluations = columns(func.count(col(Evaluation.id))).where(col(Evaluation.version_id) == Version.id)
     revisions = columns(func.count(col(Revision.id))).where(col(Revision.base_id) == Base.id)
     histories = (moves.scalar_subquery(), evaluations.scalar_subquery(), revisions.scalar_subquery())
+    signed = columns(func.count(col(Signature.id))).where(col(Signature.version_id) == Version.id)
+    living = signed.join(SigningKey, col(SigningKey.id) == Signature.key_id).where(col(SigningKey.revoked_at).is_(None))
+    required = columns(col(Namespace.require_signature)).where(col(Namespace.name) == Adapter.namespace)
+    signing = (signed.scalar_subquery(), living.scalar_subquery(), required.scalar_subquery())
     return (
-        columns(col(Version.id), col(Version.evidence), *histories, col(Version.status))
+        columns(col(Version.id), col(Version.evidence), *histories, col(Version.status), *signing)
         .join_from(Adapter, Alias, col(Alias.adapter_id) == Adapter.id)
         .join(Base, col(Base.id) == Alias.base_id)
         .join(Version, col(Version.id) == Alias.version_id)

@@ -44,7 +44,7 @@ from registry.schemas import (
     VersionInfo,
 )
 
-from . import bases, evaluations, standing
+from . import bases, evaluations, signatures, standing
 from .references import find_adapter, find_version, nearest
 from .tokens import Caller
 
@@ -56,23 +56,28 @@ BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
 
 
 def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[VersionInfo]:
-    """Versions in the words of the wire, with aliases and newest evaluations; three queries for any number."""
+    """Versions in the words of the wire, with aliases, signers and newest evaluations; four queries for any number."""
     ids = [version.id for version, _ in rows if version.id is not None]
     called = bases.named(session, {version.base_id for version, _ in rows})
     aliases = queries.alias_names_of_versions(session, ids)
+    signers = signatures.signers(session, ids)
     found = queries.newest_evaluations_of(session, ids)
     scored: defaultdict[int | None, list[EvaluationInfo]] = defaultdict(list)
     for scoring, info in zip(found, evaluations.described(found), strict=True):
         scored[scoring.evaluation.version_id].append(info)
     return [
-        _info(version, adapter, called[version.base_id], aliases.get(version.id or 0, []), scored[version.id])
+        _info(version, adapter, called[version.base_id]).model_copy(
+            update={
+                "aliases": aliases.get(version.id or 0, []),
+                "signed_by": signers.get(version.id or 0, []),
+                "evaluations": scored[version.id],
+            }
+        )
         for version, adapter in rows
     ]
 
 
-def _info(
-    version: Version, adapter: Adapter, base: tuple[str, str], aliases: list[str], scored: list[EvaluationInfo]
-) -> VersionInfo:
+def _info(version: Version, adapter: Adapter, base: tuple[str, str]) -> VersionInfo:
     return VersionInfo(
         ref=f"{adapter.namespace}/{adapter.name}@v{version.number}",
         version=version.number,
@@ -93,8 +98,6 @@ def _info(
         created_at=version.created_at,
         status=version.status,
         status_reason=version.status_reason,
-        aliases=aliases,
-        evaluations=scored,
     )
 
 
@@ -263,7 +266,8 @@ def resolve(
     """The version that ``reference`` means for ``base``; `NoCompatibleVersion` with the nearest candidates.
 
     An alias or a bare name means the version on that very base first, then the best of what ``classes`` allow.
-    Without a base, the current revision of the adapter's line is meant.
+    Without a base, the current revision of the adapter's line is meant. Where the namespace requires signatures, a
+    version without one is given only to who names it: `SignatureRequired`.
     """
     adapter = find_adapter(session, caller, reference.series)
     assert adapter.id is not None
@@ -279,6 +283,8 @@ def resolve(
     )
     for fit, version in graded:
         if fit.fit in classes and (bit is None or version.engines & bit):
+            if reference.version is None and reference.digest is None:
+                signatures.require_signed(session, adapter, version)
             return Resolved(version, adapter, base, fit, assumed)
     raise NoCompatibleVersion(
         ref=str(reference),

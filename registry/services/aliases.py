@@ -23,7 +23,7 @@ from registry.core.policy import Evidence, Policy
 from registry.db.models import Adapter, Alias, AliasMove, Base, Version
 from registry.storage.base import BlobStore
 
-from . import audit, bases, gates, policies, standing
+from . import audit, bases, gates, policies, signatures, standing
 from .gates import Lacking, Scored
 from .references import nearest
 from .tokens import Caller
@@ -56,7 +56,8 @@ def move(
     """Point ``alias`` of ``adapter`` on ``base`` to ``version``, if its generation is still ``expected``.
 
     ``expected`` 0: the alias must not exist yet; `ANY`: whatever is there. `AliasMoved` names the current
-    target. Moving an alias to where it points already changes nothing.
+    target. Moving an alias to where it points already changes nothing. `SignatureRequired` where the namespace wants
+    a signature that the version has not.
     """
     assert adapter.id is not None and base.id is not None and version.id is not None
     check_name(alias, "alias")
@@ -68,6 +69,7 @@ def move(
     version = session.exec(target.execution_options(populate_existing=True)).one()
     assert version.id is not None
     standing.require_live(version, standing.ref(adapter, version))
+    signatures.require_signed(session, adapter, version, hold=True)
     before = row.version_id if row else None
     if row is None:
         row = Alias(

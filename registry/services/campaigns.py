@@ -35,6 +35,7 @@ from registry.core.errors import (
     NoLabelsWanted,
     NotASuccessor,
     ScopeMissing,
+    SignatureRequired,
     TokenRefused,
     Unavailable,
     WorkFailed,
@@ -76,7 +77,7 @@ from registry.schemas import (
 )
 from registry.storage.base import BlobStore
 
-from . import aliases, audit, bases, fits, gates, jobs, ledger, policies, pools
+from . import aliases, audit, bases, fits, gates, jobs, ledger, policies, pools, signatures
 from .adapters import fit_of
 from .gates import Lacking, Scored, every_gate, suite_of
 from .references import find_data, nearest
@@ -430,6 +431,9 @@ def approve(
     if facts.pool is not None and facts.pool.waits:
         wanted = "a candidate that passed; it waits for labels: loractl upgrade label"
         raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=wanted)
+    if facts.unsigned and facts.policy is not None and facts.policy.action != "ask":
+        wanted = f"a policy that asks; it {item.reason}"
+        raise MoveNotAllowed(noun="adapter", id=adapter, state=item.state, move="approve", allowed=wanted)
     item.facts = facts.model_copy(update={"approved": approved, "decided_by": caller.name}).model_dump(mode="json")
     item.revision += 1
     item.changed_at = now
@@ -704,7 +708,7 @@ class _Work:
                 version = self._version(action.version)
                 self.item.final_id = version.id
                 return facts.model_copy(update={"quoted": self._quoted(facts, version)}), False
-            case _:  # Wait, WaitForApproval, WaitForLabels, Freeze, Retire, Fail, Abort: the state says it all
+            case _:  # Wait and WaitFor…, Freeze, Retire, Fail, Abort: the state says it all
                 pass
         return facts, False
 
@@ -944,8 +948,8 @@ class _Work:
                 verdict=verdict.model_dump(mode="json") if verdict else None,
                 campaign_id=self.campaign.id,
             )
-        except AliasMoved:
-            return facts, True
+        except (AliasMoved, SignatureRequired):
+            return facts, True  # the machine sees from fresh facts what to wait for
         except EvidenceTooWeak as error:
             self.item.state, self.item.reason = State.FROZEN, error.message
         return facts, True
@@ -1111,7 +1115,9 @@ def _facts(
             else (),
         }
     )
-    return found.under(rules)
+    candidates = [mine.version for mine in found.tiers if mine.version]
+    unsigned = signatures.unsigned(session, adapter.namespace, adapter.id, candidates) if candidates else []
+    return found.model_copy(update={"unsigned": tuple(unsigned)}).under(rules)
 
 
 def _signals(session: Session, old: Base, new: Base, source: Version) -> Signals:

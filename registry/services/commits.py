@@ -5,6 +5,8 @@ newest-on-this-base mark moves under the series' lock, wished aliases move by co
 they were when the push was opened. Two pushes of one folder give one version, whoever is second.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +15,7 @@ from sqlmodel import Session, col, select, update
 from registry.core.adapter import AdapterSpec
 from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
-from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed
+from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed, SignatureRequired
 from registry.core.fit import Binding, TargetSet, binding_evidence
 from registry.core.lifecycle import VersionState
 from registry.core.manifest import Listing, Manifest
@@ -31,7 +33,7 @@ from registry.db.models import (
 )
 from registry.schemas import Wishes
 
-from . import aliases, audit, bases, blobs, fits, policies, pushes, standing
+from . import aliases, audit, bases, blobs, fits, policies, pushes, signatures, standing
 
 # ── before the bytes ─────────────────────────────────────────────────────────
 
@@ -162,13 +164,29 @@ def commit_verified(session: Session, push_id: str, job: Job, now: datetime) -> 
     same = push.kind == "base" or f"{push.namespace}/{push.name}" == job.output.get("adapter")
     if push.state != "committed" or not same:
         raise BadRequest(problems=f"pushes: {push_id} is not a push of job {job.id}")
-    wish_again(session, push, pushes.wishes_of_job(Wishes(), push.kind, job), job.created_by, now)
+    with suppress(SignatureRequired), session.begin_nested():  # the work is there; its aliases wait for a signature
+        wish_again(session, push, pushes.wishes_of_job(Wishes(), push.kind, job), job.created_by, now)
     return push.outcome or {}
 
 
 def wishes_of(push: Push) -> Wishes:
     """What was asked for with the push."""
     return Wishes.model_validate({key: value for key, value in push.wishes.items() if key in Wishes.model_fields})
+
+
+def sign_again(
+    session: Session, push: Push, signed: Sequence[signatures.Accepted], actor: str, now: datetime
+) -> None:
+    """Keep signatures that a repeated push brought for a version that is there already."""
+    adapter = queries.adapter_by_name(session, push.namespace, push.name) if signed else None
+    if adapter is None or adapter.id is None:
+        return
+    version = queries.version_by_digest(session, adapter.id, push.manifest_digest)
+    assert version is not None
+    signatures.keep(session, adapter, version, signed, actor, now)
+    had = (push.outcome or {}).get("signed", [])
+    push.outcome = (push.outcome or {}) | {"signed": sorted({*had, *(key.fingerprint for key, _ in signed)})}
+    session.add(push)
 
 
 def wish_again(session: Session, push: Push, wishes: Wishes, actor: str, now: datetime) -> None:
@@ -219,6 +237,10 @@ def _commit_adapter(
     elif version.status == VersionState.DELETED:
         standing.require_bytes(version, standing.ref(adapter, version))
     warnings, author = list(facts.get("warnings", [])), _author(session, push)
+    signed = signatures.accept(session, push.namespace, str(series), manifest, push.wishes.get("signatures", ()))
+    signatures.keep(session, adapter, version, signed, author, now)
+    if push.job_id is None:
+        signatures.require_signed(session, adapter, version, hold=True)
     gated = _gated(session, series, wishes.aliases)  # now: the policy may be younger than the push
     promote = f"loractl promote {series}@v{version.number}"
     warnings += [f"alias '{alias}' is gated: {promote} {alias}, once evaluated" for alias in gated]
@@ -236,6 +258,7 @@ def _commit_adapter(
         "version": f"v{version.number}",
         "evidence": version.evidence,
         "aliases": list(expected),
+        "signed": [key.fingerprint for key, _ in signed],
         "warnings": warnings,
     }
 
@@ -443,12 +466,14 @@ def _move_for_job(
     wishes: Wishes,
     now: datetime,
 ) -> str | None:
-    """Move one alias to a job's result; an alias that cannot move is a warning, for the work is done."""
+    """Move one alias to a job's result; an alias that cannot move, or not yet, is a warning, for the work is done."""
     try:
         with session.begin_nested():
             _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
     except AliasMoved as error:
         return error.message
+    except SignatureRequired as error:
+        return f"{error.message} Sign it, and move '{', '.join(expected)}' then: {error.hint}"
     return None
 
 

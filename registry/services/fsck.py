@@ -3,6 +3,7 @@
     row → bytes      missing · wrong-size · corrupt (``deep``: every byte is read; else where the store kept a SHA-256)
     bytes → row      orphan: nothing knows them, and they are older than a grace, so that nobody is placing them
     manifest → row   unknown: a version names a blob that has no row
+    signature        bad-signature (``deep``): one that held when it came does not hold any more; nothing repairs that
 
 ``repair`` removes orphans, and marks what is lost: a blob that is *missing* is not offered as present, and whoever
 pushes the same content again brings its bytes (`blobs.place`). Each repair is a transaction that holds the blob's lock
@@ -26,7 +27,7 @@ from registry.db.models import Adapter, Base, Blob, Dataset, DatasetVersion, Man
 from registry.schemas import FsckLine
 from registry.storage.base import BlobStore, Stat
 
-from . import audit
+from . import audit, signatures
 from .blobs import add_once, blob_key
 
 GRACE = timedelta(hours=1)
@@ -35,7 +36,7 @@ _TELL_EVERY = 256 << 20
 """Bytes of one blob after which progress is told."""
 _NAMES = 5
 
-Kind = Literal["missing", "wrong-size", "corrupt", "orphan", "unknown"]
+Kind = Literal["missing", "wrong-size", "corrupt", "orphan", "unknown", "bad-signature"]
 
 
 def check(
@@ -45,6 +46,8 @@ def check(
     yield from _rows(database, store, deep=deep, repair=repair, actor=actor, now=now)
     yield from _bucket(database, store, repair=repair, actor=actor, now=now)
     yield from _manifests(database, repair=repair, actor=actor, now=now)
+    if deep:
+        yield from _signatures(database)
 
 
 # ── from rows to bytes ───────────────────────────────────────────────────────
@@ -184,6 +187,26 @@ def _manifests(database: Database, *, repair: bool, actor: str, now: datetime) -
         if len(unknown) < _PAGE:
             return
         last = unknown[-1]
+
+
+# ── signatures ───────────────────────────────────────────────────────────────
+
+
+def _signatures(database: Database) -> Iterator[FsckLine]:
+    last, done = 0, 0
+    while True:
+        with database.read() as session:
+            page = signatures.looked_at_again(session, after=last, limit=_PAGE)
+        for row in page:
+            done, last = done + 1, row.id
+            if row.problem:
+                yield FsckLine(
+                    kind="finding", what="signatures", done=done, blob=row.digest, problem="bad-signature",
+                    detail=row.problem, named_by=[row.ref],
+                )  # fmt: skip
+        yield FsckLine(what="signatures", done=done)
+        if len(page) < _PAGE:
+            return
 
 
 def _known() -> ColumnElement[bool]:

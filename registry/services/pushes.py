@@ -59,7 +59,7 @@ from registry.settings import Settings
 from registry.storage.base import BlobStore, Stat, part_sizes
 from registry.storage.base import SignedRequest as Signed
 
-from . import audit, bases, blobs, commits, fits, quotas
+from . import audit, bases, blobs, commits, fits, quotas, signatures
 from .tokens import Caller
 
 BASES = "base"
@@ -112,8 +112,10 @@ def open_push(
         commits.require_ungated(session, series, manifest, wishes)
     if kind == "adapter":
         commits.require_not_deleted(session, series, manifest)
+    signed = _signed(session, series, manifest, request) if job is None else []
     if (found := committed(session, kind, series, manifest)) and not blobs.lacking(session, manifest):
         if job is None:
+            commits.sign_again(session, found, signed, caller.token_id, now)
             commits.wish_again(session, found, wishes, caller.token_id, now)
         return found
     model = _promised(request, manifest) if kind == "base" else None
@@ -121,6 +123,7 @@ def open_push(
         commits.look_early(session, series, manifest, wishes)
     seen = commits.seen(session, series, manifest, wishes) if kind == "adapter" else {}
     stored = wishes.model_dump(mode="json") | {"seen": seen, "actor": caller.name}
+    stored |= {"signatures": [bundle.document() for _, bundle in signed]}
     if push := _living(session, caller, kind, series, manifest, job, now):
         if push.state != PushState.VERIFYING:
             push.wishes = stored if push.state != PushState.VERIFIED else _late(push.wishes, stored)
@@ -161,6 +164,19 @@ def open_push(
         session, "push.opened", push.id, actor=caller.token_id, namespace=push.namespace, now=now, after=asked
     )
     return push
+
+
+def _signed(
+    session: Session, series: SeriesName, manifest: Listing, request: PushRequest
+) -> list[signatures.Accepted]:
+    """The signatures that came with the push, verified; `SignatureRequired` before any byte is sent."""
+    if not isinstance(manifest, Manifest) or manifest.kind != "adapter":
+        if request.signatures:
+            raise BadRequest(problems="signatures: versions of adapters are signed, and nothing else")
+        return []
+    found = signatures.accept(session, series.namespace, str(series), manifest, request.signatures)
+    signatures.require_at_push(session, series.namespace, str(series), str(manifest.digest), found)
+    return found
 
 
 def _want(session: Session, caller: Caller, settings: Settings, push: Push, sizes: Mapping[str, int]) -> None:

@@ -14,20 +14,25 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import event
+from sqlmodel import select
 
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
 from registry.core.campaign import State
+from registry.core.manifest import Manifest
 from registry.db.engine import Database
-from registry.schemas import SCOPES, ScheduleRequest, Scope, WebhookRequest
-from registry.services import schedules, tokens, webhooks
+from registry.db.models import StoredManifest
+from registry.keys import PrivateKey
+from registry.schemas import SCOPES, KeyRequest, ScheduleRequest, Scope, WebhookRequest
+from registry.services import schedules, signatures, tokens, webhooks
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.upgrade import POLICY, Upgrade
 from tests.world import ADMIN, SETTINGS, World, adapter_push, base_push, files_push, table_of
 
 Facts = dict[str, Any]
 ZERO = "sha256:" + "0" * 64
+KEY, REVOKED = PrivateKey.generate(), PrivateKey.generate()
 CHECKPOINT = {"attempt": 1, "step": 1, "files": [{"path": "checkpoint.json", "size": 2, "digest": ZERO}]}
 
 
@@ -69,6 +74,8 @@ CLAIMED = "a worker touches jobs that it claimed, and nothing else"
 BOUNDS = "a namespace does not set its own bounds"
 HOOKS = "a webhook tells what the audit holds, so it takes the same right"
 AUDITED = "who administers a namespace sees what was done in it, and by whom"
+TRUSTS = "who administers a namespace says whose signatures count there, and whether one is needed"
+SIGNS = "a signature holds by its key, not by who brings it; it is stored by who publishes there"
 GIVEN = "nobody gives what no admin of that namespace gave them"
 
 
@@ -128,6 +135,8 @@ ROWS: dict[str, Row] = {
     "GET /v1/adapters/{namespace}/{name}/versions": sees(),
     "GET /v1/adapters/{namespace}/{name}/versions/{version}": sees(),
     "GET /v1/adapters/{namespace}/{name}/versions/{version}/manifest": sees(),
+    "GET /v1/adapters/{namespace}/{name}/versions/{version}/signatures": sees(),
+    "POST /v1/adapters/{namespace}/{name}/versions/{version}/signatures": Row("user", ("read", "publish"), SIGNS, lambda f: {"bundle": f["bundle"]}, refused=403),
     "POST /v1/adapters/{namespace}/{name}/versions/{version}/{move}": Row("user", ("read", "publish"), STANDING, lambda _: {}, refused=403),
     "GET /v1/adapters/{namespace}/{name}/log": sees(),
     "GET /v1/adapters/{namespace}/{name}/lineage": sees(),
@@ -194,6 +203,11 @@ ROWS: dict[str, Row] = {
     "DELETE /v1/schedules/{identity}": Row("user", ("read", "run"), STEERED, refused=403),
     "GET /v1/namespaces/{namespace}/quota": sees(403),
     "PUT /v1/namespaces/{namespace}/quota": Row("user", ("admin",), BOUNDS, lambda _: {}, named=False, refused=403, where=("*",)),
+    "GET /v1/namespaces/{namespace}/keys": sees(403),
+    "POST /v1/namespaces/{namespace}/keys": Row("user", ("admin",), TRUSTS, lambda f: {"public": f["public"], "name": "x"}, refused=403),
+    "POST /v1/namespaces/{namespace}/keys/{fingerprint}/revoke": Row("user", ("admin",), TRUSTS, lambda _: {}, refused=403),
+    "GET /v1/namespaces/{namespace}/signing": sees(403),
+    "PUT /v1/namespaces/{namespace}/signing": Row("user", ("admin",), TRUSTS, lambda _: {"required": False}, refused=403),
     "POST /v1/fsck": Row("user", ("admin",), "it reads and repairs what belongs to everybody", lambda _: {}, named=False, refused=403, where=("*",)),
     "POST /v1/webhooks": Row("user", ("admin",), HOOKS, lambda f: {"url": "https://x.example", "namespace": f["namespace"]}, refused=403),
     "GET /v1/webhooks": Row("user", ("admin",), HOOKS, named=False, refused=403),
@@ -267,12 +281,15 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
         schedule = schedules.add(session, ADMIN, request, world.now)
         asked = WebhookRequest(url="https://x.example", namespace="team")
         hook, _ = webhooks.add(session, ADMIN, asked, world.now)
+        for key in (KEY, REVOKED):
+            signatures.add_key(session, ADMIN, "team", KeyRequest(public=key.public.pem, name="k"), world.now)
         reader, _ = tokens.create(
             session, ADMIN, name="r", kind="user", scopes={"team": ["read"]}, queues=[], expires_in=None, now=world.now
         )
     rows = b'{"prompt": "1+1=", "completion": " 3"}\n'
     facts: Facts = {
         "namespace": "team", "name": "bot", "version": digest, "alias": "prod", "ref": "demo", "base": "demo",
+        "fingerprint": REVOKED.public.fingerprint, "public": KEY.public.pem, "bundle": signed(world, digest),
         "a": "demo@r1", "b": "demo@r2", "move": "reinstate",
         "ids": {
             "tokens": reader.id, "pushes": open_push.id, "jobs": job.id, "upgrades": campaign, "schedules": schedule.id, "webhooks": hook.id,
@@ -283,10 +300,15 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
         "suite_push": files_push("suite", {"data.jsonl": rows})[0].model_dump(mode="json"),
         "base_push": base_push(upgrade.v1)[0].model_dump(mode="json"),
     }  # fmt: skip
-    missing = facts | {"namespace": "absent", "version": ZERO, "ids": dict.fromkeys(facts["ids"], "missing")}
+    missing = facts | {"namespace": "absent", "version": ZERO, "fingerprint": ZERO, "ids": dict.fromkeys(facts["ids"], "missing")}
     parts = AppParts(SETTINGS, world.database, local_store, Broker("memory://"), world.clock)
     with TestClient(create_app(parts), raise_server_exceptions=False) as client:
         yield Api(client, world, facts, missing)
+
+
+def signed(world: World, digest: str) -> Facts:
+    body = world.one(select(StoredManifest.body).where(StoredManifest.digest == digest))
+    return KEY.sign("team/bot", Manifest.parse(body)).document()
 
 
 def routes_of(app: Any, prefix: str = "") -> list[str]:
@@ -336,7 +358,7 @@ def test_people_and_workers_have_their_own_routes(api: Api, route: str) -> None:
 PEOPLES = [route for route, row in ROWS.items() if row.who in ("user", "anyone")]
 OTHERS = tuple(scope for scope in SCOPES if scope != "admin")
 REFUSED = "scope-missing"
-NOT_THERE = {f"{noun}-not-found" for noun in ("adapter", "version", "dataset", "job", "campaign", "push", "schedule", "token", "webhook")}
+NOT_THERE = {f"{noun}-not-found" for noun in ("adapter", "version", "dataset", "job", "campaign", "push", "schedule", "token", "webhook", "key")}
 
 
 def scoped(row: Row, scopes: Sequence[Scope]) -> dict[str, list[Scope]]:

@@ -10,8 +10,10 @@ from sqlmodel import func, select
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
+from registry.core.manifest import Manifest
 from registry.core.policy import Policy
-from registry.db.models import AuditRow
+from registry.db.models import AuditRow, StoredManifest
+from registry.keys import PrivateKey
 from registry.services import tokens
 from tests.api.test_access import ROWS, routes_of
 from tests.factories import base_of, tiny_adapter, tiny_base
@@ -30,6 +32,7 @@ QUIET = {
 ELSEWHERE = {
     "POST /v1/upgrades/{identity}/labels": "tests/services/test_pools.py: an upgrade has to wait for labels first",
 }
+KEY = PrivateKey.generate()
 LINES = b'{"prompt": "1+1=", "completion": " 3"}\n'
 
 
@@ -93,6 +96,11 @@ def test_every_route_that_changes_anything_leaves_a_row(embedded: World, tmp_pat
     assert QUIET.keys() <= ROWS.keys()
 
 
+def signed_by(world: World, digest: str) -> dict[str, Any]:
+    body = world.one(select(StoredManifest.body).where(StoredManifest.digest == digest))
+    return KEY.sign("team/bot", Manifest.parse(body)).document()
+
+
 def _access(call: Walk) -> None:
     asked = {"name": "x", "scopes": {"team": ["read"]}}
     made = call("POST /v1/tokens", asked)
@@ -107,6 +115,13 @@ def _access(call: Walk) -> None:
     call("POST /v1/webhooks/{identity}/test", at={"identity": hook["id"]})
     call("DELETE /v1/webhooks/{identity}", at={"identity": hook["id"]})
     call("PUT /v1/namespaces/{namespace}/quota", {"quota_bytes": 1 << 40}, at={"namespace": "team"})
+    added = [
+        call("POST /v1/namespaces/{namespace}/keys", {"public": key.public.pem, "name": "k"}, at={"namespace": "team"})
+        for key in (KEY, PrivateKey.generate())
+    ]
+    call("PUT /v1/namespaces/{namespace}/signing", {"required": False}, at={"namespace": "team"})
+    revoked = {"namespace": "team", "fingerprint": added[1]["fingerprint"]}
+    call("POST /v1/namespaces/{namespace}/keys/{fingerprint}/revoke", {"reason": "why"}, at=revoked)
     call("POST /v1/fsck", {})
     call("PUT /v1/namespaces/{namespace}/policy", POLICY.model_dump(mode="json"), at={"namespace": "team"})
     policy = Policy(aliases=()).model_dump(mode="json")
@@ -140,6 +155,8 @@ def _aliases(call: Walk, upgrade: Upgrade) -> None:
     for version in ("v1", digest):
         call("PUT /v1/adapters/{namespace}/{name}/aliases/{alias}", {"version": version}, at=alias)
     call("POST /v1/adapters/{namespace}/{name}/aliases/{alias}/rollback", {"base": "demo@r1"}, at=alias)
+    signed = {"bundle": signed_by(call.world, digest)}
+    call("POST /v1/adapters/{namespace}/{name}/versions/{version}/signatures", signed, at=alias | {"version": digest})
     third = {"namespace": "team", "name": "bot", "version": digest, "move": "yank"}
     call("POST /v1/adapters/{namespace}/{name}/versions/{version}/{move}", {"reason": "why"}, at=third)
 

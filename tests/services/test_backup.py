@@ -20,9 +20,13 @@ from sqlmodel import SQLModel, select
 from registry.core.audit import breaks
 from registry.core.digest import Digest
 from registry.core.errors import BackupUnusable, NotEmpty
+from registry.core.names import Reference, SeriesName
 from registry.db.engine import Database
 from registry.db.models import AuditRow, Blob, Push
-from registry.services import audit, backup, blobs, collection, fsck
+from registry.keys import PrivateKey
+from registry.schemas import KeyRequest
+from registry.services import audit, backup, blobs, collection, fsck, signatures
+from registry.services.references import find_adapter, find_version
 from registry.storage.base import BlobStore
 from tests.factories import tiny_adapter, tiny_base
 from tests.world import ADMIN, World, files_push
@@ -39,7 +43,14 @@ def filled(world: World, tmp_path: Path) -> World:
         folder = tiny_adapter(tmp_path / f"a{seed}", base, seed=seed)
         world.push_adapter(folder, "team/bot", base, aliases=["dev"], message="ü")
     world.push_rows("dataset", "team/rows", ROWS)
+    key = PrivateKey.generate()
     with world.database.write() as session:
+        signatures.add_key(session, ADMIN, "team", KeyRequest(public=key.public.pem, name="k"), world.now)
+        signatures.set_required(session, ADMIN, "team", required=False, now=world.now)
+        adapter = find_adapter(session, ADMIN, SeriesName("team", "bot"))
+        version = find_version(session, adapter, Reference.parse("team/bot@v1"))
+        document = key.sign("team/bot", signatures.manifest_of(session, version)).document()
+        signatures.sign(session, ADMIN, adapter, version, document, world.now)
         audit.chain(session)
     return world
 

@@ -8,10 +8,13 @@ from sqlalchemy import delete
 from sqlmodel import col, select
 
 from registry.core.digest import Digest
-from registry.db.models import AuditRow, Blob
-from registry.services import blobs, fsck
+from registry.core.manifest import Manifest
+from registry.db.models import AuditRow, Blob, Signature, Version
+from registry.keys import PrivateKey
+from registry.schemas import KeyRequest
+from registry.services import blobs, fsck, signatures
 from tests.factories import tiny_adapter, tiny_base
-from tests.world import ADMIN, World
+from tests.world import ADMIN, World, adapter_push
 
 ROWS = b'{"prompt": "1+1=", "completion": " 2"}\n'
 DIGEST = str(Digest.sha256(ROWS))
@@ -44,6 +47,26 @@ def test_a_sound_registry_has_no_findings(rows: World, tmp_path: Path) -> None:
     rows.push_base(base, line="demo")
     rows.push_adapter(tiny_adapter(tmp_path / "a", base), "team/bot", base)
     assert found(rows, deep=True) == []
+
+
+def test_a_signature_that_does_not_hold_any_more_is_found(rows: World, tmp_path: Path) -> None:
+    base, key = tiny_base(tmp_path / "base"), PrivateKey.generate()
+    rows.push_base(base, line="demo")
+    with rows.database.write() as session:
+        signatures.add_key(session, ADMIN, "team", KeyRequest(public=key.public.pem, name="k"), rows.now)
+    for seed in (1, 2):
+        request, contents = adapter_push(tiny_adapter(tmp_path / f"a{seed}", base, seed=seed), base)
+        bundle = key.sign("team/bot", Manifest.parse(request.manifest)).document()
+        rows.push("adapter", "team/bot", request.model_copy(update={"signatures": [bundle]}), contents)
+    with rows.database.write() as session:
+        first, second = session.exec(select(Signature).order_by(col(Signature.id))).all()
+        first.bundle = second.bundle
+        session.add(first)
+    digest = rows.one(select(Version.digest).where(Version.number == 1))
+    lines = fsck.check(rows.database, rows.store, deep=True, repair=True, actor="ada", now=rows.now)
+    [line] = [line for line in lines if line.problem == "bad-signature"]
+    assert (line.blob, line.named_by, line.repaired) == (digest, ["team/bot@v1"], False)
+    assert "it is of sha256:" in line.detail
 
 
 def test_lost_bytes_are_named_with_what_needs_them_and_a_push_of_them_heals(rows: World) -> None:
