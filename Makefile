@@ -75,8 +75,8 @@ bench: .venv/install.stamp ## Measure the claims and write docs/benchmarks.md
 up: .venv/install.stamp ## Registry, daemons and a worker on this machine
 	@$(BIN)/loractl up
 
-docs: .venv/install.stamp ## Regenerate docs/cli.md and docs/errors.md
-	@$(BIN)/python docs/generate.py
+docs: .venv/install.stamp ## Regenerate docs/cli.md, docs/errors.md and docs/faults.md
+	@$(BIN)/python -m docs.generate
 
 clean: ## Remove .venv, caches and what was built
 	@rm -rf .venv .demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

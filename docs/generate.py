@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the help of every command, and docs/errors.md from the classes of refusals.
+"""Write docs/cli.md from the help of every command, docs/errors.md from the classes of refusals, docs/faults.md from
+what is on record in docs/faults.jsonl.
 
 ``make docs`` runs this; `tests/test_docs.py` says when the pages are older than the code.
 """
@@ -12,6 +13,7 @@ from cli.main import cli
 from registry import settings
 from registry.core import errors
 from registry.core.errors import LoractlError, refusals
+from tests.faults import record
 
 DOCS = Path(__file__).parent
 MADE = "<!-- Made by `make docs`; change the help texts or the error classes and run it again. -->\n"
@@ -64,7 +66,12 @@ def errors_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"cli.md": cli_page, "errors.md": errors_page}
+def faults_page() -> str:
+    """The page of all episodes."""
+    return record.page(record.lines(DOCS / "faults.jsonl"))
+
+
+PAGES = {"cli.md": cli_page, "errors.md": errors_page, "faults.md": faults_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

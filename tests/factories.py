@@ -5,6 +5,7 @@
 """
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from registry.core.adapter import RECORDED_BASE, WRAPPER
 from registry.core.base_model import BaseModel
+from registry.core.manifest import canonical_json
 from registry.files import digest_base, read_header, read_json
 
 CHAT_TEMPLATE = (
@@ -83,6 +85,40 @@ def tiny_base(
     write_json(folder / "config.json", llama_config(width=width, layers=layers, vocabulary=vocabulary))
     write_shards(folder, tensors, shards)
     return folder
+
+
+def readable_base(folder: Path, *, width: int = 16, drift: float = 0.0, seed: int = 1) -> Path:
+    """A tiny Llama with a byte-level tokenizer, without torch; ``drift`` moves its matrices by that share of noise."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    chance = np.random.default_rng(seed)
+    tensors = llama_tensors(width=width, vocabulary=len(alphabet))
+    for name, weights in tensors.items():
+        noise = chance.standard_normal(weights.shape).astype(np.float32) * np.float32(drift * weights.std())
+        tensors[name] = np.ones_like(weights) if "norm" in name else weights + noise
+    write_json(folder / "config.json", llama_config(width=width, vocabulary=len(alphabet)))
+    write_shards(folder, tensors, 1)
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    return folder
+
+
+def letters(folder: Path) -> None:
+    """Which half of six letters: ``data.jsonl`` to learn it from, and ``suite.jsonl`` of other rows."""
+    chance = random.Random(1)
+    drawn = enumerate(chance.choices("abcdef", k=400))
+    rows = [(f"{number} {letter}", "-+"[letter in "def"]) for number, letter in drawn]
+    suite = [{"prompt": prompt, "choices": ["-", "+"], "answer": "-+".index(sign)} for prompt, sign in rows[:200]]
+    data = [{"prompt": prompt, "completion": sign} for prompt, sign in rows[200:]]
+    for name, lines in (("suite", suite), ("data", data)):
+        (folder / f"{name}.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
 
 
 def write_shards(folder: Path, tensors: Mapping[str, NDArray[Any]], shards: int) -> None:

@@ -1,4 +1,4 @@
-"""A wire on loopback that can be cut: connections go on to the next of its backends, as a load balancer passes them.
+"""A wire that can be cut: connections go on to the next of its backends, as a load balancer passes them.
 
     straight    every byte passes at once             slow    a pause before every piece
     cut         nobody gets through                   deaf    connections open, bytes go nowhere (half open)
@@ -7,17 +7,22 @@
 import asyncio
 import random
 import threading
+from collections.abc import Sequence
 from typing import Literal
 
+Address = tuple[str, int]
 Mode = Literal["straight", "slow", "cut", "deaf"]
 PIECE = 1 << 16
+CONNECT_S = 2.0
+"""How long a backend may take to answer a connection before the next one is asked."""
 
 
 class Link:
     """Passes connections on; counts connections and bytes, both ways. Used as a context manager."""
 
-    def __init__(self, port: int, backends: list[int]) -> None:
-        self.port, self.backends = port, backends
+    def __init__(self, port: int, backends: Sequence[int | Address], host: str = "127.0.0.1") -> None:
+        """From ``port`` of ``host`` on to ``backends``: ports of the loopback interface, or hosts and ports."""
+        self.host, self.port, self.backends = host, port, list(backends)
         self.mode: Mode = "straight"
         self.pause_s = 0.05
         self.passed = 0
@@ -57,7 +62,7 @@ class Link:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        server = await asyncio.start_server(self._connected, self.host, self.port)
         self._ready.set()
         await self._stop.wait()
         server.close()
@@ -69,7 +74,8 @@ class Link:
         self.backends = [*self.backends[1:], self.backends[0]]
         for backend in reversed(self.backends):  # the next that is up, as a load balancer with health checks does
             try:
-                back_reader, back_writer = await asyncio.open_connection("127.0.0.1", backend)
+                host, port = ("127.0.0.1", backend) if isinstance(backend, int) else backend
+                back_reader, back_writer = await asyncio.wait_for(asyncio.open_connection(host, port), CONNECT_S)
                 break
             except OSError:
                 continue

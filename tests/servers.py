@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,9 +171,11 @@ class Cluster:
         return f"postgresql+psycopg://{self.host}/postgres"
 
     @contextmanager
-    def running(self) -> Iterator[Running]:
-        """One life of it, from ready to the end of the block."""
-        with running("PostgreSQL", self.command, self.folder, user=self.user, stop=signal.SIGQUIT) as server:
+    def running(self, changes: Mapping[str, str] | None = None) -> Iterator[Running]:
+        """One life of it, from ready to the end of the block; ``changes``: of the environment that it inherits."""
+        env = {**os.environ, **(changes or {})}
+        command, folder, user = self.command, self.folder, self.user
+        with running("PostgreSQL", command, folder, user=user, stop=signal.SIGQUIT, env=env) as server:
             server.wait_until(lambda: _postgres_answers(f"postgresql://{self.host}/postgres"))
             yield server
 
@@ -302,8 +304,11 @@ def seaweedfs() -> Iterator[S3Server]:
 
 
 @contextmanager
-def weed() -> Iterator[Weed]:
-    """A fresh SeaweedFS, to be started any number of times; its bucket is made when it first runs."""
+def weed(host: str = "127.0.0.1", through: Sequence[str] = ()) -> Iterator[Weed]:
+    """A fresh SeaweedFS, to be started any number of times; its bucket is made when it first runs.
+
+    ``through``: the beginning of a command that leads to where it runs, and where it has the address ``host``.
+    """
     with tempfile.TemporaryDirectory(prefix="loractl-seaweedfs-") as scratch:
         folder = Path(scratch)
         access_key, secret_key = f"key{secrets.token_hex(8)}", secrets.token_urlsafe(24)
@@ -315,11 +320,11 @@ def weed() -> Iterator[Weed]:
         (folder / "data").mkdir()
         parts = ["master", "volume", "filer", "s3"]
         ports = dict(zip([*parts, *(f"{part}.grpc" for part in parts)], free_ports(8), strict=True))
-        command = [str(Path(sysconfig.get_path("scripts")) / "weed"), "-logtostderr", "server"]
+        command = [*through, str(Path(sysconfig.get_path("scripts")) / "weed"), "-logtostderr", "server"]
         command += [
             f"-dir={folder / 'data'}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={host}",
+            f"-ip.bind={host}",
             "-filer",
             "-s3",
             f"-s3.config={config}",
@@ -331,7 +336,7 @@ def weed() -> Iterator[Weed]:
         command += ["-master.telemetry=false", "-master.electionTimeout=1s", "-master.volumeSizeLimitMB=256"]
         command += ["-volume.max=64", "-volume.minFreeSpace=0", "-volume.preStopSeconds=0"]
         server = S3Server(
-            endpoint=f"http://127.0.0.1:{ports['s3']}",
+            endpoint=f"http://{host}:{ports['s3']}",
             bucket="loractl",
             access_key=access_key,
             secret_key=secret_key,

@@ -1,6 +1,7 @@
 """What must hold in a town when everything has been healed and everybody has come to rest; each a list of breaches."""
 
 import hashlib
+import json
 import shutil
 import time
 from collections import Counter
@@ -8,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlmodel import Session, col, func, select
+from sqlmodel import Session, col, func, or_, select
 
 from registry.client import RegistryClient
 from registry.core.audit import Head, Linked, breaks
-from registry.core.lifecycle import JobState, PushState
+from registry.core.campaign import State
+from registry.core.lifecycle import CampaignState, JobState, PushState, VersionState
 from registry.daemons import gc
 from registry.db.models import (
     Adapter,
@@ -21,6 +23,8 @@ from registry.db.models import (
     AuditHead,
     AuditRow,
     Blob,
+    Campaign,
+    CampaignItem,
     Job,
     ManifestBlob,
     Push,
@@ -33,32 +37,43 @@ from registry.services.blobs import blob_key
 from registry.transfer import PARTIAL, pull
 from tests.faults import people
 from tests.faults.people import journals
-from tests.faults.town import LEASE_S, Town
+from tests.faults.town import WORKSHOP_LEASE_S, Town
 
 PATIENCE_S = verification.LEASE.total_seconds() + 30.0
 """What a verifier began that died comes to its end when another may take it over."""
+WORKSHOP_PATIENCE_S = 600.0
+"""Trainings and upgrades come to their end on a machine that has other work to do."""
 _ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 def come_to_rest(town: Town, seed: int) -> list[str]:
     """Let what was begun come to its end: work is done, pushes are verified or expire."""
-    deadline = time.time() + PATIENCE_S
+    patience_s = WORKSHOP_PATIENCE_S if town.works else PATIENCE_S
+    deadline = time.time() + patience_s
     parts = Parts.of(town.settings)
     try:
-        while time.time() < deadline:
-            with parts.database.read() as session:
-                jobs = session.exec(select(func.count()).select_from(Job).where(col(Job.state).not_in(_ENDED))).one()
-                verifying = (PushState.VERIFYING,)
-                waiting = select(func.count()).select_from(Push).where(col(Push.state).in_(verifying))
-                pushes = session.exec(waiting).one()
-            if not jobs and not pushes:
-                return []
-            town.comes(people.worker, "ida", seed)
-            time.sleep(1.0)
-            town.leave()
-        return [f"{jobs} jobs and {pushes} verifications did not come to an end within {PATIENCE_S:.0f} s"]
+        while left := _begun(parts):
+            if time.time() > deadline:
+                return [f"{left} did not come to an end within {patience_s:.0f} s"]
+            if not town.crowd:
+                town.comes(people.worker, "ida", seed)
+            time.sleep(0.2)
+        return []
     finally:
         parts.close()
+        town.leave()
+
+
+def _begun(parts: Parts) -> str:
+    """What has not come to its end, in words."""
+    with parts.database.read() as session:
+        jobs = session.exec(select(func.count()).select_from(Job).where(col(Job.state).not_in(_ENDED))).one()
+        verifying = select(func.count()).select_from(Push).where(Push.state == PushState.VERIFYING)
+        pushes = session.exec(verifying).one()
+        running = select(func.count()).select_from(Campaign).where(Campaign.state == CampaignState.RUNNING)
+        campaigns = session.exec(running).one()
+    told = f"{jobs} jobs, {pushes} verifications and {campaigns} upgrades"
+    return told if jobs or pushes or campaigns else ""
 
 
 def breaches(town: Town, seen: set[str]) -> list[str]:
@@ -70,6 +85,8 @@ def breaches(town: Town, seen: set[str]) -> list[str]:
             found = [told for law in LAWS for told in law(session, promised)]
             found += _blobs_are_there(session, parts)
             found += _nothing_is_left(session, parts)
+        found += town.fallen
+        town.fallen.clear()
         return found + _pulls(town, promised, seen) + _nothing_is_half_written(town.place.folder, promised)
     finally:
         parts.close()
@@ -96,6 +113,19 @@ def what_was_committed_is_there(session: Session, promised: Promises) -> Iterato
                 yield f"{line['name']} {line['digest']} was {told}, and is v{now}"
 
 
+def what_was_deleted_stays_so(session: Session, promised: Promises) -> Iterator[str]:
+    """A tombstone under the number that it had."""
+    there = {
+        (f"{adapter.namespace}/{adapter.name}", f"v{version.number}"): (version.digest, version.status)
+        for adapter, version in session.exec(select(Adapter, Version).join(Version))
+    }
+    for line in promised:
+        if line["did"] == "deleted":
+            now = there.get((line["name"], line["outcome"]["version"]))
+            if now != (line["digest"], VersionState.DELETED):
+                yield f"{line['name']}@{line['outcome']['version']} was deleted, and is {now}"
+
+
 def numbers_are_given_once(session: Session, _promised: Promises) -> Iterator[str]:
     """A version has one number, and a number one version; exactly one is the latest of a base."""
     for adapter, number in session.exec(
@@ -103,7 +133,8 @@ def numbers_are_given_once(session: Session, _promised: Promises) -> Iterator[st
         .having(func.count() > 1)
     ):  # fmt: skip
         yield f"number {number} of adapter {adapter} was given twice"
-    latest = select(Version.adapter_id, func.max(Version.number)).group_by(col(Version.adapter_id))
+    live = select(Version.adapter_id, func.max(Version.number)).where(Version.status == VersionState.LIVE)
+    latest = live.group_by(col(Version.adapter_id))
     newest = dict(session.exec(latest).all())
     marked = dict(session.exec(select(Version.adapter_id, Version.number).where(Version.latest)).all())
     if newest != marked:
@@ -142,16 +173,41 @@ def work_is_done_once(session: Session, promised: Promises) -> Iterator[str]:
     for identity, job in jobs.items():
         if job.state not in _ENDED:
             yield f"job {identity} is {job.state}"
-        if made[identity] != (job.state == JobState.SUCCEEDED):
+        if made[identity] != (job.state == JobState.SUCCEEDED and bool(job.output["adapter"])):
             yield f"job {identity} {job.state} and made {made[identity]} versions"
+
+
+def every_upgrade_ends(session: Session, promised: Promises) -> Iterator[str]:
+    """A campaign that was started is finished, and all in it is final."""
+    campaigns = {campaign.id: campaign for campaign in session.exec(select(Campaign)).all()}
+    for line in promised:
+        if line["did"] == "upgrades" and campaigns[line["campaign"]].state != CampaignState.FINISHED:
+            yield f"upgrade {line['campaign']} was started, and is {campaigns[line['campaign']].state}"
+    for item in session.exec(select(CampaignItem)).all():
+        if campaigns[item.campaign_id].state == CampaignState.FINISHED and not State(item.state).final:
+            yield f"upgrade {item.campaign_id} is finished, and its adapter {item.adapter_id} is {item.state}"
+
+
+def the_same_training_makes_the_same_bytes(session: Session, _promised: Promises) -> Iterator[str]:
+    """However often it was killed and resumed, and wherever."""
+    query = select(Job.recipe_digest, StoredManifest.body).join(Version, col(Version.job_id) == Job.id)
+    query = query.join(StoredManifest, col(StoredManifest.digest) == Version.digest).where(Job.kind == "finetune")
+    made: dict[str, set[str]] = {}
+    for recipe, body in session.exec(query):
+        files = {file["path"]: file["digest"] for file in json.loads(body)["files"]}
+        made.setdefault(recipe, set()).add(files["adapter_model.safetensors"])
+    for recipe, weights in made.items():
+        if len(weights) > 1:
+            yield f"the training {recipe} made {', '.join(sorted(weights))}"
 
 
 def no_lease_is_old(session: Session, _promised: Promises) -> Iterator[str]:
     """Nobody owns anything for ever."""
     verifying = select(Push.id, Push.lease_until).where(Push.state == PushState.VERIFYING)
+    late = time.time() - PATIENCE_S - WORKSHOP_LEASE_S
     for kind, leases in (("job", select(Job.id, Job.lease_until)), ("push", verifying)):
         for identity, until in session.exec(leases).all():
-            if until is not None and until.timestamp() < time.time() - PATIENCE_S - LEASE_S:
+            if until is not None and until.timestamp() < late:
                 yield f"{kind} {identity} is still leased until {until}"
 
 
@@ -169,14 +225,18 @@ def the_audit_is_whole(session: Session, _promised: Promises) -> Iterator[str]:
 
 
 LAWS: tuple[Callable[[Session, Promises], Iterator[str]], ...] = (
-    no_one_saw_what_should_not_be, what_was_committed_is_there, numbers_are_given_once,
-    aliases_stand_where_they_were_put, work_is_done_once, no_lease_is_old, the_audit_is_whole,
+    no_one_saw_what_should_not_be, what_was_committed_is_there, what_was_deleted_stays_so, numbers_are_given_once,
+    aliases_stand_where_they_were_put, work_is_done_once, every_upgrade_ends,
+    the_same_training_makes_the_same_bytes, no_lease_is_old, the_audit_is_whole,
 )  # fmt: skip
 
 
 def _blobs_are_there(session: Session, parts: Parts) -> list[str]:
-    """Every blob that a manifest names has a row and bytes of its size."""
-    named = set(session.exec(select(ManifestBlob.blob)))
+    """Every blob that something names has a row and bytes of its size."""
+    gone = select(Version.digest).where(Version.status == VersionState.DELETED)
+    kept = select(Version.digest).where(Version.status != VersionState.DELETED)
+    of_kept = or_(col(ManifestBlob.manifest).in_(kept), col(ManifestBlob.manifest).not_in(gone))
+    named = set(session.exec(select(ManifestBlob.blob).where(of_kept)))
     sizes = dict(session.exec(select(Blob.digest, Blob.size)).all())
     here = {stat.key: stat.size for stat in parts.store.walk("blobs/")}
     found = [f"blob {digest} is named and has no row" for digest in named - sizes.keys()]

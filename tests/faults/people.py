@@ -5,19 +5,24 @@ Refusals that say "later" are expected in these towns; anything else than those 
 breach.
 """
 
+import errno
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from registry.client import RegistryClient
 from registry.core.digest import Digest
 from registry.core.errors import (
     AliasMoved,
+    DiskFull,
     JobNotFound,
     LeaseLost,
     LoractlError,
@@ -36,13 +41,17 @@ from registry.schemas import (
     JobPushRequest,
     JobRequest,
     Output,
+    StandingRequest,
+    UpgradeRequest,
     Wishes,
 )
-from registry.transfer import finish_push, pull, push_adapter, push_dataset, request_of
-from tests.factories import tiny_adapter
+from registry.transfer import finish_push, pull, push_adapter, push_base, push_dataset, request_of
+from tests.factories import readable_base, tiny_adapter
 
 BOTS = ("town/ada", "town/bob", "town/eve")
-LATER = (Unavailable, PushExpired)
+LATER = (Unavailable, PushExpired, DiskFull)
+LINE, WORKSHOP = "letters", "gpu"
+"""What is trained on, and the queue of those who can."""
 LOST_RACE = (AliasMoved, LeaseLost, NotYourJob, JobNotFound)
 
 
@@ -105,6 +114,17 @@ class Person:
                 self.note("breach", code=type(error).__name__, told=f"{act.__name__}: {error}"[:500])
 
 
+@contextmanager
+def own_work() -> Iterator[None]:
+    """What a person writes without the client: a full disk is no surprise there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise DiskFull(path="what is mine") from error
+
+
 # ── pushing and pulling ──────────────────────────────────────────────────────
 
 
@@ -117,7 +137,8 @@ def author(place: Place, name: str, seed: int) -> None:
         if me.chance.random() < 0.25:
             _push_data(me, number)
             return
-        folder = tiny_adapter(me.home / f"a{number}", place.base, seed=number)
+        with own_work():
+            folder = tiny_adapter(me.home / f"a{number}", place.base, seed=number)
         wishes = Wishes(aliases=["prod"] if me.chance.random() < 0.5 else [])
         bot = me.chance.choice(BOTS)
         made = push_adapter(me.client, folder, bot, me.base, wishes)
@@ -130,6 +151,25 @@ def author(place: Place, name: str, seed: int) -> None:
     me.live(push_one)
 
 
+def remover(place: Place, name: str, seed: int) -> None:
+    """Pushes one of a few contents to a series of its own, and deletes it, while others need the same bytes."""
+    me = Person(place, name, seed)
+
+    def come_and_go() -> None:
+        number = me.chance.randrange(4)
+        with own_work():
+            folder = tiny_adapter(me.home / f"b{number}", place.base, seed=number, rank=1)
+        series = f"town/brief{me.chance.randrange(1 << 40)}"
+        made = push_adapter(me.client, folder, series, me.base)
+        if me.chance.random() < 0.2:
+            me.note("pushed", kind="adapter", name=series, digest=made.version_digest, outcome=made.outcome)
+            return
+        me.client.change_standing(series, (made.outcome or {})["version"], "delete", StandingRequest(reason="is brief"))
+        me.note("deleted", name=series, digest=made.version_digest, outcome=made.outcome)
+
+    me.live(come_and_go)
+
+
 def _number(outcome: dict[str, Any] | None) -> Any:
     return (outcome or {}).get("version")
 
@@ -138,7 +178,8 @@ def _push_data(me: Person, number: int) -> None:
     file = me.home / f"d{number}.jsonl"
     size = me.chance.choice((1, 40, 400))
     text = me.chance.randbytes(10_000).hex()
-    file.write_text("".join(f'{{"prompt": "{number} {row}", "completion": "{text}"}}\n' for row in range(size)))
+    with own_work():
+        file.write_text("".join(f'{{"prompt": "{number} {row}", "completion": "{text}"}}\n' for row in range(size)))
     made = push_dataset(me.client, "dataset", file, "town/data")
     me.note("pushed", kind="dataset", name="town/data", digest=made.version_digest, outcome=made.outcome)
     file.unlink()
@@ -203,6 +244,49 @@ def planner(place: Place, name: str, seed: int) -> None:
     me.live(ask_one)
 
 
+def trainer(place: Place, name: str, seed: int) -> None:
+    """Asks for trainings, the same few again and again, each for an adapter of its own."""
+    me = Person(place, name, seed)
+
+    def train_one() -> None:
+        output = Output(adapter=f"town/t{me.chance.randrange(1 << 30)}")
+        job = me.client.submit(JobRequest(recipe=training(me.chance.randrange(3)), output=output, queue=WORKSHOP))
+        me.note("asked", job=job.id)
+        time.sleep(me.chance.uniform(2, 5))
+
+    me.live(train_one)
+
+
+def training(seed: int) -> dict[str, Any]:
+    """A recipe of a second or two, which leaves checkpoints on its way."""
+    return {
+        "kind": "finetune", "base": f"{LINE}@r1", "datasets": ["town/letters"], "targets": ["q_proj", "v_proj"],
+        "rank": 2, "learning_rate": 5e-3, "steps": 120, "checkpoint_every": 10, "batch_tokens": 128, "max_length": 32,
+        "precision": "fp32", "seed": seed,
+    }  # fmt: skip
+
+
+def upgrader(place: Place, name: str, seed: int) -> None:
+    """Brings a new revision of the line, and starts a campaign to it; one that is planned already comes first."""
+    me = Person(place, name, seed)
+    news = [readable_base(me.home / f"base-{seed}", drift=0.01, seed=seed)]
+
+    def upgrade() -> None:
+        time.sleep(0.3)
+        active = [one for one in me.client.upgrades().items if one.state in ("planned", "running")]
+        if not active and news:
+            pushed = push_base(me.client, news[0], Wishes(line=LINE))
+            to = (pushed.outcome or {})["ref"]
+            active = [me.client.create_upgrade(UpgradeRequest(line=LINE, to=to, old=f"{LINE}@r1", queue=WORKSHOP))]
+            news.clear()
+        for one in active:
+            if one.state == "planned":
+                me.client.start_upgrade(one.id)
+                me.note("upgrades", campaign=one.id)
+
+    me.live(upgrade)
+
+
 def worker(place: Place, name: str, seed: int) -> None:
     """Claims work and hands in what it made: the protocol of a worker, without what takes torch."""
     me = Person(place, name, seed, works=True)
@@ -222,7 +306,8 @@ def work_on(me: Person, claimed: ClaimInfo) -> None:
     job = claimed.job
     assert job is not None
     me.note("claimed", job=job.id, attempt=job.attempt)
-    made = tiny_adapter(me.home / f"{job.id}-{job.attempt}", me.place.base, seed=job.attempt, rank=2)
+    with own_work():
+        made = tiny_adapter(me.home / f"{job.id}-{job.attempt}", me.place.base, seed=job.attempt, rank=2)
     lineage = Lineage(parents=(job.recipe["adapter"],), recipe={"job": job.id, **job.recipe})
     scan = scan_folder("adapter", made, base=Digest.parse(me.base), lineage=lineage)
     time.sleep(me.chance.uniform(0, 0.2))

@@ -6,30 +6,26 @@ Models are tiny and learn in seconds; which way the adapter goes is decided by t
 
 import json
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from registry.core.manifest import canonical_json
-from tests.factories import llama_config, llama_tensors, write_json, write_shards
+from tests.factories import letters, readable_base
 from tests.fleet.fleet import Fleet, fleet
 from tests.servers import S3Server
 
-SPECIAL = ["<pad>", "<s>", "</s>"]
 WIDTH = 288
 """Wide enough that the weights go in two parts, the first of the smallest size that S3 takes."""
 PART = 5 << 20
 
 
 def test_a_fleet_lives_through_the_main_story_and_the_death_of_its_parts(tmp_path: Path, seaweed: S3Server) -> None:
-    old, new = base_model(tmp_path / "base-1"), base_model(tmp_path / "base-2", drift=0.01)
-    write_rows(tmp_path)
+    old = readable_base(tmp_path / "base-1", width=WIDTH)
+    new = readable_base(tmp_path / "base-2", width=WIDTH, drift=0.01)
+    letters(tmp_path)
     more = {"LEASE_S": "8", "PART_SIZE": str(PART), "MULTIPART_FROM": str(PART + 1), "LOG_LEVEL": "debug"}
     with fleet(tmp_path, seaweed, **{f"LORACTL_{name}": value for name, value in more.items()}) as here:
         everything_starts(here)
@@ -154,37 +150,6 @@ def bytes_went_past_the_api_and_secrets_into_no_log(here: Fleet, old: Path, new:
 
 
 # ── what it is made from ─────────────────────────────────────────────────────
-
-
-def base_model(folder: Path, drift: float = 0.0) -> Path:
-    """A Llama of 1.6 M parameters with a byte-level tokenizer; ``drift`` moves its matrices by that share of noise."""
-    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    chance = np.random.default_rng(1)
-    tensors = llama_tensors(width=WIDTH, vocabulary=len(alphabet))
-    for name, weights in tensors.items():
-        noise = chance.standard_normal(weights.shape).astype(np.float32) * np.float32(drift * weights.std())
-        tensors[name] = np.ones_like(weights) if "norm" in name else weights + noise
-    write_json(folder / "config.json", llama_config(width=WIDTH, vocabulary=len(alphabet)))
-    write_shards(folder, tensors, 1)
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-    return folder
-
-
-def write_rows(folder: Path) -> None:
-    """Which half of six letters: data to learn it from, and a suite of other rows."""
-    chance = random.Random(1)
-    drawn = enumerate(chance.choices("abcdef", k=400))
-    rows = [(f"{number} {letter}", "-+"[letter in "def"]) for number, letter in drawn]
-    suite = [{"prompt": prompt, "choices": ["-", "+"], "answer": "-+".index(sign)} for prompt, sign in rows[:200]]
-    data = [{"prompt": prompt, "completion": sign} for prompt, sign in rows[200:]]
-    for name, lines in (("suite", suite), ("data", data)):
-        (folder / f"{name}.jsonl").write_bytes(b"".join(canonical_json(line) + b"\n" for line in lines))
 
 
 def recipe(here: Fleet) -> Path:
