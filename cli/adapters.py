@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         LineageInfo,
         LogInfo,
         PolicyInfo,
+        Provenance,
         Resolution,
         VersionInfo,
     )
@@ -303,7 +304,9 @@ def show(out: Output, ref: str) -> None:
             version = version.model_copy(
                 update={"evaluations": [score for score in scores if score.version == version.ref]}
             )
-            out.emit(version, lambda: _version(version))
+            lineage = client.lineage(series, f"v{version.version}")
+            made = next((node.provenance for node in lineage.nodes if node.digest == lineage.root), None)
+            out.emit({**version.model_dump(mode="json"), "provenance": made}, lambda: _version(version, made))
             return
         info = client.adapter(series)
         versions = list(every(lambda cursor: client.versions(series, cursor=cursor)))
@@ -324,7 +327,7 @@ def _adapter(info: "AdapterInfo", versions: Iterable["VersionInfo"]) -> None:
         _alias_table(info.aliases)
 
 
-def _version(version: "VersionInfo") -> None:
+def _version(version: "VersionInfo", made: "Provenance | None") -> None:
     fields({
         "version": version.ref,
         "standing": version.status + (f": {version.status_reason}" if version.status_reason else ""),
@@ -338,7 +341,12 @@ def _version(version: "VersionInfo") -> None:
         "aliases": ", ".join(version.aliases),
         "message": version.message,
         "job": version.job,
-        "pushed": f"{ago(version.created_at)} by {version.created_by}",
+        "pushed": f"{ago(version.created_at)} by {made.by if made else version.created_by}",
+        "made": _made(made) if made else "",
+        "recipe": made.recipe if made else "",
+        "data": ", ".join(short(data) for data in made.datasets) if made else "",
+        "with": ", ".join(f"{name} {release}" for name, release in made.versions.items()) if made else "",
+        "recorded": ", ".join(f"{name} {short(text)}" for name, text in made.recorded.items()) if made else "",
         "signed": ", ".join(version.signed_by),
     })  # fmt: skip
     for engine, verdict in version.engines.items():
@@ -353,6 +361,14 @@ def _version(version: "VersionInfo") -> None:
              for metric, splits in score.summary.items()
              for split, mean in splits.items()),
         )  # fmt: skip
+
+
+def _made(made: "Provenance") -> str:
+    """Where a version was made, in words."""
+    if made.job is None:
+        return "by a person: what its lineage says is their word"
+    on = f" on {made.device}" if made.device else ""
+    return f"by {made.kind} {made.job}, attempt {made.attempt}, worker {made.worker}{on}"
 
 
 @command(None, "loractl log team/bot", "loractl log team/bot@v7 --json")
@@ -397,7 +413,9 @@ def lineage_tree(lineage: "LineageInfo") -> "Tree":
         tier = (node.recipe or {}).get("tier") or ""
         made = f"  by {recipe}{f' ({tier})' if tier else ''}" if recipe else ""
         base = f"  on {short(node.base)}" if node.base else ""
-        return f"{relation + ': ' if relation else ''}{node.ref or short(digest)}{base}{made}"
+        how = node.provenance
+        who = f"  {f'worker {how.worker}' if how.job else f'pushed by {how.by}'}" if how else ""
+        return f"{relation + ': ' if relation else ''}{node.ref or short(digest)}{base}{made}{who}"
 
     def grow(branch: "Tree", digest: str, above: frozenset[str]) -> None:
         for parent, relation in parents.get(digest, []):

@@ -517,12 +517,37 @@ class LogInfo(Answer):
     cursor: str | None = None
 
 
+class Provenance(Answer):
+    """How a version came to be, as far as it is known: what is not, is left out."""
+
+    by: str
+    """Who pushed it, or asked for the job: the name of the token."""
+    job: str | None = None
+    """The job whose worker made it; None: a person pushed it, and what its manifest says is their word."""
+    kind: str | None = None
+    """Of that job."""
+    worker: str | None = None
+    attempt: int | None = None
+    recipe: Sha256 | None = None
+    """Digest of the job's recipe."""
+    device: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    """What the worker computed with: loractl, torch, transformers."""
+    recorded: dict[str, str] = Field(default_factory=dict)
+    """What training wrote into the file's own metadata, which a signature of the version covers."""
+    datasets: list[Sha256] = Field(default_factory=list)
+    """Of the manifest's lineage."""
+    at: datetime
+
+
 class LineageNode(Answer):
     digest: Sha256
     ref: str | None
     kind: str
     base: BaseDigest | None
     recipe: dict[str, Any] | None
+    provenance: Provenance | None = None
+    """Of versions of adapters."""
 
 
 class LineageInfo(Answer):

@@ -6,7 +6,6 @@ Fit is never computed adapter by adapter: it is stored per (base, base, target s
 """
 
 import heapq
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from registry.core.engines import ENGINES
 from registry.core.errors import AliasNotFound, BadRequest, NoCompatibleVersion
 from registry.core.fit import FitClass
 from registry.core.lifecycle import VersionState
+from registry.core.manifest import Lineage, Manifest
 from registry.core.names import BaseReference, Reference
 from registry.core.policy import Evidence
 from registry.db import queries
@@ -27,6 +27,8 @@ from registry.db.models import (
     Base,
     Dataset,
     DatasetVersion,
+    Job,
+    JobEvent,
     StoredManifest,
     TargetFit,
     Token,
@@ -41,6 +43,7 @@ from registry.schemas import (
     LineageInfo,
     LineageNode,
     LogEntry,
+    Provenance,
     VersionInfo,
 )
 
@@ -438,6 +441,32 @@ def lineage(session: Session, caller: Caller, version: Version) -> LineageInfo:
     return LineageInfo(root=version.digest, nodes=list(nodes.values()), edges=edges)
 
 
+def _provenance(session: Session, version: Version, origins: Lineage) -> Provenance:
+    """Who and what made a version: of a worker's from its job's row, of a person's what there is besides their word."""
+    made = Provenance(
+        by=_actor_names(session, {version.created_by}).get(version.created_by, version.created_by),
+        recorded={key.removeprefix("loractl."): text for key, text in version.spec.get("recorded", {}).items()},
+        datasets=list(origins.datasets),
+        at=version.created_at,
+    )
+    job = session.get(Job, version.job_id) if version.job_id else None
+    if job is None:
+        return made
+    result, claimed = job.result or {}, _claimed_by(session, job)
+    versions = {**result.get("versions", {}), **claimed}
+    told = {"device": result.get("device"), "versions": {name: str(text) for name, text in sorted(versions.items())}}
+    how = {"job": job.id, "kind": job.kind, "worker": job.worker, "attempt": job.attempt, "recipe": job.recipe_digest}
+    return made.model_copy(update=how | told)
+
+
+def _claimed_by(session: Session, job: Job) -> dict[str, str]:
+    """The release of the worker that claimed the last attempt, as it said then: ``loractl/0.1.0``."""
+    query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "claimed")
+    event = session.exec(query.order_by(col(JobEvent.id).desc()).limit(1)).first()
+    program, _, release = str((event.data if event else {}).get("agent", "")).partition("/")
+    return {program: release} if program == "loractl" and release else {}
+
+
 def _node(
     session: Session, caller: Caller, digest: str, root: Version | None
 ) -> tuple[LineageNode, Version | None]:
@@ -450,9 +479,16 @@ def _node(
     )
     for version, adapter, base in session.exec(query if root is None else query.where(Version.id == root.id)).all():
         if caller.can("read", adapter.namespace):
-            recipe = json.loads(manifest_body(session, digest))["lineage"]["recipe"]
-            ref = f"{adapter.namespace}/{adapter.name}@v{version.number}"
-            return LineageNode(digest=digest, ref=ref, kind="adapter", base=base.digest, recipe=recipe), version
+            origins = Manifest.parse(manifest_body(session, digest)).lineage
+            node = LineageNode(
+                digest=digest,
+                ref=standing.ref(adapter, version),
+                kind="adapter",
+                base=base.digest,
+                recipe=origins.recipe,
+                provenance=_provenance(session, version, origins),
+            )
+            return node, version
     data = session.exec(select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == digest)).all()
     for row, dataset in data:
         if caller.can("read", dataset.namespace):

@@ -339,3 +339,12 @@ def test_a_pulled_folder_is_verified_byte_by_byte_without_a_registry(
     assert signed.call(*verify, code=1)["signatures"][0]["reason"].startswith("A signature of")
     shutil.rmtree(out / BESIDE)
     assert "as a pull of a signed version writes it" in problem(signed.call(*verify, code=1))[1]
+
+
+def test_show_says_how_a_version_came_to_be(signed: Signed, capsys: pytest.CaptureFixture[str]) -> None:
+    made = signed.call("show", f"{signed.ref}@v1")["provenance"]
+    assert (made["by"], made["job"], made["worker"]) == ("admin", None, None)
+    assert run(["show", f"{signed.ref}@v1"]) == run(["log", signed.ref]) == 0
+    said = capsys.readouterr().out
+    assert "by a person: what its lineage says is their word" in said
+    assert "pushed by admin" in said

@@ -17,11 +17,12 @@ from registry.core.errors import (
 from registry.core.fit import FitClass
 from registry.core.names import Reference
 from registry.core.policy import Evidence, Gate, Margin, Policy
-from registry.services import adapters, bases, policies
+from registry.schemas import ClaimRequest, JobRequest, Output, Provenance
+from registry.services import adapters, bases, jobs, policies
 from registry.services.adapters import Filter
 from registry.services.references import find_adapter, find_version
 from registry.services.tokens import Caller
-from tests.upgrade import GATE, POLICY, Upgrade
+from tests.upgrade import GATE, POLICY, WORKER, Upgrade
 from tests.world import ADMIN, World, caller
 
 ANY_SHAPE = (FitClass.EXACT, FitClass.SAME_SHAPE)
@@ -170,3 +171,43 @@ def test_setting_a_policy_needs_promote_and_the_suite_must_be_readable(here: Upg
             policies.put(session, caller("a", team=["publish"]), "team", "", POLICY, here.world.now)
         with pytest.raises(DatasetNotFound):
             policies.put(session, caller("b", other=["promote"]), "other", "", POLICY, here.world.now)
+
+
+def provenance(here: Upgrade, version: str) -> Provenance:
+    with here.world.database.read() as session:
+        adapter = find_adapter(session, ADMIN, Reference.parse("team/bot").series)
+        row = find_version(session, adapter, Reference.parse(f"team/bot@{version}"))
+        told = adapters.lineage(session, ADMIN, row)
+    [found] = [node.provenance for node in told.nodes if node.digest == told.root]
+    assert found is not None
+    return found
+
+
+def test_what_a_person_pushed_says_so_and_nothing_is_made_up(here: Upgrade) -> None:
+    here.world.grant(ADMIN)
+    found = provenance(here, "v1")
+    assert (found.by, found.job, found.worker, found.recipe, found.device, found.versions) == (
+        "admin", None, None, None, None, {},
+    )  # fmt: skip
+    assert found.datasets == [here.data]
+    assert found.recorded == {}
+
+
+def test_what_a_worker_made_says_by_which_job_recipe_worker_and_code(here: Upgrade) -> None:
+    recipe = {"kind": "finetune", "base": "demo@r1", "datasets": ["team/data"], "steps": 2}
+    ada = here.world.grant(caller("ada", team=["run", "publish", "read"]))
+    with here.world.database.write() as session:
+        asked = JobRequest(recipe=recipe, output=Output(adapter="team/bot"), queue="cpu")
+        made, _ = jobs.submit(session, ada, asked, here.world.now)
+    with here.world.database.write() as session:
+        request = ClaimRequest(queue="cpu", worker="gpu-7")
+        job = jobs.claim(session, WORKER, request, here.world.settings.lease_s, here.world.now, "loractl/9.9")
+    assert job is not None and job.id == made.id
+    done = here.results(job)
+    done.result |= {"device": "H100", "versions": {"torch": "2.13.0"}}
+    with here.world.database.write() as session:
+        jobs.finish(session, here.world.store, WORKER, job.id, done, here.world.now)
+    found = provenance(here, "v2")
+    assert (found.by, found.job, found.kind, found.worker, found.attempt) == ("ada", job.id, "finetune", "gpu-7", 1)
+    assert (found.recipe, found.device) == (job.recipe_digest, "H100")
+    assert found.versions == {"loractl": "9.9", "torch": "2.13.0"}

@@ -3,15 +3,16 @@
 Read: rank and alpha patterns, rank-stabilised scale, DoRA magnitudes, embeddings, biases and
 ``modules_to_save``; AdaLoRA as the plain adapter that it is, B·(diag(E)·A) (Zhang et al. 2023, arXiv:2303.10512).
 Refused by name: other kinds, and variants that need more than its factors; what changed its base is read together with
-it (`rebase.normalise`). Written: the same bytes for the same adapter, with the base digest and the recipe's digest in
-the safetensors metadata (``loractl.base``, ``loractl.recipe``, for three factors ``loractl.variant``), where PEFT does
-not look.
+it (`rebase.normalise`). Written: the same bytes for the same adapter by the same code, with the digests of base and
+recipe and the code's release in the safetensors metadata (``loractl.base``, ``loractl.recipe``, ``loractl.code``, for
+three factors ``loractl.variant``), where PEFT does not look.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,17 @@ def write_adapter(adapter: Adapter, folder: Path, *, base: str, recipe: str) -> 
         if patch.bias_O is not None:
             tensors[f"{name}.lora_B.bias"] = patch.bias_O
     folder.mkdir(parents=True, exist_ok=True)
-    marks = {"format": "pt", "loractl.base": base, "loractl.recipe": recipe}
+    marks = {"format": "pt", "loractl.base": base, "loractl.recipe": recipe, "loractl.code": code()}
     if any(patch.basis_OR is not None for patch in adapter.patches.values()):
         marks["loractl.variant"] = "three-factor"  # stored as B·A like any other
     write_tensors(folder / WEIGHTS, tensors, marks)
     config = adapter.config | {"base_model_name_or_path": None, "revision": None}
     write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def code() -> str:
+    """Which code computes here, as files record it: the releases, and not for which device they were built."""
+    return f"loractl {version('loractl')}, torch {torch.__version__.partition('+')[0]}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

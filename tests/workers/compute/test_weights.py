@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def test_equal_adapters_are_equal_bytes_with_the_base_and_recipe_inside(tmp_path
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     metadata = read_metadata(one / "adapter_model.safetensors")
+    code = metadata.pop("loractl.code")
+    assert code == f"loractl {version('loractl')}, torch {torch.__version__.split('+')[0]}"
     assert metadata == {"format": "pt", "loractl.base": factories.BASE, "loractl.recipe": "sha256:" + "0" * 64}
 
 
