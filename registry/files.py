@@ -234,6 +234,18 @@ def sha256_file(path: Path, progress: Progress | None = None, cache: HashCache |
     return digest
 
 
+def sha256_range(path: Path, offset: int, length: int, progress: Progress | None = None) -> Digest:
+    """The SHA-256 of ``length`` bytes of a file from ``offset`` on, or of what there is of them."""
+    hasher, left = hashlib.sha256(), length
+    with _opened(path) as file:
+        file.seek(offset)
+        while chunk := file.read(min(CHUNK, left)):
+            hasher.update(chunk)
+            left -= len(chunk)
+            (progress or _silent)(len(chunk))
+    return Digest("sha256", hasher.hexdigest())
+
+
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,7 +26,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -333,18 +333,29 @@ def _hash_and_send(
     return {path: str(digest) for path, digest in found.items()}
 
 
-def send(wanted: Iterable[tuple[Path, SignedRequest]], check: Callable[[], None] = lambda: None) -> None:
-    """Make the signed PUT of each file, one after another; ``check`` is called between chunks and may end it."""
+class Stretch(NamedTuple):
+    """Bytes of a file that are sent as one object."""
 
-    def chunks(path: Path) -> Iterator[bytes]:
-        with path.open("rb", buffering=0) as file:
-            while chunk := file.read(CHUNK):
+    path: Path
+    offset: int
+    length: int
+
+
+def send(wanted: Iterable[tuple[Stretch, SignedRequest]], check: Callable[[], None] = lambda: None) -> None:
+    """Make the signed PUT of each stretch, one after another; ``check`` is called between chunks and may end it."""
+
+    def chunks(one: Stretch) -> Iterator[bytes]:
+        left = one.length
+        with one.path.open("rb", buffering=0) as file:
+            file.seek(one.offset)
+            while chunk := file.read(min(CHUNK, left)):
                 check()
                 yield chunk
+                left -= len(chunk)
 
     with _Store(1) as store:
-        for path, signed in wanted:
-            store.put(signed, partial(chunks, path), str(path))
+        for one, signed in wanted:
+            store.put(signed, partial(chunks, one), str(one.path))
 
 
 def settle(

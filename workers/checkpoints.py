@@ -3,8 +3,12 @@
 While a child trains, a thread of its parent looks whether it left a newer checkpoint, links it aside (the child writes
 on), and sends it: the newest one, one at a time, resting as long as sending took. Training never waits for it. Jobs
 that are trained together are recorded together, so that all of them go on from one moment.
+
+A store takes 5 GB at once: a larger file is listed, sent and fetched as pieces, ``<name>.piece-00000`` and so on, and
+is put together before anybody looks for it.
 """
 
+import re
 import shutil
 import threading
 import time
@@ -27,15 +31,18 @@ from registry.core.errors import (
     RouteNotFound,
 )
 from registry.core.manifest import FileEntry
-from registry.files import sha256_file
+from registry.files import CHUNK, refuse_os_error, sha256_range
 from registry.schemas import CheckpointRequest, CheckpointsRequest, Download
-from registry.transfer import Progress, fetch, send
+from registry.transfer import Progress, Stretch, fetch, send
 
 from .compute.snapshot import Mine, steps, take
 
+PIECE = 4 << 30
+"""Bytes of a file that are sent as one object."""
 LAST_WORD_S = 20.0
 """How long the end of an attempt waits for its last checkpoint to be sent."""
 _LOOK_S = 1.0
+_IS_PIECE = re.compile(r"(?P<whole>.+)\.piece-(?P<number>\d{5})")
 _OVER = (LeaseLost, NotYourJob, JobNotFound)
 log = structlog.get_logger()
 
@@ -71,6 +78,7 @@ def restore(client: RegistryClient, job: Kept, folder: Path, here: int, progress
 
     try:
         fetch(found.files, arriving, refresh=again, progress=progress)
+        _put_together(arriving)
     except (BlobNotFound, DigestMismatch) as error:
         shutil.rmtree(arriving, ignore_errors=True)
         onward = f"goes on from step {here}" if here else "begins again"
@@ -82,6 +90,22 @@ def restore(client: RegistryClient, job: Kept, folder: Path, here: int, progress
     return found.step
 
 
+def _put_together(folder: Path) -> None:
+    """Make the files that came in pieces whole."""
+    for piece in sorted(path for path in folder.rglob("*.piece-*") if path.is_file()):
+        if match := _IS_PIECE.fullmatch(piece.name):
+            whole = piece.with_name(match["whole"])
+            try:
+                if match["number"] == "00000":
+                    piece.replace(whole)
+                    continue
+                with piece.open("rb") as source, whole.open("ab") as target:
+                    shutil.copyfileobj(source, target, CHUNK)
+                piece.unlink()
+            except OSError as error:
+                refuse_os_error(error, whole)
+
+
 class Keeper:
     """Sends what is left in ``folder`` while the block runs, for ``jobs``; ``every``: seconds between two at least."""
 
@@ -91,7 +115,7 @@ class Keeper:
         self._aside = folder.with_name(f"{folder.name}-sending")
         self._seen: list[tuple[str, int, int]] = []
         self._sent: dict[str, CheckpointRequest] = {}
-        self._digests: dict[tuple[int, int, int], str] = {}
+        self._digests: dict[tuple[int, int, int], list[str]] = {}
         """Of the files of the last checkpoint: those that stay as they are are links to the same inode in the next."""
         self._ended = threading.Event()
         self._deadline = float("inf")
@@ -149,16 +173,17 @@ class Keeper:
         for job in jobs.values():
             folder = self._aside / job.id
             if (step := steps(folder)) > job.stored:
-                request = CheckpointRequest(attempt=job.attempt, step=step, files=self._entries(folder, known))
-                if request != self._sent.get(job.id) and self._put(job, request, folder):
+                listed = self._entries(folder, known)
+                request = CheckpointRequest(attempt=job.attempt, step=step, files=[entry for entry, _ in listed])
+                places = {entry.digest: where for entry, where in listed}
+                if request != self._sent.get(job.id) and self._put(job, request, places):
                     news[job.id] = request
         self._record(news)
         self._sent |= news
         shutil.rmtree(self._aside)  # what was replaced meanwhile takes no room on the disk any more
 
-    def _put(self, job: Kept, request: CheckpointRequest, folder: Path) -> bool:
-        """Send the files that storage lacks; False for a job that is not ours any more, or too large."""
-        paths = {entry.digest: folder / entry.path for entry in request.files}
+    def _put(self, job: Kept, request: CheckpointRequest, places: Mapping[str, Stretch]) -> bool:
+        """Send what storage lacks from its place; False for a job that is not ours any more, or too large."""
         try:
             signed = self._client.send_checkpoint(job.id, request).put
         except FileTooLarge as error:
@@ -166,7 +191,7 @@ class Keeper:
         except _OVER:
             pass
         else:
-            send([(paths[digest], one) for digest, one in signed.items()], self._check)
+            send([(places[digest], one) for digest, one in signed.items()], self._check)
             return True
         self.leave(job.id)
         return False
@@ -184,14 +209,21 @@ class Keeper:
             else:
                 return
 
-    def _entries(self, folder: Path, known: Mapping[tuple[int, int, int], str]) -> list[FileEntry]:
+    def _entries(
+        self, folder: Path, known: Mapping[tuple[int, int, int], list[str]]
+    ) -> list[tuple[FileEntry, Stretch]]:
+        """What there is to send: files, and pieces of those that are too large to be sent at once."""
         found = []
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            about = path.stat()
-            key = (about.st_ino, about.st_mtime_ns, about.st_size)
-            digest = known.get(key) or str(sha256_file(path, lambda _: self._check()))
-            found.append(FileEntry(path=path.relative_to(folder).as_posix(), size=about.st_size, digest=digest))
-            self._digests[key] = digest
+            about, size = path.stat(), path.stat().st_size
+            places = [Stretch(path, at, min(PIECE, size - at)) for at in range(0, max(1, size), PIECE)]
+            key = (about.st_ino, about.st_mtime_ns, size)
+            digests = known.get(key) or [str(sha256_range(*place, lambda _: self._check())) for place in places]
+            self._digests[key] = digests
+            name = path.relative_to(folder).as_posix()
+            for number, (place, digest) in enumerate(zip(places, digests, strict=True)):
+                called = name if len(places) == 1 else f"{name}.piece-{number:05}"
+                found.append((FileEntry(path=called, size=place.length, digest=digest), place))
         return found
 
     def _check(self) -> None:

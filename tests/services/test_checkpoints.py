@@ -1,6 +1,6 @@
 """Laws of checkpoints in storage: what is recorded is there, the newest one only, and from nobody without the lease."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,23 @@ from registry.core.errors import (
 from registry.core.lifecycle import JobState
 from registry.core.manifest import FileEntry
 from registry.db.models import Checkpoint, Job
-from registry.schemas import CheckpointInfo, CheckpointRequest, ClaimRequest, FinishRequest, SignedRequest
+from registry.schemas import (
+    CheckpointInfo,
+    CheckpointRequest,
+    CheckpointsRequest,
+    CheckpointUploads,
+    ClaimRequest,
+    FinishRequest,
+    SignedRequest,
+)
 from registry.services import checkpoints, jobs
 from registry.services.tokens import Caller
+from registry.transfer import silent
 from tests.factories import base_of, tiny_base
 from tests.world import ADMIN, World, put
+from workers import checkpoints as sending
+from workers.checkpoints import Kept
+from workers.compute.snapshot import every, names_of, write_index
 
 Files = dict[str, bytes]
 ANN, BEN = (Caller(name, name, "worker", {"queues": ["cpu"]}) for name in ("ann", "ben"))
@@ -139,6 +151,58 @@ def test_what_one_attempt_left_the_next_one_finds(vault: Vault, job: str) -> Non
     assert (vault.newest(job, 2, BEN).attempt, vault.newest(job, 2, BEN).step) == (1, 5)
     vault.leave(job, SECOND, step=7, attempt=2, who=BEN)
     assert vault.read(job, 2, BEN) == SECOND
+
+
+@dataclass
+class Client:
+    """What a worker says of checkpoints, to the registry in this process."""
+
+    vault: Vault
+
+    def send_checkpoint(self, job: str, request: CheckpointRequest) -> CheckpointUploads:
+        return CheckpointUploads(put=self.vault.open(job, request))
+
+    def record_checkpoints(self, request: CheckpointsRequest) -> None:
+        self.vault.record(dict(request.checkpoints))
+
+    def checkpoint(self, job: str, attempt: int) -> CheckpointInfo:
+        return self.vault.newest(job, attempt)
+
+
+def test_a_file_that_is_too_large_for_one_object_goes_in_pieces_and_comes_back_whole(
+    vault: Vault, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "MAX_FILE", 64)
+    monkeypatch.setattr(sending, "PIECE", 64)
+    client: Any = Client(vault)
+    here, there = tmp_path / "here", tmp_path / "there"
+    kept = Kept(job, 1, every, print)
+    keeper = sending.Keeper(client, here, [kept], every=60.0)
+
+    def leave(step: int, data: bytes) -> Files:
+        """A run of one large file, and a note of its phase."""
+        (here / "phase").mkdir(parents=True, exist_ok=True)
+        (here / "phase" / "scored.json").write_bytes(b"[1]")
+        [name] = names_of("a", step, 1)
+        (here / name).write_bytes(data)
+        write_index(here, {"a": [name]})
+        assert keeper.look()
+        return {path.relative_to(here).as_posix(): path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+    first = leave(1, bytes(range(200)))
+    assert {path for path in vault.read(job) if path.startswith("a-1")} == {
+        f"a-1.safetensors.piece-0000{number}" for number in range(4)
+    }
+    assert max(map(len, vault.objects(job))) == 64
+    before = vault.objects(job)
+    (here / "a-1.safetensors").unlink()
+    second = leave(2, bytes(range(199)) + b"!")
+    assert len(vault.objects(job) - before) == 2  # the last piece, and the index
+    vault.lose()
+    assert vault.claim().attempt == 2
+    assert sending.restore(client, replace(kept, attempt=2), there, 1, silent) == 2
+    arrived = {path.relative_to(there).as_posix(): path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    assert arrived == second != first
 
 
 def test_a_newer_one_replaces_the_older_and_what_both_hold_is_not_sent_again(vault: Vault, job: str) -> None:
