@@ -36,7 +36,7 @@ from .data import Example, Packed, Row, asked_of, encoded, pack
 from .distributed import ALONE, OUT_OF_MEMORY, Ranks
 from .lora import Adapter, fresh
 from .loss import Loss
-from .model import Model, Tokenizer, keeps_apart
+from .model import Model, Tokenizer, attending, keeps_apart
 from .rate import rate_of, with_rate
 from .recompute import recomputing
 from .variants import varied
@@ -383,8 +383,9 @@ class _Gradients:
             for part in range(self._ranks.passes(max(map(len, drawn)), self.parts)):
                 packed = self._packed(drawn, part, self.parts, asked)
                 self._bank.assign(list(enumerate(packed.rows)))
-                total, losses_N = self._loss(packed)
-                total.backward()
+                with attending(self._model, packed.ids_BT.shape[1]):
+                    total, losses_N = self._loss(packed)
+                    total.backward()
                 means_K.index_add_(0, packed.owner_N, losses_N * packed.weights_N)
                 tokens_K += torch.tensor(packed.rows, device=tokens_K.device) * packed.ids_BT.shape[1]
         assert self._bank.grad_KP is not None

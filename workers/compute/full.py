@@ -29,7 +29,7 @@ from .distributed import ALONE, OUT_OF_MEMORY, Ranks, load_sharded, part_of
 from .finetune import Report, silent
 from .loss import Loss
 from .merge import OUT_TYPES, Form, Merged, rewrite
-from .model import Model, dtype_for, keeps_apart, load, whole
+from .model import Model, attending, dtype_for, keeps_apart, load, whole
 from .recompute import recomputing
 from .shards import FLOATS, Stored, stored_names, stored_tensors
 from .stream import Change
@@ -326,8 +326,9 @@ class _Gradients:
         sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
         for part in range(self._ranks.passes(len(batch), self.parts)):
             packed = self._packed(batch, part, self.parts, asked_of(batch))
-            total, _ = self._loss(packed)
-            total.backward()
+            with attending(self._model, packed.ids_BT.shape[1]):
+                total, _ = self._loss(packed)
+                total.backward()
             sums += torch.tensor([float(total.detach()), packed.ids_BT.numel()], device=sums.device)
         self._ranks.add_up(sums)
         mean, tokens = sums.tolist()

@@ -9,7 +9,7 @@ from registry.core.errors import ForeignTokenizer, NotABase, NotRunnable, Unknow
 from tests.workers import factories
 from workers.compute.evaluate import Suite, evaluate
 from workers.compute.finetune import finetune
-from workers.compute.model import dtype_for, keeps_apart, load, module_name, skeleton
+from workers.compute.model import Model, attending, dtype_for, keeps_apart, load, module_name, skeleton
 
 
 def test_a_precision_that_is_asked_for_is_taken() -> None:
@@ -45,7 +45,27 @@ def test_what_is_no_base_or_an_unknown_one_is_refused(tmp_path: Path) -> None:
     for opened in (load, skeleton):
         with pytest.raises(UnknownModel, match="model type 'unheard_of', which the installed transformers") as refused:
             opened(tmp_path)
-        assert "What works with these weights: push, pull, fit, combine, compress and compare." in refused.value.hint
+        assert "push, pull, fit, merge, combine, compress, extract and compare." in refused.value.hint
+
+
+def test_short_rows_in_bfloat16_attend_by_plain_products_no_less_exactly() -> None:
+    """Through the fused kernel and without it: the same loss and gradient, as far from those in float32."""
+    ids_BT = torch.randint(3, 259, (2, 32), generator=torch.Generator().manual_seed(1))
+
+    def gradient(model: Model, length: int) -> torch.Tensor:
+        x_BTH = model.get_input_embeddings()(ids_BT).detach().requires_grad_()
+        with attending(model, length):
+            model(inputs_embeds=x_BTH, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        assert x_BTH.grad is not None
+        found: torch.Tensor = x_BTH.grad.float()
+        return found
+
+    exact = gradient(factories.llama(), 32)
+    model = factories.llama().bfloat16()
+    errors = {length: float((gradient(model, length) - exact).norm() / exact.norm()) for length in (128, 129)}
+    assert errors[128] != errors[129]  # two ways there are
+    assert max(errors.values()) < 0.05
+    assert errors[128] < 1.2 * errors[129]
 
 
 def test_packed_sequences_are_kept_apart_by_attention_and_not_by_a_recurrent_model() -> None:
