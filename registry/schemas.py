@@ -680,6 +680,8 @@ class ClaimInfo(Answer):
     """role -> manifest digest of what must be fetched, as `recipes.inputs_of` names the roles"""
     specs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """role -> the spec of a suite, which belongs beside its rows"""
+    called: dict[str, str] = Field(default_factory=dict)
+    """role -> what people call a dataset or suite, `team/reviews@v3`, where who asked for the job may read it"""
     others: list["ClaimInfo"] = Field(default_factory=list)
     """Jobs that share the first one's base, each with an attempt and a lease of its own."""
 

@@ -43,6 +43,7 @@ from registry.core.errors import (
 )
 from registry.core.manifest import Lineage, canonical_json
 from registry.core.recipes import (
+    DATA_ROLES,
     Answers,
     Combine,
     Compress,
@@ -227,7 +228,8 @@ class Worker:
         (out / "recipe.json").write_bytes(canonical_json(told.model_dump(mode="json")))
         run = str(recipe_digest(told))
         mine = (lambda identity: identity.startswith(run)) if isinstance(told, FineTune | Rebase) else every
-        seat = _Seat(recipe, home, out, folders, lease, Kept(lease.id, lease.attempt, mine, lease.said))
+        called = {role: claimed.called.get(role, f"the {role}") for role in folders if role.startswith(DATA_ROLES)}
+        seat = _Seat(recipe, home, out, folders, called, lease, Kept(lease.id, lease.attempt, mine, lease.said))
         if lease.attempt == 1:
             return seat
         here = max(steps(folder, mine) for folder in seat.earlier())
@@ -284,6 +286,10 @@ class Worker:
             part for place, seat in enumerate(seats) for role, folder in seat.folders.items()
             for part in ("--in", f"{place}:{role}={folder}")
         ]  # fmt: skip
+        line += [
+            part for place, seat in enumerate(seats) for role, words in seat.called.items()
+            for part in ("--called", f"{place}:{role}={words}")
+        ]  # fmt: skip
         line += [part for folder in earlier for part in ("--from", str(folder))]
         with Keeper(self.client, company, [seat.kept for seat in seats], self.settings.checkpoint_s) as keeper:
             status = _followed([*line, "--checkpoint", str(company)], told, said, is_over)
@@ -328,6 +334,7 @@ class Worker:
             seat = self._seat(claimed, lease, stack)
             line = [str(seat.out / "recipe.json"), "--out", str(seat.out)]
             line += [part for role, folder in seat.folders.items() for part in ("--in", f"{role}={folder}")]
+            line += [part for role, words in seat.called.items() for part in ("--called", f"{role}={words}")]
             line += [part for folder in seat.earlier()[1:] for part in ("--from", str(folder))]
             checkpoint = seat.home / "checkpoint"
             line += ["--checkpoint", str(checkpoint)]
@@ -445,6 +452,7 @@ class _Seat:
     home: Path
     out: Path
     folders: dict[str, Path]
+    called: dict[str, str]
     lease: "_Lease"
     kept: Kept
 

@@ -46,7 +46,7 @@ import torch
 import transformers
 
 from registry.core import pool
-from registry.core.errors import BadRequest, LoractlError, ProcessFailed
+from registry.core.errors import BadRequest, LoractlError, NotRunnable, ProcessFailed
 from registry.core.recipes import (
     Answers,
     Combine,
@@ -69,16 +69,17 @@ from registry.core.recipes import (
 from registry.core.records import summary, to_jsonl
 
 from .compute import snapshot
-from .compute.answers import answers, distinct, read_inputs
+from .compute.answers import answers, distinct
 from .compute.bank import parts_of
 from .compute.combine import combine
 from .compute.compress import compress
-from .compute.data import Row, read_rows
+from .compute.data import Row
 from .compute.distributed import ALONE, Ranks, is_started_by_torchrun, load_sharded, ranks_of
 from .compute.evaluate import Suite, evaluate
 from .compute.extract import Other, extract
 from .compute.finetune import Task, Trained, as_trained, finetune
 from .compute.full import Tuned, tune, write_tuned
+from .compute.inputs import Inputs
 from .compute.lora import Adapter
 from .compute.merge import Form, merge
 from .compute.model import Model, Tokenizer, config_of, dtype_for, load
@@ -97,13 +98,14 @@ from .compute.rebase.symmetries import Match
 from .compute.rebase.transport import transport
 from .compute.rebase.warm_start import warm_start
 from .compute.search import search
+from .compute.table import is_known
 from .compute.verify import deviation
 from .compute.weights import read_adapter, write_adapter, write_file
 from .processes import die_with
 
 Report = Callable[[dict[str, Any]], None]
-Inputs = Mapping[str, Path]
 Product = TypeVar("Product")
+Given = TypeVar("Given")
 CURVE_POINTS = 200
 _REFUSAL = "error.json"
 UNWANTED = "unwanted"
@@ -122,12 +124,14 @@ class Result:
 
 
 def run(
-    recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None = None, ranks: Ranks = ALONE
+    recipe: Recipe, folders: Mapping[str, Path], out: Path, report: Report, checkpoint: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
-    """Run ``recipe``; outputs and ``result.json`` lie in ``out`` when this returns.
+    """Run ``recipe`` on ``folders`` by role, or `Inputs`; outputs and ``result.json`` lie in ``out`` when this returns.
 
     A KeyboardInterrupt out of ``report`` stops the work at a step's end, with a checkpoint where there is one.
     """
+    inputs = folders if isinstance(folders, Inputs) else Inputs(folders)
     _check_inputs(recipe, inputs)
     if ranks.mesh is not None and not isinstance(recipe, FineTune | FullFineTune):
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' runs in one process: leave torchrun out")
@@ -135,29 +139,8 @@ def run(
         raise BadRequest(problems="a base in 8 or 4 bits is trained on in one process: leave torchrun or quantised out")
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    match recipe:
-        case FineTune():
-            facts = _finetune(recipe, inputs, out, report, checkpoint, ranks)
-        case FullFineTune():
-            facts = _full_finetune(recipe, inputs, out, report, checkpoint, ranks)
-        case Evaluate():
-            facts = _evaluate(recipe, inputs, out, report)
-        case Answers():
-            facts = _answers(recipe, inputs, out, report)
-        case Merge():
-            facts = _merge(recipe, inputs, out, report)
-        case Rebase():
-            facts = _rebase(recipe, inputs, out, report, checkpoint)
-        case Combine():
-            facts = _combine(recipe, inputs, out, report)
-        case Compress():
-            facts = _compress(recipe, inputs, out, report)
-        case Extract():
-            facts = _extract(recipe, inputs, out, report)
-        case Search():
-            facts = _search(recipe, inputs, out, report, checkpoint)
-        case Compare():
-            facts = _compare(recipe, inputs, report)
+    with inputs.naming():
+        facts = _facts(recipe, inputs, out, report, checkpoint, ranks)
     result = _stamped(recipe, facts, began, ranks.many)
     if ranks.first:
         _leave(result, out)
@@ -167,7 +150,7 @@ def run(
 
 def run_together(
     recipes: Sequence[Recipe],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[Mapping[str, Path]],
     outs: Sequence[Path],
     report: Report,
     checkpoint: Path | None = None,
@@ -199,26 +182,28 @@ class _Company:
     def __init__(
         self,
         recipes: Sequence[Recipe],
-        inputs: Sequence[Inputs],
+        inputs: Sequence[Mapping[str, Path]],
         outs: Sequence[Path],
         report: Report,
         checkpoint: Path | None,
     ) -> None:
-        self.inputs, self.outs, self.refused = inputs, outs, 0
+        self.inputs = [one if isinstance(one, Inputs) else Inputs(one) for one in inputs]
+        self.outs, self.refused = outs, 0
         self._recipes, self._report, self.checkpoint = recipes, report, checkpoint
         self._began = time.monotonic()
         self._left = list(range(len(recipes)))
         for out in outs:
             out.mkdir(parents=True, exist_ok=True)
             (out / _REFUSAL).unlink(missing_ok=True)
-        self.each(lambda place: _check_inputs(recipes[place], inputs[place]))
+        self.each(lambda place: _check_inputs(recipes[place], self.inputs[place]))
 
     def each(self, work: Callable[[int], Product]) -> dict[int, Product]:
         """What ``work`` makes for each that is left, by its place; whoever is refused has ended."""
         made: dict[int, Product] = {}
         for place in list(self._left):
             try:
-                made[place] = work(place)
+                with self.inputs[place].naming():
+                    made[place] = work(place)
             except LoractlError as error:
                 self.end(place, error)
         return made
@@ -288,6 +273,35 @@ def _check_inputs(recipe: Recipe, inputs: Inputs) -> None:
         raise BadRequest(problems=f"a recipe of kind '{recipe.kind}' needs --in {', '.join(missing)}")
 
 
+def _facts(
+    recipe: Recipe, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None, ranks: Ranks
+) -> dict[str, Any]:
+    """Do the work; what there is to tell of it."""
+    match recipe:
+        case FineTune():
+            return _finetune(recipe, inputs, out, report, checkpoint, ranks)
+        case FullFineTune():
+            return _full_finetune(recipe, inputs, out, report, checkpoint, ranks)
+        case Evaluate():
+            return _evaluate(recipe, inputs, out, report)
+        case Answers():
+            return _answers(recipe, inputs, out, report)
+        case Merge():
+            return _merge(recipe, inputs, out, report)
+        case Rebase():
+            return _rebase(recipe, inputs, out, report, checkpoint)
+        case Combine():
+            return _combine(recipe, inputs, out, report)
+        case Compress():
+            return _compress(recipe, inputs, out, report)
+        case Extract():
+            return _extract(recipe, inputs, out, report)
+        case Search():
+            return _search(recipe, inputs, out, report, checkpoint)
+        case Compare():
+            return _compare(recipe, inputs, report)
+
+
 def _stamped(recipe: Recipe, facts: dict[str, Any], began: float, processes: int) -> Result:
     """The result of a recipe, with what else there is to know of how it came about."""
     how = {
@@ -333,13 +347,13 @@ def _task(recipe: FineTune, inputs: Inputs) -> Task:
     start = normalised(inputs["start"], inputs["base"]) if recipe.start else None
     if start is not None and (given := {patch.a_RI.shape[0] for patch in start.patches.values()}) != {recipe.rank}:
         raise BadRequest(problems=f"rank is {recipe.rank}, but the version to start from has ranks {sorted(given)}")
-    return Task(recipe, _rows(inputs), start)
+    return Task(recipe, inputs.rows(), start)
 
 
 def _full_finetune(
     recipe: FullFineTune, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None, ranks: Ranks
 ) -> dict[str, Any]:
-    tuned = tune(inputs["base"], recipe, _rows(inputs), report=report, checkpoint_dir=checkpoint, ranks=ranks)
+    tuned = tune(inputs["base"], recipe, inputs.rows(), report=report, checkpoint_dir=checkpoint, ranks=ranks)
     if not ranks.first:
         return {}
     written = write_tuned(inputs["base"], tuned, out / "base", recipe.dtype)
@@ -349,7 +363,7 @@ def _full_finetune(
 
 
 def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
-    suite = Suite.read(inputs["suite"])
+    suite = inputs.suite()
     adapters = {str(i): normalised(inputs[f"adapter.{i}"], inputs["base"]) for i in range(len(recipe.adapters))}
     model, tokenizer = load(inputs["base"], recipe.precision, recipe.quantised)
     records = evaluate(model, tokenizer, suite, adapters, bare=recipe.bare, report=report)
@@ -365,9 +379,9 @@ def _evaluate(recipe: Evaluate, inputs: Inputs, out: Path, report: Report) -> di
 
 
 def _answers(recipe: Answers, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
-    suite = replace(Suite.read(inputs["suite"]), metrics=(recipe.metric,))
-    apart = [*suite.rows, *(row for i in range(len(recipe.apart)) for row in read_inputs(inputs[f"dataset.{i}"]))]
-    rows = distinct(read_inputs(inputs["inputs"]), apart)
+    suite = replace(inputs.suite(), metrics=(recipe.metric,))
+    apart = [*suite.rows, *(row for i in range(len(recipe.apart)) for row in inputs.unlabelled(f"dataset.{i}"))]
+    rows = distinct(inputs.unlabelled(), apart)
     adapters = {str(i): normalised(inputs[f"adapter.{i}"], inputs["base"]) for i in range(len(recipe.adapters))}
     model, tokenizer = load(inputs["base"], recipe.precision, recipe.quantised)
     found = answers(model, tokenizer, suite, rows, adapters, bare=recipe.bare, report=report)
@@ -385,6 +399,10 @@ def _answers(recipe: Answers, inputs: Inputs, out: Path, report: Report) -> dict
 
 def _merge(recipe: Merge, inputs: Inputs, out: Path, report: Report) -> dict[str, Any]:
     base, adapter = inputs["base"], normalised(inputs["adapter"], inputs["base"])
+    if recipe.verify and not is_known(base):
+        kind = config_of(base).get("model_type")
+        reason = f"a model of type '{kind}' is not known here, and nothing answers without one; merge without --verify"
+        raise NotRunnable(what="--verify", reason=reason)
     form = Form(recipe.dtype, recipe.max_shard_bytes, recipe.dequantise)
     merged = merge(base, adapter, out / "base", report, form)
     facts = {"changed": len(merged.changed), "untied": merged.untied, "tensors": merged.tensors}
@@ -403,7 +421,7 @@ def _rebase(recipe: Rebase, inputs: Inputs, out: Path, report: Report, checkpoin
         _write(moved.adapter, out, recipe.base, recipe)
         return {"tier": recipe.tier, "steps": 0} | moved.facts()
     if recipe.tier == "carry" and (recipe.suite or recipe.inputs):
-        suite, rows = Suite.read(inputs["suite"]) if recipe.suite else None, _unlabelled(recipe, inputs)
+        suite, rows = inputs.suite() if recipe.suite else None, _unlabelled(recipe, inputs)
         best = best_carried(adapter, inputs["old"], inputs["base"], suite, rows, report)
         _write(best.adapter, out, recipe.base, recipe)
         found = {"chosen": best.chosen, "reason": best.reason, "candidates": best.candidates}
@@ -453,9 +471,9 @@ def _bout(recipe: Rebase, inputs: Inputs) -> _Bout:
     training = steps_of(recipe)
     assert training is not None
     adapter = normalised(inputs["adapter"], inputs["old"])
-    rows = _unlabelled(recipe, inputs) if recipe.distil else _rows(inputs)
+    rows = _unlabelled(recipe, inputs) if recipe.distil else inputs.rows()
     starts = starts_of(adapter, inputs["old"], inputs["base"], rows)
-    suite = Suite.read(inputs["suite"]) if recipe.suite else None
+    suite = inputs.suite() if recipe.suite else None
     return _Bout(recipe, training, inputs["old"], adapter, starts, rows, suite)
 
 
@@ -537,9 +555,9 @@ def _extract(recipe: Extract, inputs: Inputs, out: Path, report: Report) -> dict
 
 
 def _search(recipe: Search, inputs: Inputs, out: Path, report: Report, checkpoint: Path | None) -> dict[str, Any]:
-    suite = Suite.read(inputs["suite"])
+    suite = inputs.suite()
     model, tokenizer = load(inputs["base"], recipe.training.precision)
-    rows = _rows(inputs)
+    rows = inputs.rows()
     study, found = search(model, tokenizer, recipe, rows, suite, report=report, checkpoint_dir=checkpoint)
     _write(found.adapter, out, recipe.base, recipe)
     told = {"over": recipe.over, "chosen": found.chosen, "reason": found.reason, "candidates": found.candidates}
@@ -556,15 +574,9 @@ def _by_name(found: Mapping[str, Kept] | Mapping[str, Other] | Mapping[str, Matc
     return {name: asdict(value) for name, value in found.items()}
 
 
-def _rows(inputs: Inputs) -> list[Row]:
-    """The rows of all datasets, in the order of their roles."""
-    roles = sorted((role for role in inputs if role.startswith("dataset.")), key=lambda role: int(role[8:]))
-    return [row for role in roles for row in read_rows(inputs[role])]
-
-
 def _unlabelled(recipe: Rebase | Compare, inputs: Inputs) -> list[Row]:
     """Rows of which only the prompts are read."""
-    return read_inputs(inputs["inputs"]) if recipe.inputs else []
+    return inputs.unlabelled() if recipe.inputs else []
 
 
 def _write(adapter: Adapter, out: Path, base: str, recipe: MakesAdapter) -> None:
@@ -597,6 +609,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.run", description="Run one recipe on local folders.")
     parser.add_argument("recipes", nargs="+", type=Path, metavar="recipe", help="a recipe as JSON")
     parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="ROLE=DIR", type=_input)
+    parser.add_argument("--called", action="append", default=[], metavar="ROLE=TEXT", type=_words,
+                        help="what people call the data behind a role, for refusals")  # fmt: skip
     parser.add_argument("--out", dest="outs", action="append", type=Path, required=True, metavar="DIR")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to leave checkpoints and go on from")
     parser.add_argument("--from", dest="earlier", action="append", default=[], type=Path, metavar="DIR",
@@ -643,9 +657,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks.wait()
             recipes = [parse_recipe(path.read_bytes()) for path in args.recipes]
             if together:
-                given = [_of(place, args.inputs) for place in range(len(recipes))]
+                given = [Inputs(_of(place, args.inputs), _of(place, args.called)) for place in range(len(recipes))]
                 return min(1, run_together(recipes, given, args.outs, report, args.checkpoint))
-            run(recipes[0], dict(args.inputs), args.outs[0], report, args.checkpoint, ranks)
+            run(recipes[0], Inputs(dict(args.inputs), dict(args.called)), args.outs[0], report, args.checkpoint, ranks)
     except KeyboardInterrupt:
         return 130
     except LoractlError as error:
@@ -669,9 +683,9 @@ def _refused(error: LoractlError, out: Path) -> int:
     return 1
 
 
-def _of(place: int, inputs: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    """The inputs of one of several recipes: roles behind its number."""
-    return {role.partition(":")[2]: folder for role, folder in inputs if role.startswith(f"{place}:")}
+def _of(place: int, given: Sequence[tuple[str, Given]]) -> dict[str, Given]:
+    """What was given for one of several recipes: roles behind its number."""
+    return {role.partition(":")[2]: value for role, value in given if role.startswith(f"{place}:")}
 
 
 def _processes(path: Path, asked: int | None) -> int:
@@ -689,6 +703,13 @@ def _start(many: int, argv: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // many)))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many), "-m", "workers.run"]
     os.execv(sys.executable, [sys.executable, *launch, *argv])  # noqa: S606  # our own command, and no shell
+
+
+def _words(text: str) -> tuple[str, str]:
+    role, equals, words = text.partition("=")
+    if not equals or not words:
+        raise argparse.ArgumentTypeError(f"'{text}' is not ROLE=TEXT")
+    return role, words
 
 
 def _input(text: str) -> tuple[str, Path]:

@@ -90,6 +90,7 @@ def claim_job(
                 lease_s=parts.settings.lease_s,
                 inputs=jobs.inputs(session, one),
                 specs=jobs.specs(session, one),
+                called=jobs.called(session, one, parts.clock()),
             )
             for one in (job, *beside)
         ]

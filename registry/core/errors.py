@@ -345,7 +345,7 @@ class StoredInBits(Conflict):
 class UnknownModel(Conflict):
     code = "unknown-model"
     says = "The base in '{path}' is of model type '{kind}', which the installed transformers {version} does not know."
-    help = "What works with these weights: push, pull, fit, combine, compress and compare. Training, evaluating, merging, extracting and rebasing need the model's definition: install a transformers that has it."
+    help = "What works with these weights: push, pull, fit, merge, combine, compress, extract and compare. Training, evaluating, exporting and rebasing need the model's definition: install a transformers that has it."
 
 
 class NotCombinable(Conflict):
@@ -747,7 +747,7 @@ class TrainingFailed(BadFile):
 
 class ScoreNotANumber(BadFile):
     code = "score-not-a-number"
-    says = "Item {item} has no score by {metric}: the model gives {value} for it."
+    says = "'{path}', line {line}: it has no score by {metric}, the model gives {value} for it."
     help = "Its weights overflow, alone or with the adapter: try precision fp32, or train at a lower rate."
 
 

@@ -434,6 +434,8 @@ MakesBase = Merge | FullFineTune
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
 BASE_ROLES = ("base", "old", "tuned")
 """Roles of `inputs_of` that are base models; all others are versions of adapters, datasets or suites."""
+DATA_ROLES = ("dataset.", "suite", "inputs")
+"""How the roles of datasets and suites begin."""
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
 

@@ -31,6 +31,7 @@ from registry.core.errors import (
     NotYourJob,
     OtherBase,
     SuiteTooSmall,
+    TokenRefused,
     WeightsAbsent,
     WorkFailed,
 )
@@ -39,6 +40,7 @@ from registry.core.manifest import canonical_json
 from registry.core.names import Reference, SeriesName, check_name
 from registry.core.recipes import (
     BASE_ROLES,
+    DATA_ROLES,
     LEAST_ITEMS,
     TRAINED,
     UNLABELLED,
@@ -80,7 +82,7 @@ from .adapters import resolve
 from .policies import effective
 from .pushes import BASES
 from .references import find_adapter, find_data, find_version
-from .tokens import Caller
+from .tokens import Caller, acting
 
 MAX_EVENTS = 10_000
 """Events kept of one job's attempts together; what a worker reports beyond is dropped."""
@@ -524,6 +526,28 @@ def specs(session: Session, job: Job) -> dict[str, dict[str, Any]]:
     wanted = {digest: role for role, digest in inputs(session, job).items() if role == "suite"}
     rows = session.exec(select(DatasetVersion).where(col(DatasetVersion.digest).in_(wanted)))
     return {wanted[row.digest]: row.spec for row in rows}
+
+
+def called(session: Session, job: Job, now: datetime) -> dict[str, str]:
+    """role -> what people call the datasets and suites among the job's inputs, for its refusals.
+
+    Equal content may lie under many names: the job's own namespace goes first. Who asked for the job hears of no name
+    that they may not read.
+    """
+    try:
+        asker = acting(session, job.created_by, now)
+    except TokenRefused:
+        return {}
+    wanted = {role: digest for role, digest in inputs(session, job).items() if role.startswith(DATA_ROLES)}
+    query = select(DatasetVersion.digest, DatasetVersion.number, Dataset).join(Dataset)
+    query = query.where(col(DatasetVersion.digest).in_(wanted.values())).order_by(col(Dataset.id))
+    found: dict[tuple[str, str], tuple[bool, str]] = {}
+    for digest, number, data in session.exec(query):
+        name = (data.namespace != job.namespace, f"{data.namespace}/{data.name}@v{number}")
+        if asker.can("read", data.namespace):
+            found[data.kind, digest] = min(name, found.get((data.kind, digest), name))
+    kinds = {role: "suite" if role == "suite" else "dataset" for role in wanted}
+    return {role: found[kinds[role], digest][1] for role, digest in wanted.items() if (kinds[role], digest) in found}
 
 
 def output_series(job: Job, kind: str) -> SeriesName:

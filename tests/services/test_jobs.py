@@ -477,6 +477,27 @@ def test_a_claim_is_a_lease_of_one_attempt(small: Shop) -> None:
     assert small.claim(BEN) is None
 
 
+def test_a_claim_says_what_who_asked_may_call_the_data(shop: Shop) -> None:
+    for name in ("other/copy", "team/rows"):
+        shop.world.push_rows("dataset", name, ROWS)
+    shop.world.push_rows("suite", "other/items", ITEMS)
+    suite = shop.world.one(select(DatasetVersion.digest).where(DatasetVersion.rows == 20))
+    rights = ["read", "run", "publish"]
+    everywhere, here = (shop.world.grant(caller(name, **{name: rights})) for name in ("*", "team"))
+    evaluation: dict[str, Any] = {"kind": "evaluate", "base": "demo", "suite": suite, "bare": True}
+
+    def called(job: Job) -> dict[str, str]:
+        return shop.do(lambda s: jobs.called(s, job, shop.world.now))
+
+    mine = shop.submit(here)[0]
+    assert called(mine) == {"dataset.0": "team/rows@v1"}
+    theirs = shop.asked(evaluation, everywhere)
+    assert called(theirs) == {"suite": "other/items@v1"}
+    request = JobRequest(recipe=evaluation, output=Output(), namespace="team")
+    named = shop.do(lambda s: jobs.submit(s, here, request, shop.world.now, suites=[suite]))[0]
+    assert called(named) == {}  # a policy named it, and whoever asked may not read it
+
+
 def test_fine_tunings_on_one_base_are_claimed_together_each_with_its_lease(small: Shop) -> None:
     asked = []
     for recipe in (*({"seed": seed} for seed in range(4)), {"precision": "fp32"}, {"sharded": True}):

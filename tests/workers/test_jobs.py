@@ -280,6 +280,7 @@ def test_jobs_on_one_base_are_trained_in_one_process_and_each_ends_by_itself(hom
     assert (failed := home.client.job(wrong.id)).state == "failed"
     assert failed.error is not None
     assert failed.error["code"] == "bad-dataset"
+    assert failed.error["facts"]["path"] == "team/too-long@v1"
     made = [home.client.job(job.id) for job in (short, long)]
     assert [(job.result or {})["made"][0]["ref"] for job in made] == ["team/short@v1", "team/long@v1"]
     assert [home.logged(job, 1, "progress")[-1]["step"] for job in (short, long)] == [3, 150]
@@ -389,6 +390,7 @@ def test_a_cancelled_job_ends_within_seconds_and_a_refusal_fails_as_it_was(home:
         assert failed.attempt == 1
         assert failed.error is not None
         assert failed.error["code"] == "bad-dataset"
+        assert failed.error["detail"].startswith("'team/too-long@v1', line 1: the completion has 201 tokens")
     long = home.train("team/long", steps=100_000)
     with home.working():
         home.wait(long, lambda now: (now.progress or {}).get("step", 0) >= 1)

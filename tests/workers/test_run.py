@@ -14,6 +14,7 @@ from registry.core.errors import BadRequest, LoractlError
 from registry.core.recipes import (
     LEAST_ITEMS,
     TIERS,
+    Answers,
     Compare,
     Evaluate,
     FineTune,
@@ -336,6 +337,47 @@ def test_a_refusal_is_left_as_a_problem_and_exit_status_1(folders: dict[str, Pat
     refusal = LoractlError.from_problem(json.loads((out / "error.json").read_text()))
     assert refusal.code == "unknown-targets"
     assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("role", ["dataset.0", "dataset.1", "suite", "inputs", "apart"])
+def test_a_row_is_refused_by_what_people_call_its_data(role: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    given = folders | {name: dataset(tmp_path / name, factories.rows(3)) for name in ("dataset.1", "inputs")}
+    kinds: dict[str, Any] = {
+        "dataset.0": factories.recipe(datasets=(factories.DATASET, factories.SUITE)),
+        "suite": Evaluate(base=factories.BASE, suite=factories.SUITE, precision="fp32"),
+        "inputs": Compare(base=factories.BASE, old=factories.OTHER_BASE, inputs=factories.DATASET, adapters=()),
+        "apart": Answers(
+            base=factories.BASE, suite=factories.SUITE, metric="likelihood", inputs=factories.DATASET,
+            apart=(factories.ADAPTER,), bare=True, precision="fp32",
+        ),
+    }  # fmt: skip
+    kinds["dataset.1"] = kinds["dataset.0"]
+    at = "dataset.0" if role == "apart" else role
+    (given[at] / "rows.jsonl").rename(given[at] / "data.jsonl")
+    with (given[at] / "data.jsonl").open("a") as file:
+        file.write('\n{"prompt": 1}\n')
+    line = (given[at] / "data.jsonl").read_text().count("\n")
+    out = tmp_path / "out"
+    assert main([*command(out, kinds[role], given), "--called", f"{at}=team/reviews@v3"]) == 1
+    found = json.loads((out / "error.json").read_text())
+    assert found["code"] == "bad-dataset"
+    assert (found["facts"]["path"], found["facts"]["line"]) == ("team/reviews@v3", line)
+
+
+def test_files_of_a_folder_keep_their_names_and_a_suites_settings_are_said_to_be_its(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = Evaluate(base=factories.BASE, suite=factories.SUITE, bare=True, precision="fp32")
+    rows, out = folders["suite"] / "rows.jsonl", tmp_path / "out"
+    line = [*command(out, recipe, folders), "--called", "suite=team/parity@v1"]
+    rows.write_text(json.dumps({"messages": [
+        {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"},
+    ]}) + "\n" + json.dumps({"prompt": "?", "completion": ""}))  # fmt: skip
+    assert main(line) == 1
+    assert "'team/parity@v1/rows.jsonl', line 2: the completion is empty" in (out / "error.json").read_text()
+    (folders["suite"] / "suite.json").write_text('{"metrics": ["custom:nobody"]}')
+    assert main(line) == 1
+    assert "'team/parity@v1/suite.json'" in (out / "error.json").read_text()
 
 
 def test_the_command_writes_progress_as_lines_of_json(folders: dict[str, Path], tmp_path: Path) -> None:

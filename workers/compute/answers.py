@@ -13,7 +13,7 @@ from registry.core.errors import UnusableDataset
 from registry.core.pool import Answered, input_id
 from registry.core.rows import input_of, parse_input
 
-from .data import Row, encoded, prompts_of, shortened
+from .data import Row, encoded, prompts_of, rows_of, shortened
 from .evaluate import Suite, has_form, queries_of
 from .finetune import Report, silent
 from .lora import Adapter
@@ -22,25 +22,23 @@ from .model import Model, Tokenizer, check_tokens
 from .panel import Panel
 
 
-def read_inputs(folder: Path) -> list[Row]:
-    """The rows of every ``.jsonl`` file of a dataset, by file name and line; they may lack an answer."""
-    found = []
-    for path in sorted(folder.rglob("*.jsonl")):
-        lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-        found += [Row(parse_input(line, path.name, n), path.name, n) for n, line in lines if line.strip()]
-    return found
+def read_inputs(folder: Path, data: str = "") -> list[Row]:
+    """The rows of every ``.jsonl`` file of a dataset, as `data.read_rows` reads them; they may lack an answer."""
+    return [row for path in sorted(folder.rglob("*.jsonl")) for row in rows_of(path, parse_input, data)]
 
 
 def distinct(rows: Iterable[Row], apart: Iterable[Row]) -> list[Row]:
     """The first row of each input that no row of ``apart`` asks, in order of the inputs' names."""
     gone = {input_id(row.value) for row in apart}
     left: dict[str, Row] = {}
+    where = "the pool"
     for row in rows:
+        where = row.where
         if (item := input_id(row.value)) not in gone:
             left.setdefault(item, row)
     if not left:
         reason = "every input of it is in the suite, or in what was trained on: a pool needs others"
-        raise UnusableDataset(path="the pool", reason=reason)
+        raise UnusableDataset(path=where, reason=reason)
     return [left[item] for item in sorted(left)]
 
 

@@ -114,7 +114,7 @@ def laid_out(
     long = sum(len(example.ids) > limit for example in (*kept, *held))
     kept, held = ([_fitted(one, limit, recipe) for one in some if _stays(one, limit, recipe)] for some in (kept, held))
     if not kept or (recipe.held_out and not held):
-        path = examples[0].path if examples else "the dataset"
+        path = examples[0].row.where if examples else "the dataset"
         raise UnusableDataset(path=path, reason=_nothing_left(examples, limit))
     check_tokens(model, (token for example in (*kept, *held) for token in example.ids))
     dropped = long if recipe.long_rows == "drop" else 0
@@ -158,7 +158,7 @@ def no_number(what: str, value: float, step: int, batch: Sequence[Example]) -> T
     """The failure when a loss or a gradient is no number, with the rows it came from."""
     if math.isfinite(value):
         return None
-    rows = "rows " + ", ".join(f"{example.row.path}:{example.row.line}" for example in batch)
+    rows = "rows " + ", ".join(f"{example.row.where}:{example.row.line}" for example in batch)
     return TrainingFailed(step=step, reason=f"the {what} is {value} on {rows}")
 
 

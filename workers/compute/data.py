@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from registry.core.errors import BadDataset, UnusableDataset
 from registry.core.records import item_id
 from registry.core.rows import parse_row
+from registry.files import DATA_FILE
 
 from .model import Tokenizer
 
@@ -40,11 +41,21 @@ class Row:
 
     value: dict[str, Any]
     path: str
+    """The name of its file."""
     line: int
+    data: str = ""
+    """What people call the dataset or suite that the file is of; empty where the file's name is all there is to say."""
 
-    def refuse(self, reason: str) -> BadDataset:
-        """The refusal of this row."""
-        return BadDataset(path=self.path, line=self.line, reason=reason)
+    @property
+    def where(self) -> str:
+        """What people call the file."""
+        return called(self.path, self.data)
+
+    def refuse(self, reason: str) -> BadDataset | UnusableDataset:
+        """The refusal of this row; of one that stands in no line, of all."""
+        if not self.line:
+            return UnusableDataset(path=self.where, reason=reason)
+        return BadDataset(path=self.where, line=self.line, reason=reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +89,6 @@ class Example:
         return self.row.value
 
     @property
-    def path(self) -> str:
-        """Where the row stands."""
-        return self.row.path
-
-    @property
     def ids(self) -> tuple[int, ...]:
         """Prompt, right completion and end, as trained on."""
         return self.prompt + self.completions[self.answer or 0] + self.end
@@ -91,21 +97,37 @@ class Example:
 # ── rows ─────────────────────────────────────────────────────────────────────
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of every ``.jsonl`` file of a dataset or suite, by file name and line."""
+Parse = Callable[[bytes, str, int], dict[str, Any]]
+"""One of the functions of `registry.core.rows` that make something of a line, the file's name and its number."""
+
+
+def called(path: str, data: str = "") -> str:
+    """What people call a file of the dataset or suite that they call ``data``: as that, where it was pushed as one."""
+    if not data:
+        return path
+    return data if path == DATA_FILE else f"{data}/{path}"
+
+
+def read_rows(folder: Path, data: str = "") -> list[Row]:
+    """The rows of every ``.jsonl`` file of a dataset or suite, by file name and line; refused as ``data`` says."""
     paths = sorted(folder.rglob("*.jsonl"))
     if not paths:
-        raise UnusableDataset(path=folder.name, reason="there is no .jsonl file")
-    rows = [row for path in paths for row in parse_rows(path.read_bytes(), path.name)]
+        raise UnusableDataset(path=data or folder.name, reason="there is no .jsonl file")
+    rows = [row for path in paths for row in rows_of(path, parse_row, data)]
     if not rows:
-        raise UnusableDataset(path=paths[0].name, reason="there are no rows")
+        raise UnusableDataset(path=called(paths[0].name, data), reason="there are no rows")
     return rows
 
 
-def parse_rows(data: bytes, path: str) -> list[Row]:
+def rows_of(path: Path, parse: Parse, data: str = "") -> list[Row]:
+    """The rows of one file."""
+    return parse_rows(path.read_bytes(), path.name, parse, data)
+
+
+def parse_rows(content: bytes, path: str, parse: Parse = parse_row, data: str = "") -> list[Row]:
     """One row per line that is not blank; `BadDataset` names the line that is no row."""
-    lines = enumerate(data.split(b"\n"), start=1)
-    return [Row(parse_row(line, path, number), path, number) for number, line in lines if line.strip()]
+    lines, where = enumerate(content.split(b"\n"), start=1), called(path, data)
+    return [Row(parse(line, where, number), path, number, data) for number, line in lines if line.strip()]
 
 
 # ── tokens ───────────────────────────────────────────────────────────────────
@@ -209,6 +231,10 @@ def _said(tokenizer: Tokenizer, row: Row, before: str | None) -> tuple[tuple[str
 _Given = TypeVar("_Given", bound=Row | Example)
 
 
+def _row_of(given: Row | Example) -> Row:
+    return given if isinstance(given, Row) else given.row
+
+
 def hold_out(rows: Sequence[_Given], share: float) -> tuple[list[_Given], list[_Given]]:
     """Rows to train on and rows held out, drawn by their content: a row that is there twice is on one side."""
     if not share:
@@ -220,7 +246,7 @@ def hold_out(rows: Sequence[_Given], share: float) -> tuple[list[_Given], list[_
     for side, word in zip(sides, ("to train on", "aside"), strict=True):
         if not side:
             reason = f"held_out = {share:g} keeps none of its {len(rows)} rows {word}"
-            raise UnusableDataset(path=rows[0].path, reason=reason)
+            raise UnusableDataset(path=_row_of(rows[0]).where, reason=reason)
     return sides
 
 

@@ -59,8 +59,8 @@ class Suite:
     questions: tuple[lm_eval.Questions, ...] = ()
 
     @classmethod
-    def read(cls, folder: Path) -> "Suite":
-        """The suite of a folder; `BadConfig` says what its suite.json may hold."""
+    def read(cls, folder: Path, data: str = "") -> "Suite":
+        """The suite of a folder, which people call ``data``; `BadConfig` says what its suite.json may hold."""
         path, spec = folder / SUITE_FILE, read_spec(folder)
         tasks = parse_tasks(spec)
         names, length, form = spec.get("metrics"), spec.get("max_new_tokens", 64), spec.get("form")
@@ -76,9 +76,9 @@ class Suite:
         if form is not None and (problem := _form_problem(form)):
             raise BadConfig(path=path.name, reason=f"form is {json.dumps(form)}; {problem}")
         if tasks:
-            rows, questions = lm_eval.read(folder, tasks)
+            rows, questions = lm_eval.read(folder, tasks, data)
         else:
-            rows, questions = read_rows(folder), ()
+            rows, questions = read_rows(folder, data), ()
         return cls(rows, None if names is None else tuple(names), length, form, questions)
 
     def only(self, split: str) -> "Suite":
@@ -208,19 +208,19 @@ def _record(suite: Suite, example: Example, scores: Sequence[float], output: Tex
                 values[name] = metric.comparison(name)(output.text.strip() if output else "", references)
     item = item_id(example.row.value)
     split = split_of(item)
-    _check_finite(item, values, scores)
+    _check_finite(example.row, values, scores)
     if output is None:
         return Record(item=item, split=split, metrics=values)
     parsed = output.ended if suite.form is None else has_form(output.text, suite.form)
     return Record(item=item, split=split, metrics=values, parsed=parsed, output=output.text)
 
 
-def _check_finite(item: str, values: Mapping[Metric, float], scores: Sequence[float]) -> None:
+def _check_finite(row: Row, values: Mapping[Metric, float], scores: Sequence[float]) -> None:
     """NaN compares with nothing, so that even the choice of the likeliest would mean nothing."""
     for name, value in values.items():
         odd = next((score for score in (value, *scores) if not math.isfinite(score)), None)
         if odd is not None:
-            raise ScoreNotANumber(item=item, metric=name, value=f"{odd:g}")
+            raise ScoreNotANumber(path=row.where, line=row.line, metric=name, value=f"{odd:g}")
 
 
 def _of_task(suite: Suite, row: Row, answered: lm_eval.Answered) -> Record:

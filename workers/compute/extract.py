@@ -27,9 +27,10 @@ from registry.core.recipes import Extract
 from .finetune import Report, silent
 from .lora import LINEAR, Adapter, Patch, is_transposed
 from .lowrank import nearest
-from .model import Model, device_here, skeleton
+from .model import Model, device_here
 from .plain import Kept, plain
 from .shards import Stored, stored_names, stored_tensors
+from .table import model_of
 from .weights import DTYPES
 
 _MARGIN = 1.2
@@ -62,9 +63,10 @@ def extract(base: Path, tuned: Path, recipe: Extract, report: Report = silent) -
     """The adapter that makes ``tuned`` out of ``base``, as far as the recipe's energy or rank goes.
 
     `NotExtractable` says why there is none: other shapes or tensors, nothing that differs, or, unless the recipe
-    says what to do about them, parameters that differ and that no low-rank update can change.
+    says what to do about them, parameters that differ and that no low-rank update can change. Of a model type that
+    nobody here knows, `table.model_of` says what is taken for a linear layer.
     """
-    model = skeleton(base)
+    model = model_of(base)
     pairs = _pairs(model, stored_tensors(base), stored_tensors(tuned))
     linear = _linear(model)
     found: dict[str, Patch] = {}

@@ -24,7 +24,7 @@ from registry.core.metrics import Metric
 from registry.core.rows import parse_object
 from registry.core.tasks import Task, metric_of, require_files
 
-from .data import Row
+from .data import Row, called, rows_of
 from .model import Tokenizer
 from .panel import Panel, Query, Text
 
@@ -65,20 +65,15 @@ def version() -> str:
         raise ToolMissing(what="Tasks of lm-eval", extra="lm-eval") from error
 
 
-def read(folder: Path, tasks: Sequence[Task]) -> tuple[list[Row], tuple[Questions, ...]]:
+def read(folder: Path, tasks: Sequence[Task], data: str = "") -> tuple[list[Row], tuple[Questions, ...]]:
     """The rows of a suite that its ``tasks`` score, and the tasks with their examples."""
     version()
-    lines = {path.name: _objects(path) for path in sorted(folder.glob("*.jsonl"))}
+    lines = {path.name: rows_of(path, parse_object, data) for path in sorted(folder.glob("*.jsonl"))}
     scored = require_files(tasks, lines)
     rows = [row for name in sorted(scored) for row in lines[name]]
     if not rows:
-        raise UnusableDataset(path=min(scored), reason="there are no rows")
+        raise UnusableDataset(path=called(min(scored), data), reason="there are no rows")
     return rows, tuple(Questions(task, _shots(task, lines)) for task in tasks)
-
-
-def _objects(path: Path) -> list[Row]:
-    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-    return [Row(parse_object(line, path.name, n), path.name, n) for n, line in lines if line.strip()]
 
 
 def _shots(task: Task, lines: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:

@@ -227,7 +227,10 @@ def _config(model: Model, recipe: FineTune, names: Sequence[str]) -> dict[str, A
         "lora_dropout": recipe.dropout,
         "use_rslora": recipe.rank_stabilised,
         "target_modules": sorted(targets),
-        "fan_in_fan_out": any(is_transposed(model.get_submodule(name)) for name in names),
+        "fan_in_fan_out": any(
+            is_transposed(module) and not isinstance(module, nn.Embedding)
+            for module in map(model.get_submodule, names)
+        ),
         "bias": "none",
         "inference_mode": True,
     }

@@ -18,11 +18,12 @@ from registry.files import base_shards, refuse_os_error, sync_folder
 
 from .finetune import Report, silent
 from .lora import Adapter, fitted, is_transposed
-from .model import Model, config_of, module_name, skeleton
+from .model import Model, config_of, module_name
 from .packed import Packed, unpacked
 from .quantised import FORMS, form_of
 from .shards import FLOATS, Stored, stored_in, stored_name, stored_tensors
 from .stream import PARTIAL, Change, Made, stream
+from .table import model_for
 from .weights import DTYPES, framed, write_file
 
 INDEX = "model.safetensors.index.json"
@@ -60,13 +61,13 @@ AS_IT_IS = Form()
 
 
 def merge(base: Path, adapter: Adapter, out: Path, report: Report = silent, form: Form = AS_IT_IS) -> Merged:
-    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's names.
+    """Write base ⊕ adapter to the new or empty folder ``out``, in the base's names; its model type need not be known.
 
     A base stored in 8 or 4 bits is refused unless ``form`` says that it is dequantised: the update is added to the
     numbers that its bits stand for, in float32, and the sum is rounded once. A base that is not is merged as always.
     """
     _refuse_full(out)
-    model = skeleton(base)
+    model = model_for(base, adapter)
     stored, packed, beside = stored_tensors(base), dict[str, Packed](), set[str]()
     if (bits := form_of(config_of(base))) is not None:
         if bits not in FORMS:

@@ -90,7 +90,10 @@ def write_lesson(
         packed = (pack([some], together=False).to(model.device) for some in chunks(examples, _BATCH_TOKENS))
         likely = [[said_NK.cpu() for said_NK in loss.likeliest(each, recipe.likeliest)] for each in packed]
     lines = [
-        json.dumps({"row": _answered(row, text.text).value, "tokens": len(text.ids), "ended": text.ended})
+        json.dumps({
+            "row": _answered(row, text.text).value, "tokens": len(text.ids), "ended": text.ended,
+            "input": [row.where, row.line],
+        })
         for row, _, text in written
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ def read_lesson(folder: Path, tokenizer: Tokenizer, size: int | None = None) -> 
     top_MK, log_p_MK = tensors["top"].where(known_MK, 0), tensors["log_p"].where(known_MK, -math.inf)
     by_logits = read_metadata(folder / _TENSORS)["vocabulary"] == vocabulary_of(tokenizer)
     told = [json.loads(line) for line in (folder / _TEXTS).read_text().splitlines()]
-    rows = [Row(each["row"], _TEXTS, number) for number, each in enumerate(told, start=1)]
+    rows = [Row(each["row"], *each.get("input", (_TEXTS, at))) for at, each in enumerate(told, start=1)]
     tokens = sum(each["tokens"] for each in told)
     if not by_logits:
         kept = [(each, row) for each, row in zip(told, rows, strict=True) if _text_of(row)]
