@@ -755,6 +755,7 @@ def _job(job: "JobInfo", refs: Sequence[str]) -> None:
         "worker": job.worker,
         "attempt": f"{job.attempt} of {job.max_attempts}",
         "campaign": job.campaign,
+        "origin": job.origin,
         "asked": ago(job.created_at),
         "error": (job.error or {}).get("detail"),
         "help": (job.error or {}).get("hint"),

@@ -8,10 +8,11 @@ is sent to the registry and nowhere else: redirects are not followed, and signed
 connection (`registry.transfer`).
 """
 
+import copy
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -64,10 +65,20 @@ class RegistryClient:
             raise BadName(value=url[:200], what="registry URL", rule="expected http://HOST:PORT or https://HOST")
         self.url = url.rstrip("/")
         self._sleep = sleep
+        self._about: dict[str, str] = {}
         headers = {"user-agent": user_agent(), "accept": "application/json"}
         if token:
             headers["authorization"] = f"Bearer {token}"
         self._http = httpx.Client(base_url=self.url, headers=headers, transport=transport, timeout=timeout_s)
+
+    def on_behalf(self, about: Mapping[str, object]) -> Self:
+        """This client, on the same connections, whose requests tell the registry's log what they are for.
+
+        ``about``: ids under the names of `schemas.ABOUT`.
+        """
+        mine = copy.copy(self)
+        mine._about = {"baggage": told} if (told := wire.baggage(about)) else {}
+        return mine
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -530,7 +541,7 @@ class RegistryClient:
         again: bool = False,
     ) -> httpx.Response:
         """One request, repeated while that is safe (``again``, or a GET) and might help."""
-        sent = {"x-request-id": uuid4().hex, **(headers or {})}
+        sent = {"x-request-id": uuid4().hex, **self._about, **(headers or {})}
         content = None
         if body is not None:
             sent["content-type"] = "application/json"

@@ -41,6 +41,7 @@ body of every refusal is `Problem` (``application/problem+json``).
 | ``POST/GET /v1/schedules`` · ``DELETE /v1/schedules/{id}`` | `ScheduleRequest` → `ScheduleInfo` |
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -50,8 +51,27 @@ from .core.manifest import MAX_FILES, BaseDigest, FileEntry, Sha256
 from .core.policy import Policy
 from .core.signatures import MAX_SIGNATURES
 
+ABOUT = ("job", "campaign", "origin")
+"""What a worker's requests say they are for, in the header ``baggage``: ``loractl.job=j…,loractl.origin=…`` (W3C)."""
 Scope = Literal["read", "publish", "promote", "run", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "publish", "promote", "run", "admin")
+
+
+def baggage(about: Mapping[str, object]) -> str:
+    """The header that says what a request is for; empty when there is nothing to say."""
+    return ",".join(f"loractl.{name}={about[name]}" for name in ABOUT if about.get(name))
+
+
+def named(header: str) -> dict[str, str]:
+    """What `baggage` said; what is not an id of ours is left out."""
+    members = (part.partition(";")[0].strip().partition("=") for part in header.split(","))
+    said = {name.removeprefix("loractl."): value for name, _, value in members if name.startswith("loractl.")}
+    return {name: said[name] for name in ABOUT if name in said and is_id(said[name])}
+
+
+def is_id(text: str) -> bool:
+    """Whether a client may call a request so: 1 to 64 letters and digits of ASCII."""
+    return text.isascii() and text.isalnum() and len(text) <= 64
 
 
 class Request(BaseModel):
@@ -644,6 +664,8 @@ class JobInfo(Answer):
     result: dict[str, Any] | None
     error: dict[str, Any] | None
     campaign: str | None
+    origin: str | None = None
+    """The request, or the schedule, that asked for it: as the registry's log has it."""
     held_by: str | None = None
     """A paused campaign, until which is resumed nobody claims it."""
     reused: bool = False
@@ -678,6 +700,8 @@ class ClaimInfo(Answer):
     lease_s: float = 0
     inputs: dict[str, Sha256] = Field(default_factory=dict)
     """role -> manifest digest of what must be fetched, as `recipes.inputs_of` names the roles"""
+    traceparent: str | None = None
+    """Where the job was asked for in a trace (W3C)."""
     specs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """role -> the spec of a suite, which belongs beside its rows"""
     called: dict[str, str] = Field(default_factory=dict)

@@ -155,6 +155,35 @@ def test_every_request_carries_token_agent_and_an_id_of_its_own() -> None:
     assert all(request.headers["x-request-id"].isalnum() for request in asked)
 
 
+def test_a_request_on_behalf_of_a_job_says_so_and_others_of_the_same_client_do_not() -> None:
+    told: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        told.append(request.headers.get("baggage"))
+        return httpx.Response(204)
+
+    with client_of(answer) as client:
+        about = {"job": "j1", "attempt": 2, "campaign": None, "origin": "abc"}
+        client.on_behalf(about).revoke_token("x")
+        client.revoke_token("x")
+    assert told == ["loractl.job=j1,loractl.origin=abc", None]
+    assert wire.named(str(told[0])) == {"job": "j1", "origin": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("", {}),
+        ("user=ann,loractl.request=x,loractl.token=y", {}),
+        (" loractl.job = j1 ;kept, loractl.origin=b", {"origin": "b"}),
+        ("loractl.job=j1;kept,other=1", {"job": "j1"}),
+        ('loractl.job=j1"}{,loractl.campaign=' + "c" * 65, {}),
+    ],
+)
+def test_only_ids_of_ours_are_taken_from_what_a_request_says_it_is_for(header: str, said: dict[str, str]) -> None:
+    assert wire.named(header) == said
+
+
 def test_a_redirect_is_not_followed_so_the_token_stays_where_it_belongs() -> None:
     asked = []
 
@@ -268,7 +297,7 @@ ARGUMENTS: dict[str, Any] = {
     "fingerprint": "sha256:1", "policy": Policy(), "job_id": "j1", "attempt": 1, "campaign_id": "c1",
     "schedule_id": "s1",
 }  # fmt: skip
-NOT_ROUTES = {"close"}
+NOT_ROUTES = {"close", "on_behalf"}
 
 
 def test_every_method_calls_a_route_that_the_api_has(tmp_path: Path) -> None:

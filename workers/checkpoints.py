@@ -8,6 +8,7 @@ A store takes 5 GB at once: a larger file is listed, sent and fetched as pieces,
 is put together before anybody looks for it.
 """
 
+import contextvars
 import re
 import shutil
 import threading
@@ -119,7 +120,8 @@ class Keeper:
         """Of the files of the last checkpoint: those that stay as they are are links to the same inode in the next."""
         self._ended = threading.Event()
         self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._keep, name="checkpoints", daemon=True)
+        context = contextvars.copy_context()  # its lines in the log name the job, as ours do
+        self._thread = threading.Thread(target=context.run, args=(self._keep,), name="checkpoints", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -162,7 +164,7 @@ class Keeper:
             self._seen = seen
         except Exception as error:  # noqa: BLE001  # training goes on, whatever becomes of a checkpoint
             reason = f"{type(error).__name__}: {error}"[:500]
-            log.warning("checkpoint-not-sent", folder=self._folder.name, reason=reason)
+            log.warning("checkpoint-not-sent", jobs=sorted(self._jobs), reason=reason)
         return True
 
     def _send(self) -> None:

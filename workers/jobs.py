@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import structlog
+from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from registry.client import RegistryClient
 from registry.core.digest import Digest
@@ -164,29 +165,29 @@ class Worker:
 
     def _guarded(self, lease: "_Lease", work: Callable[[], None]) -> bool:
         """Do ``work`` for a job and report how it failed if it did; whether this machine can take the next at once."""
-        try:
-            with structlog.contextvars.bound_contextvars(job=lease.id, attempt=lease.attempt, campaign=lease.campaign):
+        with bound_contextvars(**lease.about):
+            try:
                 work()
+            except (LeaseLost, NotYourJob, JobNotFound):
+                log.warning("lease-lost")
+                return True
+            except _HandedBack:
+                log.info("job-handed-back")
+                self._fail(lease, WorkFailed(id=lease.id, reason="its worker stopped"), retryable=True, cancelled=True)
+                return True
+            except _Cancelled:
+                self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
+                return True
+            except LoractlError as error:
+                passing = isinstance(error, Unavailable | LocalFailure)
+                self._fail(lease, error, retryable=passing)
+                return not passing
+            except Exception as error:  # whatever it was, the registry must hear of it
+                log.error("attempt-failed", exc_info=error)
+                reason = f"{type(error).__name__}: {error}"
+                self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
+                return False
             return True
-        except (LeaseLost, NotYourJob, JobNotFound):
-            log.warning("lease-lost", job=lease.id, attempt=lease.attempt)
-            return True
-        except _HandedBack:
-            log.info("job-handed-back", job=lease.id, attempt=lease.attempt)
-            self._fail(lease, WorkFailed(id=lease.id, reason="its worker stopped"), retryable=True, cancelled=True)
-            return True
-        except _Cancelled:
-            self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
-            return True
-        except LoractlError as error:
-            passing = isinstance(error, Unavailable | LocalFailure)
-            self._fail(lease, error, retryable=passing)
-            return not passing
-        except Exception as error:  # whatever it was, the registry must hear of it
-            log.error("attempt-failed", job=lease.id, exc_info=error)
-            reason = f"{type(error).__name__}: {error}"
-            self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
-            return False
 
     def _run_together(self, claims: Sequence[ClaimInfo]) -> bool:
         """Train the adapters of several jobs in one child; each is pushed and reported by itself, as it ends."""
@@ -233,7 +234,7 @@ class Worker:
         if lease.attempt == 1:
             return seat
         here = max(steps(folder, mine) for folder in seat.earlier())
-        stored = restore(self.client, seat.kept, home / "checkpoint", here, lease.transfer)
+        stored = restore(lease.client, seat.kept, home / "checkpoint", here, lease.transfer)
         return replace(seat, kept=replace(seat.kept, stored=stored))
 
     def _train(self, seats: Sequence["_Seat"]) -> bool:
@@ -338,7 +339,7 @@ class Worker:
             line += [part for folder in seat.earlier()[1:] for part in ("--from", str(folder))]
             checkpoint = seat.home / "checkpoint"
             line += ["--checkpoint", str(checkpoint)]
-            with Keeper(self.client, checkpoint, [seat.kept], self.settings.checkpoint_s) as keeper:
+            with Keeper(lease.client, checkpoint, [seat.kept], self.settings.checkpoint_s) as keeper:
                 def is_over() -> bool:
                     return lease.cancelled or lease.lost or self._is_over()
 
@@ -348,7 +349,7 @@ class Worker:
             self._conclude(seat, status)
 
     def _downloads(self, lease: "_Lease", manifest: str) -> list[Download]:
-        return self.client.job_inputs(lease.id, lease.attempt).files[manifest]
+        return lease.client.job_inputs(lease.id, lease.attempt).files[manifest]
 
     def _finish(self, recipe: Recipe, out: Path, lease: "_Lease") -> None:
         result = json.loads((out / "result.json").read_text())
@@ -398,12 +399,13 @@ class Worker:
         pause = _PAUSE_S
         while True:
             try:
-                self.client.finish(lease.id, request)
+                lease.client.finish(lease.id, request)
+                log.info("attempt-ended", outcome="succeeded")
                 return
             except StorageFull:
                 raise
             except Unavailable as error:
-                log.warning("report-waits", job=lease.id, code=error.code, reason=error.message)
+                log.warning("report-waits", code=error.code, reason=error.message)
             time.sleep(pause)
             pause = min(_BEAT_S, 2 * pause)
 
@@ -416,7 +418,7 @@ class Worker:
         )
         scan = scan_folder("adapter", folder, base=Digest.parse(recipe.base), lineage=lineage)
         opened = self._open(lease, request_of(scan, Wishes(**_wishes(lease))))
-        return finish_push(self.client, opened, scan, progress=lease.transfer).id
+        return finish_push(lease.client, opened, scan, progress=lease.transfer).id
 
     def _push_base(self, recipe: MakesBase, folder: Path, taken: Mapping[str, str], lease: "_Lease") -> str:
         base = digest_base(folder, taken=taken)
@@ -427,21 +429,23 @@ class Worker:
                 lineage = Lineage(datasets=recipe.datasets, recipe=recipe.model_dump(mode="json"))
         wishes = Wishes(line=lease.output.get("line"))
         return send_base(
-            self.client, partial(self._open, lease), folder, base, wishes, lineage=lineage, progress=lease.transfer
+            lease.client, partial(self._open, lease), folder, base, wishes, lineage=lineage, progress=lease.transfer
         ).id
 
     def _open(self, lease: "_Lease", push: PushRequest) -> PushInfo:
-        return self.client.job_push(lease.id, JobPushRequest(attempt=lease.attempt, push=push))
+        return lease.client.job_push(lease.id, JobPushRequest(attempt=lease.attempt, push=push))
 
     def _fail(self, lease: "_Lease", problem: LoractlError, *, retryable: bool, cancelled: bool = False) -> None:
         request = FailRequest(
             attempt=lease.attempt, problem=problem.problem(), retryable=retryable, cancelled=cancelled
         )
+        outcome = "cancelled" if cancelled else "failed"
+        log.info("attempt-ended", outcome=outcome, code=problem.code, reason=problem.message)
         lease.tell()
         try:
-            self.client.fail(lease.id, request)
+            lease.client.fail(lease.id, request)
         except (LeaseLost, NotYourJob, JobNotFound, Unavailable) as error:
-            log.warning("failure-not-reported", job=lease.id, code=error.code)
+            log.warning("failure-not-reported", code=error.code)
 
 
 @dataclass(frozen=True)
@@ -479,10 +483,13 @@ class _Lease:
     """Keeps a job's lease alive from a thread, and carries progress there and cancellation back."""
 
     def __init__(self, client: RegistryClient, claimed: ClaimInfo) -> None:
-        assert claimed.job is not None
-        self.client = client
-        self.id, self.attempt, self.output = claimed.job.id, claimed.job.attempt, claimed.job.output
-        self.inputs, self.campaign = claimed.inputs, claimed.job.campaign
+        job = claimed.job
+        assert job is not None
+        self.id, self.kind, self.attempt, self.output = job.id, job.kind, job.attempt, job.output
+        self.about = {"job": job.id, "attempt": job.attempt, "campaign": job.campaign, "origin": job.origin}
+        """What is in every line of our log, and what our requests tell the registry's."""
+        self.client = client.on_behalf(self.about)
+        self.inputs = claimed.inputs
         self.cancelled = self.lost = False
         self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None
@@ -497,6 +504,7 @@ class _Lease:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "_Lease":
+        log.info("attempt-begins", **self.about, kind=self.kind)
         self._thread.start()
         return self
 
@@ -545,6 +553,7 @@ class _Lease:
             self._progress = {"doing": what, "done": done, "total": total}
 
     def _beat(self) -> None:
+        bind_contextvars(**self.about)
         while not self._ended:
             self._wake.wait(self._every)
             if self._wake.is_set() and not self._ended:
@@ -563,10 +572,10 @@ class _Lease:
                     self.id, HeartbeatRequest(attempt=self.attempt, progress=progress, events=events)
                 )
             except (Forbidden, JobNotFound, LeaseLost, Unauthenticated) as error:
-                log.warning("heartbeat-refused", job=self.id, code=error.code)
+                log.warning("heartbeat-refused", code=error.code)
                 self.lost = True
             except Exception as error:  # noqa: BLE001  # the next beat may do better; the lease says how long
-                log.warning("heartbeat-failed", job=self.id, reason=f"{type(error).__name__}: {error}"[:500])
+                log.warning("heartbeat-failed", reason=f"{type(error).__name__}: {error}"[:500])
             else:
                 with self._lock:
                     del self._events[: len(events)]

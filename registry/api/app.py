@@ -15,10 +15,12 @@ import structlog
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from registry import logs
 from registry.core.errors import BodyTooLarge, LoractlError, Overloaded, SchemaMissing
 from registry.db import migrate
+from registry.schemas import is_id, named
 from registry.services import tokens
 from registry.settings import Settings
 from registry.storage.local import LocalStore
@@ -107,7 +109,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 class RequestIds:
-    """Give every request an id (or keep the caller's), put it in logs and answers, log what took place."""
+    """Give every request an id (or keep the caller's), put it in logs and answers, log what took place.
+
+    What a worker's request says of its job in the header ``baggage`` (W3C) is in the lines of its log, too.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -117,10 +122,11 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        identity = sent if sent.isascii() and sent.isalnum() and len(sent) <= 64 else uuid4().hex
+        headers = dict(scope["headers"])
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
+        identity = sent if is_id(sent) else uuid4().hex
         scope["request_id"] = identity
-        structlog.contextvars.bind_contextvars(request=identity)
+        about = {"request": identity, **named(headers.get(b"baggage", b"").decode("latin-1"))}
         began, status = time.perf_counter(), 0
 
         async def mark(message: Message) -> None:
@@ -130,17 +136,17 @@ class RequestIds:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
             await send(message)
 
-        try:
-            await self.app(scope, receive, mark)
-        finally:
-            log.debug(
-                "request",
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                ms=round(1000 * (time.perf_counter() - began), 1),
-            )
-            structlog.contextvars.unbind_contextvars("request")
+        with bound_contextvars(**about):
+            try:
+                await self.app(scope, receive, mark)
+            finally:
+                log.debug(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status,
+                    ms=round(1000 * (time.perf_counter() - began), 1),
+                )
 
 
 class InFlight:

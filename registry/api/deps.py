@@ -32,6 +32,7 @@ from registry.core.errors import (
 from registry.db import queries
 from registry.oidc import Provider, is_jwt
 from registry.services import tokens
+from registry.services.jobs import Origin
 from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
 
 from .answers import Answers
@@ -230,6 +231,12 @@ def _bearer(request: Request) -> str:
     return token.strip()
 
 
+async def _origin(request: Request) -> Origin:
+    """What this request is to the work that it asks for."""
+    return Origin(request.scope["request_id"])
+
+
+Asked = Annotated[Origin, Depends(_origin)]
 Parts = Annotated[AppParts, Depends(_parts)]
 Anyone = Annotated[Caller, Depends(known_caller)]
 User = Annotated[Caller, Depends(_user)]

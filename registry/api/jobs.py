@@ -34,7 +34,7 @@ from registry.schemas import (
 )
 from registry.services import checkpoints, downloads, jobs, pushes
 
-from .deps import AppParts, Parts, User, Worker, anyone, user
+from .deps import AppParts, Asked, Parts, User, Worker, anyone, user
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -44,13 +44,14 @@ _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 @router.post("", status_code=201)
-def submit_job(request: JobRequest, parts: Parts, caller: User, response: Response) -> JobInfo:
+def submit_job(request: JobRequest, parts: Parts, caller: User, asked: Asked, response: Response) -> JobInfo:
     """Ask for work; 200 and the job that is there already when it is equal."""
     with parts.database.write() as session:
-        job, reused = jobs.submit(session, caller, request, parts.clock())
+        job, reused = jobs.submit(session, caller, request, parts.clock(), origin=asked)
         info = jobs.info(job, reused=reused)
     if reused:
         response.status_code = 200
+        log.info("job-reused", job=info.id, origin=info.origin)
     else:
         log.info("job-queued", job=info.id, kind=info.kind, queue=info.queue, namespace=info.namespace)
         parts.broker.wake(info.queue)
@@ -87,6 +88,7 @@ def claim_job(
         first, *others = [
             ClaimInfo(
                 job=jobs.info(one),
+                traceparent=one.traceparent,
                 lease_s=parts.settings.lease_s,
                 inputs=jobs.inputs(session, one),
                 specs=jobs.specs(session, one),
@@ -96,9 +98,11 @@ def claim_job(
         ]
     for one in (first, *others):
         assert one.job is not None
+        job_ = one.job
         log.info(
-            "job-claimed", job=one.job.id, attempt=one.job.attempt, campaign=one.job.campaign, worker=request.worker
-        )
+            "job-claimed", job=job_.id, attempt=job_.attempt, campaign=job_.campaign, origin=job_.origin,
+            worker=request.worker,
+        )  # fmt: skip
     return first.model_copy(update={"others": others})
 
 
@@ -164,10 +168,11 @@ def cancel_job(identity: str, parts: Parts, caller: User) -> JobInfo:
 
 
 @router.post("/{identity}/retry")
-def retry_job(identity: str, parts: Parts, caller: User) -> JobInfo:
+def retry_job(identity: str, parts: Parts, caller: User, asked: Asked) -> JobInfo:
     """Queue a failed or cancelled job again."""
     with parts.database.write() as session:
-        info = jobs.info(jobs.retry(session, caller, identity, parts.clock()))
+        info = jobs.info(jobs.retry(session, caller, identity, parts.clock(), origin=asked))
+    log.info("job-queued", job=info.id, kind=info.kind, queue=info.queue, namespace=info.namespace)
     parts.broker.wake(info.queue)
     return info
 
@@ -266,5 +271,6 @@ def fail_job(identity: str, request: FailRequest, parts: Parts, caller: Worker) 
 def _ended(parts: AppParts, job: Job, now: datetime) -> None:
     """Log and measure what ended just now, not what is said to have ended once more."""
     if job.finished_at == now and job.started_at is not None:
-        log.info("job-ended", job=job.id, attempt=job.attempt, campaign=job.campaign_id, state=job.state)
+        about = {"job": job.id, "attempt": job.attempt, "campaign": job.campaign_id, "origin": job.origin}
+        log.info("job-ended", **about, state=job.state)
         parts.meters.jobs.labels(job.kind, job.state).observe((now - job.started_at).total_seconds())

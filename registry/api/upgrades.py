@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Body, Query
 
 from registry.schemas import (
@@ -17,10 +18,11 @@ from registry.schemas import (
 )
 from registry.services import campaigns, ledger
 
-from .deps import Parts, User
+from .deps import Asked, Parts, User
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/upgrades", tags=["upgrades"])
+log = structlog.get_logger()
 
 
 @router.post("/plan")
@@ -73,11 +75,12 @@ def show_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
 
 
 @router.post("/{identity}/start")
-def start_upgrade(identity: str, parts: Parts, caller: User) -> CampaignInfo:
+def start_upgrade(identity: str, parts: Parts, caller: User, asked: Asked) -> CampaignInfo:
     """Let it run."""
     with parts.database.write() as session:
-        campaign = campaigns.start(session, caller, identity, parts.clock())
+        campaign = campaigns.start(session, caller, identity, parts.clock(), origin=asked)
         info = campaigns.info(session, caller, campaign)
+    log.info("campaign-started", campaign=campaign.id, origin=campaign.origin)
     parts.broker.wake(campaign.queue)
     return info
 

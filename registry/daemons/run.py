@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from registry import logs
 from registry.core.errors import Unavailable
@@ -46,17 +47,18 @@ DAEMONS = (
 
 
 def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event) -> None:
-    """Call the daemon's step until ``stop``."""
+    """Call the daemon's step until ``stop``; its lines in the log name it."""
+    bind_contextvars(daemon=daemon.name)
     failures = 0
     while not stop.is_set():
         try:
             did = daemon.step(parts)
         except Unavailable as error:
             failures += 1
-            log.warning("daemon-waits", daemon=daemon.name, code=error.code, reason=error.message)
+            log.warning("daemon-waits", code=error.code, reason=error.message)
         except Exception:  # one bad row must not end the process; it is in the log
             failures += 1
-            log.exception("daemon-failed", daemon=daemon.name)
+            log.exception("daemon-failed")
         else:
             failures = 0
             if did:

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 import structlog
 from sqlmodel import Session
+from structlog.contextvars import bound_contextvars
 
 from registry.core.errors import Unavailable
+from registry.db.models import Job
 from registry.parts import Parts
 from registry.services import campaigns, schedules
 
@@ -27,14 +29,24 @@ def step(parts: Parts) -> bool:
     with parts.database.read() as session:
         due, unfinished = schedules.living(session), campaigns.unfinished(session)
     for identity in due:
-        with _piece(parts, down, schedule=identity) as session:
-            wake |= schedules.fire(session, identity, parts.clock())
+        fired: set[str] = set()
+        with bound_contextvars(schedule=identity):
+            with _piece(parts, down) as session:
+                fired = schedules.fire(session, identity, parts.clock())
+            if fired:
+                log.info("schedule-fired")
+        wake |= fired
     for campaign, item in unfinished:
-        with _piece(parts, down, item, campaign=campaign) as session:
-            if item:
-                wake |= campaigns.step(session, parts.store, item, parts.clock())
-            else:
-                campaigns.finish(session, campaign, parts.clock())
+        asked: list[Job] = []
+        with bound_contextvars(campaign=campaign):
+            with _piece(parts, down, item) as session:
+                if item:
+                    asked = campaigns.step(session, parts.store, item, parts.clock())
+                else:
+                    campaigns.finish(session, campaign, parts.clock())
+            for job in asked:
+                log.info("job-queued", job=job.id, kind=job.kind, queue=job.queue, origin=job.origin)
+        wake |= {job.queue for job in asked}
     for queue in wake:
         parts.broker.wake(queue)
     if down:
@@ -43,14 +55,14 @@ def step(parts: Parts) -> bool:
 
 
 @contextmanager
-def _piece(parts: Parts, down: list[Unavailable], item: int = 0, **what: object) -> Iterator[Session]:
+def _piece(parts: Parts, down: list[Unavailable], item: int = 0) -> Iterator[Session]:
     try:
         with parts.database.write() as session:
             yield session
     except Unavailable as error:
         down.append(error)
     except Exception as error:  # one bad row must not stand in the way of the others; it is in the log
-        log.exception("piece-failed", item=item, **what)
+        log.exception("piece-failed", item=item)
         if item:
-            with _piece(parts, down, stumbled=item) as session:
+            with _piece(parts, down) as session:
                 campaigns.stumble(session, item, error, parts.clock())

@@ -83,6 +83,16 @@ def _to(target: str, comment: str, *, nullable: bool = False, **kwargs: Any) -> 
     return Field(default=None, sa_column=Column(ForeignKey(target), nullable=nullable, comment=comment, **kwargs))
 
 
+def _origin() -> Any:
+    return Field(
+        default=None, max_length=64, sa_column_kwargs={"comment": "id of the request, or of the schedule, that asked for it"}
+    )
+
+
+def _traceparent() -> Any:
+    return Field(default=None, max_length=55, sa_column_kwargs={"comment": "where that was in a trace (W3C)"})
+
+
 def _one_of(column: str, values: Any) -> CheckConstraint:
     listed = ", ".join(f"'{value}'" for value in values)
     return CheckConstraint(f"{column} IN ({listed})", name=column)
@@ -155,6 +165,9 @@ class Webhook(SQLModel, table=True):
     events: list[str] = _json("beginnings of what it is told; none: all")
     secret: str = Field(
         max_length=64, sa_column_kwargs={"comment": "signs; must be at hand, so it is kept as it is"}
+    )
+    sealed: str | None = Field(
+        default=None, sa_column=Column(Text, nullable=True, comment="the secret, encrypted; then `secret` is empty")
     )
     cursor: int = Field(
         sa_type=BigInteger, sa_column_kwargs={"comment": "place in the audit up to which it was told"}
@@ -658,6 +671,8 @@ class Job(SQLModel, table=True):
     held_by: str | None = Field(
         default=None, max_length=32, sa_column_kwargs={"comment": "the paused campaign that keeps it from being claimed"}
     )
+    origin: str | None = _origin()
+    traceparent: str | None = _traceparent()
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was asked for")
     started_at: datetime | None = _time("when the last attempt began", nullable=True)
@@ -715,6 +730,8 @@ class Campaign(SQLModel, table=True):
     budget_seconds: float | None = Field(default=None, sa_column_kwargs={"comment": "device seconds of all its jobs"})
     deadline: datetime | None = _time("what is not final by then is frozen", nullable=True)
     paused_at: datetime | None = _time("since when it is paused", nullable=True)
+    origin: str | None = _origin()
+    traceparent: str | None = _traceparent()
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was planned")
     started_at: datetime | None = _time("when it was started", nullable=True)

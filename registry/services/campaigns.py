@@ -302,13 +302,16 @@ def _visible(caller: Caller) -> SelectOfScalar[Campaign]:
     return select(Campaign).where(or_(col(Campaign.created_by) == caller.token_id, col(Campaign.id).in_(items)))
 
 
-def start(session: Session, caller: Caller, identity: str, now: datetime) -> Campaign:
-    """Let it run; starting a running one again is fine."""
+def start(
+    session: Session, caller: Caller, identity: str, now: datetime, *, origin: jobs.Origin = jobs.UNKNOWN
+) -> Campaign:
+    """Let it run; starting a running one again is fine. ``origin``: what its jobs will say that they come from."""
     campaign = _locked(session, caller, identity)
     if campaign.state == CampaignState.RUNNING:
         return campaign
     campaign.state = CAMPAIGN.after("start", campaign.state, identity)
     campaign.started_at = now
+    campaign.origin, campaign.traceparent = origin.id, origin.traceparent
     session.add(campaign)
     ledger.note(session, campaign, "started", now, by=caller)
     _measure_drift(session, campaign, now)
@@ -587,12 +590,12 @@ def finish(session: Session, identity: str, now: datetime) -> None:
     ledger.note(session, campaign, "finished", now, reason=campaign.reason)
 
 
-def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set[str]:
-    """Bring one item as far as it goes without waiting; queues that got work."""
+def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> list[Job]:
+    """Bring one item as far as it goes without waiting; the jobs that it asked for."""
     item = session.exec(select(CampaignItem).where(CampaignItem.id == item_id).with_for_update()).one()
     campaign = session.get_one(Campaign, item.campaign_id)
     if campaign.state != CampaignState.RUNNING or campaign.paused_at is not None or State(item.state).final:
-        return set()
+        return []
     before = (item.state, item.facts, item.reason)
     was = _look(item)
     work = _Work(session, store, campaign, item, now)
@@ -606,7 +609,7 @@ def step(session: Session, store: BlobStore, item_id: int, now: datetime) -> set
         item.changed_at = now
         session.add(item)
         ledger.note_step(session, campaign, item, was, _look(item), now)
-    return {campaign.queue} if work.asked else set()
+    return work.asked
 
 
 def stumble(session: Session, item_id: int, error: Exception, now: datetime) -> None:
@@ -638,7 +641,7 @@ class _Work:
         self.session, self.store, self.campaign, self.item, self.now = session, store, campaign, item, now
         self.adapter = session.get_one(Adapter, item.adapter_id)
         self.old, self.new = session.get_one(Base, campaign.old_id), session.get_one(Base, campaign.new_id)
-        self.asked = False
+        self.asked: list[Job] = []
         self.revoked: str | None = None
         try:
             self.actor = _actor(session, campaign, self.adapter, now)
@@ -794,9 +797,11 @@ class _Work:
         )
         with self.session.begin_nested():
             job, reused = jobs.submit(
-                self.session, self.actor, request, self.now, campaign_id=self.campaign.id, suites=self._named()
-            )
-        self.asked = self.asked or not reused
+                self.session, self.actor, request, self.now,
+                campaign_id=self.campaign.id, suites=self._named(), origin=_origin(self.campaign),
+            )  # fmt: skip
+        if not reused:
+            self.asked.append(job)
         return Progress(job=JobState(job.state), id=job.id)
 
     def _named(self) -> list[str]:
@@ -1006,7 +1011,7 @@ def _measure_drift(session: Session, campaign: Campaign, now: datetime) -> None:
         recipe = {"kind": "compare", "old": old.digest, "base": new.digest}
         request = JobRequest(recipe=recipe, queue=campaign.queue, namespace="base")
         itself = Caller(campaign.created_by, f"campaign {campaign.id}", "user", {"base": ["run"]})
-        jobs.submit(session, itself, request, now, campaign_id=campaign.id)
+        jobs.submit(session, itself, request, now, campaign_id=campaign.id, origin=_origin(campaign))
         _measure_adapters(session, campaign, old, new, now)
 
 
@@ -1034,7 +1039,12 @@ def _measure_adapters(session: Session, campaign: Campaign, old: Base, new: Base
             recipe = {"kind": "compare", "old": old.digest, "base": new.digest, "adapters": some, "inputs": inputs}
             request = JobRequest(recipe=recipe, queue=campaign.queue, namespace=namespace)
             with suppress(LoractlError), session.begin_nested():
-                jobs.submit(session, actors[namespace], request, now, campaign_id=campaign.id)
+                actor, origin = actors[namespace], _origin(campaign)
+                jobs.submit(session, actor, request, now, campaign_id=campaign.id, origin=origin)
+
+
+def _origin(campaign: Campaign) -> jobs.Origin:
+    return jobs.Origin(campaign.origin, campaign.traceparent)
 
 
 def _parts(values: list[str], most: int) -> list[list[str]]:

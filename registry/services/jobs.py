@@ -12,6 +12,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -98,6 +99,17 @@ _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 _CLAIMABLE = (col(Job.state) == JobState.QUEUED, col(Job.held_by).is_(None))
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What asked for work, for logs and traces: the id of a request or of a schedule, and its place in a trace."""
+
+    id: str | None = None
+    traceparent: str | None = None
+
+
+UNKNOWN = Origin()
+
+
 # ── asking for work ──────────────────────────────────────────────────────────
 
 
@@ -110,6 +122,7 @@ def submit(
     campaign_id: str | None = None,
     salt: str = "",
     suites: Collection[str] = (),
+    origin: Origin = UNKNOWN,
 ) -> tuple[Job, bool]:
     """The job that does what ``request`` asks, and whether it was there before.
 
@@ -145,6 +158,8 @@ def submit(
             base=recipe.base,
             max_attempts=_FIRST_ATTEMPTS,
             campaign_id=campaign_id,
+            origin=origin.id,
+            traceparent=origin.traceparent,
             created_by=caller.token_id,
             created_at=now,
         )
@@ -783,7 +798,7 @@ def _stopped(session: Session, job: Job, by: str, now: datetime, actor: str = au
     return job
 
 
-def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job:
+def retry(session: Session, caller: Caller, identity: str, now: datetime, *, origin: Origin = UNKNOWN) -> Job:
     """Queue a failed or cancelled job again, with fresh attempts."""
     job = _locked(session, caller, identity)
     if job.state == JobState.QUEUED:
@@ -796,6 +811,7 @@ def retry(session: Session, caller: Caller, identity: str, now: datetime) -> Job
     job.state = JOB.after("retry", job.state, identity)
     job.max_attempts = job.attempt + _FIRST_ATTEMPTS
     job.cancel_requested, job.finished_at, job.held_by = False, None, None
+    job.origin, job.traceparent = origin.id, origin.traceparent
     session.add(job)
     _note(session, job, "queued", {"by": caller.name}, now, caller.token_id)
     session.flush()

@@ -236,14 +236,16 @@ def _act(
             **{key: asked[key] for key in ("queue", "parallel", "budget_seconds") if key in asked},
         )
         campaign = campaigns.create(session, caller, request, now)
-        campaigns.start(session, caller, campaign.id, now)
+        campaigns.start(session, caller, campaign.id, now, origin=jobs.Origin(schedule.id))
         return {"campaign": campaign.id}, {campaign.queue}
     words = JobRequest.model_validate(schedule.action["job"])
     recipe = _of_now(words.recipe, facts, schedule.subject)
     if isinstance(training := recipe.get("training"), dict):
         recipe["training"] = _of_now(training, facts, schedule.subject)
     request_ = words.model_copy(update={"recipe": recipe, "namespace": schedule.namespace})
-    job, _ = jobs.submit(session, caller, request_, now, salt=f"{schedule.id} {key}")
+    job, _ = jobs.submit(
+        session, caller, request_, now, salt=f"{schedule.id} {key}", origin=jobs.Origin(schedule.id)
+    )
     return {"job": job.id}, {job.queue}
 
 

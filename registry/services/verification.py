@@ -154,7 +154,7 @@ def verify_next(database: Database, store: BlobStore, clock: Clock, *, read_firs
         _pass(session, row, facts, clock())
         uploads = pushes.uploads_of(session, push.id)
     pushes.clear_staging(store, push.id, uploads)
-    log.info("push-verified", push=push.id, kind=push.kind, state=str(row.state))
+    log.info("push-verified", push=push.id, job=push.job_id, kind=push.kind, state=str(row.state))
     return True
 
 
@@ -223,7 +223,8 @@ def _reject(database: Database, store: BlobStore, claim: Claim, errors: list[Lor
         session.add(row)
         uploads = pushes.uploads_of(session, row.id)
     pushes.clear_staging(store, claim.push.id, uploads)
-    log.info("push-rejected", push=claim.push.id, kind=claim.push.kind, codes=[error.code for error in errors])
+    codes = [error.code for error in errors]
+    log.info("push-rejected", push=claim.push.id, job=claim.push.job_id, kind=claim.push.kind, codes=codes)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────

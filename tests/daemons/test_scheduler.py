@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from sqlmodel import Session, select
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from registry.broker import Broker
 from registry.core.errors import DatabaseDown
@@ -114,6 +116,22 @@ def upgrading(embedded: World, tmp_path: Path) -> Upgrade:
     return made
 
 
+def test_what_a_campaign_does_is_logged_with_its_id_and_with_what_started_it(upgrading: Upgrade) -> None:
+    with upgrading.world.database.write() as session:
+        campaign = session.exec(select(Campaign)).one()
+        campaign.origin = "asked"
+        session.add(campaign)
+    upgrading.world.later(seconds=1)
+    with capture_logs(processors=[merge_contextvars]) as lines:
+        scheduler.step(parts_of(upgrading.world))
+    queued = [line for line in lines if line["event"] == "job-queued"]
+    with upgrading.world.database.read() as session:
+        jobs = session.exec(select(Job.id).where(Job.origin == "asked")).all()
+    assert jobs
+    assert sorted(line["job"] for line in queued) == sorted(jobs)
+    assert {(line["campaign"], line["origin"]) for line in queued} == {(campaign.id, "asked")}
+
+
 @pytest.mark.parametrize("error", [ValueError("what nobody foresaw"), DatabaseDown(reason="gone")])
 def test_an_item_whose_steps_break_is_given_up_and_others_go_on(
     upgrading: Upgrade, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -121,7 +139,7 @@ def test_an_item_whose_steps_break_is_given_up_and_others_go_on(
     odd, step = upgrading.items()[0].id, campaigns.step
     calls = 0
 
-    def breaks(session: Session, store: BlobStore, item: int, now: datetime) -> set[str]:
+    def breaks(session: Session, store: BlobStore, item: int, now: datetime) -> list[Job]:
         nonlocal calls
         calls += item == odd
         if item == odd and calls != 5:  # one that goes well in between is a new beginning

@@ -135,7 +135,8 @@ def test_a_new_revision_starts_one_campaign(clockwork: Clockwork, tmp_path: Path
     clockwork.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
     clockwork.fire_by_many(schedule)
     [campaign] = clockwork.world.all(select(Campaign))
-    assert campaign.state == "running"
+    assert (campaign.state, campaign.origin) == ("running", schedule.id)
+    assert {job.origin for job in clockwork.jobs()} <= {schedule.id}
     [firing] = clockwork.firings()
     assert (firing.key, firing.outcome) == ("r2", {"campaign": campaign.id})
 
@@ -145,7 +146,7 @@ def test_a_new_revision_may_start_a_job_on_it(small: Clockwork, tmp_path: Path) 
     outcome = small.world.push_base(tiny_base(tmp_path / "next", seed=2), line="demo")
     assert small.fire(schedule) == {"cpu"}
     [job] = small.jobs()
-    assert job.base == outcome["base"]
+    assert (job.base, job.origin) == (outcome["base"], schedule.id)
 
 
 def test_while_the_campaign_before_is_not_over_the_next_one_waits(small: Clockwork, tmp_path: Path) -> None:

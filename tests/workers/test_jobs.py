@@ -18,7 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
+from structlog.typing import EventDict
 
+from cli.main import run
 from registry import files
 from registry.client import RegistryClient
 from registry.core.errors import DatabaseDown, RegistryUnreachable
@@ -453,14 +456,16 @@ def test_a_full_disk_is_another_attempt_elsewhere(home: House, tmp_path: Path) -
 class Faltering(RegistryClient):
     """A way to the registry on which the database is down at the first finish, and the second one's answer is lost."""
 
-    asked = 0
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self.asked: list[str] = []
 
     def finish(self, job_id: str, request: FinishRequest) -> JobInfo:
-        self.asked += 1
-        if self.asked == 1:
+        self.asked.append(job_id)
+        if len(self.asked) == 1:
             raise DatabaseDown(reason="gone")
         done = super().finish(job_id, request)
-        if self.asked == 2:
+        if len(self.asked) == 2:
             raise RegistryUnreachable(url=self.url, reason="the answer was lost")
         return done
 
@@ -471,7 +476,38 @@ def test_finished_work_waits_for_a_registry_that_is_away(home: House) -> None:
     with Worker(home.worker, way) as worker:
         assert worker.work("cpu") == 1
     done = home.client.job(job.id)
-    assert (done.state, done.attempt, way.asked) == ("succeeded", 1, 3)
+    assert (done.state, done.attempt, way.asked) == ("succeeded", 1, [job.id] * 3)
+
+
+# ── following ────────────────────────────────────────────────────────────────
+
+
+def test_one_request_is_followed_from_a_command_through_api_and_worker_and_back(
+    home: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORACTL_URL", home.registry.url)
+    monkeypatch.setenv("LORACTL_TOKEN", home.registry.token)
+    lines: list[EventDict] = []
+
+    def kept(_logger: Any, _method: str, event: EventDict) -> EventDict:
+        lines.append(dict(event))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, kept])
+    assert run(["evaluate", "--for", "demo@r1", "--suite", "team/parity", "--no-wait", "--json"]) == 0
+    job = json.loads(capsys.readouterr().out)
+    with home.working():
+        assert home.await_state(JobInfo.model_validate(job), "succeeded", "failed").state == "succeeded"
+    asked = next(line for line in lines if line["event"] == "job-queued")
+    assert (asked["job"], asked["request"]) == (job["id"], job["origin"])
+    told = {"attempt-begins", "attempt-ended", "job-claimed", "job-ended"}  # the worker's, and the API's
+    found = [line for line in lines if line["event"] in told]
+    assert {line["event"] for line in found} == told
+    assert {(line["job"], line["origin"]) for line in found} == {(job["id"], job["origin"])}
+    back = {line["path"].rpartition("/")[2]: line for line in lines if line["event"] == "request" and "job" in line}
+    assert set(back) >= {"inputs", "finish"}
+    assert {(line["job"], line["origin"]) for line in back.values()} == {(job["id"], job["origin"])}
+    assert all(line["request"] != job["origin"] for line in back.values())
 
 
 # ── Celery and brokers ───────────────────────────────────────────────────────
