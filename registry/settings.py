@@ -14,6 +14,7 @@ from .core.errors import Usage
 
 MOST_TOGETHER = 64
 """Adapters that a worker may ask to train at once."""
+_LAST_PORT = 65535
 _LOG_LEVELS = ("info", "debug", "warning", "error")
 
 
@@ -96,6 +97,9 @@ class Settings:
     """Requests that one API process is at work on at most; 0: any number."""
     webhook_private: bool = False
     """Whether webhooks may lead to addresses that are not on the internet."""
+    metrics_port: int = 0
+    """Where daemons answer Prometheus; 0: nowhere. The API answers at its own port."""
+    metrics_host: str = "127.0.0.1"
     log_level: str = "info"
 
     @classmethod
@@ -138,6 +142,8 @@ class Settings:
             failed_sign_ins=read.number("FAILED_SIGN_INS", 60, least=0),
             in_flight=read.number("IN_FLIGHT", 512, least=0),
             webhook_private=read.choice("WEBHOOK_PRIVATE", "no", "yes") == "yes",
+            metrics_port=read.number("DAEMONS_METRICS_PORT", 0, _LAST_PORT, least=0),
+            metrics_host=read("METRICS_HOST", "127.0.0.1"),
             log_level=read.choice("LOG_LEVEL", *_LOG_LEVELS),
         )
 
@@ -159,6 +165,9 @@ class WorkerSettings:
     """The shortest time between two checkpoints that are sent to storage."""
     grace_s: float = 10.0
     """For how long a job may go on to its end after SIGTERM, before it is stopped and handed back."""
+    metrics_port: int = 0
+    """Where the worker answers Prometheus; 0: nowhere."""
+    metrics_host: str = "127.0.0.1"
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Self:
@@ -175,6 +184,8 @@ class WorkerSettings:
             together=read.number("TOGETHER", 8, MOST_TOGETHER),
             checkpoint_s=read.number("CHECKPOINT_S", 60),
             grace_s=read.number("GRACE_S", 10, least=0),
+            metrics_port=read.number("WORKER_METRICS_PORT", 0, _LAST_PORT, least=0),
+            metrics_host=read("METRICS_HOST", "127.0.0.1"),
         )
 
 

@@ -7,9 +7,17 @@ nothing else. The worker needs a URL, a token and a broker; nothing else of the 
 
 import logging
 import os
+import shutil
+from tempfile import mkdtemp
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_shutting_down
+from celery.signals import (
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
 
 from registry import logs
 from registry.settings import WorkerSettings
@@ -17,6 +25,12 @@ from registry.settings import WorkerSettings
 from .processes import Word, die_with
 
 settings = WorkerSettings.from_environment(os.environ)
+_counts = mkdtemp(prefix="loractl-metrics-") if settings.metrics_port else None
+if _counts:
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _counts  # before prometheus_client is imported; the pool inherits it
+from .metrics import Meters, forget, serve  # noqa: E402
+
+meters = Meters()
 app = Celery("workers", broker=settings.broker_url, include=["workers.tasks"])
 app.conf.update(
     task_ignore_result=True,
@@ -46,6 +60,23 @@ stopping = Word()
 @worker_shutting_down.connect
 def _told(**_: object) -> None:
     stopping.say()
+
+
+@worker_ready.connect
+def _ready(**_: object) -> None:
+    if settings.metrics_port:
+        serve(settings.metrics_host, settings.metrics_port)
+
+
+@worker_process_shutdown.connect
+def _left(pid: int, **_: object) -> None:
+    forget(pid)
+
+
+@worker_shutdown.connect
+def _ended(**_: object) -> None:
+    if _counts:
+        shutil.rmtree(_counts, ignore_errors=True)
 
 
 @worker_process_init.connect

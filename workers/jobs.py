@@ -83,6 +83,7 @@ from registry.transfer import finish_push, request_of, send_base
 from .cache import Cache
 from .checkpoints import Keeper, Kept, restore
 from .compute.snapshot import every, steps
+from .metrics import Meters
 from .processes import die_with
 
 _BEAT_S = 5.0
@@ -109,8 +110,10 @@ class Worker:
         settings: WorkerSettings,
         client: RegistryClient | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        meters: Meters | None = None,
     ) -> None:
         """``client``: another way to the registry, for tests. ``stopping``: whether this worker is to end."""
+        self.meters = meters or Meters()
         self.settings = settings
         self.client = client or RegistryClient(settings.url, settings.token)
         self.cache = Cache(settings.cache / "inputs", settings.cache_bytes)
@@ -138,6 +141,7 @@ class Worker:
             try:
                 claimed = self.client.claim(wanted)
             except (Unavailable, Unauthenticated, Forbidden) as error:
+                self.meters.claims.labels(error.code).inc()
                 log.warning("claim-failed", queue=queue, code=error.code, reason=error.message)
                 return ran
             if claimed.job is None:
@@ -160,7 +164,7 @@ class Worker:
         """Run claimed work to its end, whatever that is; whether this machine can take the next at once."""
         if claimed.others:
             return self._run_together([claimed, *claimed.others])
-        with _Lease(self.client, claimed) as lease:
+        with _Lease(self.client, claimed, self.meters) as lease:
             return self._guarded(lease, lambda: self._attempt(claimed, lease))
 
     def _guarded(self, lease: "_Lease", work: Callable[[], None]) -> bool:
@@ -169,30 +173,31 @@ class Worker:
             try:
                 work()
             except (LeaseLost, NotYourJob, JobNotFound):
-                log.warning("lease-lost")
+                lease.over("lost")
                 return True
             except _HandedBack:
-                log.info("job-handed-back")
-                self._fail(lease, WorkFailed(id=lease.id, reason="its worker stopped"), retryable=True, cancelled=True)
+                stopped = WorkFailed(id=lease.id, reason="its worker stopped")
+                self._fail(lease, stopped, "handed-back", retryable=True, cancelled=True)
                 return True
             except _Cancelled:
-                self._fail(lease, WorkFailed(id=lease.id, reason="cancelled"), retryable=False, cancelled=True)
+                cancelled = WorkFailed(id=lease.id, reason="cancelled")
+                self._fail(lease, cancelled, "cancelled", retryable=False, cancelled=True)
                 return True
             except LoractlError as error:
                 passing = isinstance(error, Unavailable | LocalFailure)
-                self._fail(lease, error, retryable=passing)
+                self._fail(lease, error, "failed", retryable=passing)
                 return not passing
             except Exception as error:  # whatever it was, the registry must hear of it
                 log.error("attempt-failed", exc_info=error)
                 reason = f"{type(error).__name__}: {error}"
-                self._fail(lease, WorkFailed(id=lease.id, reason=reason), retryable=True)
+                self._fail(lease, WorkFailed(id=lease.id, reason=reason), "failed", retryable=True)
                 return False
             return True
 
     def _run_together(self, claims: Sequence[ClaimInfo]) -> bool:
         """Train the adapters of several jobs in one child; each is pushed and reported by itself, as it ends."""
         with ExitStack() as stack:
-            leases = [stack.enter_context(_Lease(self.client, claimed)) for claimed in claims]
+            leases = [stack.enter_context(_Lease(self.client, claimed, self.meters)) for claimed in claims]
             seats: list[_Seat] = []
             sound = True
             for claimed, lease in zip(claims, leases, strict=True):
@@ -400,7 +405,7 @@ class Worker:
         while True:
             try:
                 lease.client.finish(lease.id, request)
-                log.info("attempt-ended", outcome="succeeded")
+                lease.over("succeeded")
                 return
             except StorageFull:
                 raise
@@ -435,12 +440,13 @@ class Worker:
     def _open(self, lease: "_Lease", push: PushRequest) -> PushInfo:
         return lease.client.job_push(lease.id, JobPushRequest(attempt=lease.attempt, push=push))
 
-    def _fail(self, lease: "_Lease", problem: LoractlError, *, retryable: bool, cancelled: bool = False) -> None:
+    def _fail(
+        self, lease: "_Lease", problem: LoractlError, outcome: str, *, retryable: bool, cancelled: bool = False
+    ) -> None:
         request = FailRequest(
             attempt=lease.attempt, problem=problem.problem(), retryable=retryable, cancelled=cancelled
         )
-        outcome = "cancelled" if cancelled else "failed"
-        log.info("attempt-ended", outcome=outcome, code=problem.code, reason=problem.message)
+        lease.over(outcome, code=problem.code, reason=problem.message)
         lease.tell()
         try:
             lease.client.fail(lease.id, request)
@@ -482,7 +488,7 @@ class _Cancelled(Exception):  # noqa: N818  # a word, not a failure
 class _Lease:
     """Keeps a job's lease alive from a thread, and carries progress there and cancellation back."""
 
-    def __init__(self, client: RegistryClient, claimed: ClaimInfo) -> None:
+    def __init__(self, client: RegistryClient, claimed: ClaimInfo, meters: Meters) -> None:
         job = claimed.job
         assert job is not None
         self.id, self.kind, self.attempt, self.output = job.id, job.kind, job.attempt, job.output
@@ -490,6 +496,7 @@ class _Lease:
         """What is in every line of our log, and what our requests tell the registry's."""
         self.client = client.on_behalf(self.about)
         self.inputs = claimed.inputs
+        self._meters, self._began, self._over = meters, time.monotonic(), False
         self.cancelled = self.lost = False
         self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None
@@ -505,6 +512,7 @@ class _Lease:
 
     def __enter__(self) -> "_Lease":
         log.info("attempt-begins", **self.about, kind=self.kind)
+        self._meters.jobs.labels(self.kind).inc()
         self._thread.start()
         return self
 
@@ -512,6 +520,15 @@ class _Lease:
         self._ended = True
         self._wake.set()
         self._thread.join(timeout=30)
+
+    def over(self, outcome: str, **why: str) -> None:
+        """Log and measure the end of the attempt; what is said of it after that is no news."""
+        if self._over:
+            return
+        self._over = True
+        log.info("attempt-ended", outcome=outcome, **why)
+        self._meters.jobs.labels(self.kind).dec()
+        self._meters.attempts.labels(self.kind, outcome).observe(time.monotonic() - self._began)
 
     def check(self) -> None:
         """`LeaseLost` when it is; `_Cancelled` when somebody asked for the end."""

@@ -61,6 +61,7 @@ class _Rows:
             queues = gauges.queues(session, self._clock())
             verdicts = gauges.verdicts(session)
             unverified = gauges.unverified(session)
+            unchained_s, deaf = gauges.unchained_s(session, self._clock()), gauges.deaf(session)
         jobs = GaugeMetricFamily("loractl_jobs", "Unfinished jobs.", labels=["queue", "state"])
         oldest = GaugeMetricFamily("loractl_job_wait_seconds", "Age of the oldest waiting job.", labels=["queue"])
         overdue = GaugeMetricFamily(
@@ -76,6 +77,9 @@ class _Rows:
             gates.add_metric([tier, zone], count)
         yield from (jobs, oldest, overdue, gates)
         yield GaugeMetricFamily("loractl_pushes_unverified", "Pushes that wait for a verifier.", value=unverified)
+        wait = "Age of the oldest row of the audit that waits for its place."
+        yield GaugeMetricFamily("loractl_audit_wait_seconds", wait, value=unchained_s)
+        yield GaugeMetricFamily("loractl_webhooks_failing", "Webhooks whose receiver took nothing.", value=deaf)
 
 
 class Measured:

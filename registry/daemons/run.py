@@ -21,6 +21,7 @@ from registry.services import doctor
 from registry.settings import Settings
 
 from . import gc, outbox, reconciler, scheduler, sequencer, verifier
+from .metrics import Meters, served
 
 FIRST_PAUSE_S, PATIENCE_S = 0.5, 30.0
 """The shortest and the longest pause between failures."""
@@ -46,13 +47,14 @@ DAEMONS = (
 )
 
 
-def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event) -> None:
+def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event, meters: Meters) -> None:
     """Call the daemon's step until ``stop``; its lines in the log name it."""
     bind_contextvars(daemon=daemon.name)
     failures = 0
     while not stop.is_set():
         try:
-            did = daemon.step(parts)
+            with meters.step(daemon.name):
+                did = daemon.step(parts)
         except Unavailable as error:
             failures += 1
             log.warning("daemon-waits", code=error.code, reason=error.message)
@@ -68,13 +70,15 @@ def keep_going(daemon: Daemon, parts: Parts, stop: threading.Event) -> None:
 
 def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMONS) -> None:
     """Run all ``daemons`` until ``stop``, and let each finish what it is doing."""
-    threads = [threading.Thread(target=keep_going, args=(d, parts, stop), name=d.name) for d in daemons]
-    for thread in threads:
-        thread.start()
-    log.info("daemons-started", daemons=[daemon.name for daemon in daemons])
-    stop.wait()
-    for thread in threads:
-        thread.join()
+    meters = Meters(daemon.name for daemon in daemons)
+    threads = [threading.Thread(target=keep_going, args=(d, parts, stop, meters), name=d.name) for d in daemons]
+    with served(meters, parts.settings):
+        for thread in threads:
+            thread.start()
+        log.info("daemons-started", daemons=[daemon.name for daemon in daemons])
+        stop.wait()
+        for thread in threads:
+            thread.join()
     log.info("daemons-stopped")
 
 

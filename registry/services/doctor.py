@@ -22,13 +22,15 @@ NOBODY_S = 60.0
 """For how long a job may wait in a queue where none runs: the reconciler wakes workers every few seconds."""
 LATELY = timedelta(days=1)
 
+
 def findings(
     database: Database, store: BlobStore, broker: Broker, http: httpx.Client, now: datetime
 ) -> list[Finding]:
-    """A line per part: database, migrations, clock, store, broker, workers; what is wrong comes with what helps."""
+    """A line per part: database, migrations, clock, store, broker, workers, daemons; what is wrong with what helps."""
     of_database = _database(database)
     ready = all(finding.ok for finding in of_database)
-    work = [*_clock(database, now), *_queues(database, now), *_versions(database, now)] if ready else []
+    looks = (_clock, _queues, _versions, _daemons) if ready else ()
+    work = [finding for look in looks for finding in look(database, now)]
     return [*of_database, *_store(store, http), _broker(broker), *work]
 
 
@@ -63,6 +65,23 @@ def _queues(database: Database, now: datetime) -> list[Finding]:
             help=f"Start one: celery -A workers.app worker -Q {queue.name}; or move on: loractl jobs list",
         )
         for queue in idle
+    ]
+
+
+def _daemons(database: Database, now: datetime) -> list[Finding]:
+    """What only daemons do, and do within seconds: whether it is left undone."""
+    with database.read() as session:
+        late = max((queue.overdue_s for queue in gauges.queues(session, now)), default=0.0)
+        unchained_s = gauges.unchained_s(session, now)
+    waits = {"leases that ran out are not taken back": late, "the audit is not chained": unchained_s}
+    undone = [f"{what} since {seconds:.0f} s" for what, seconds in waits.items() if seconds > NOBODY_S]
+    return [
+        Finding(
+            check="daemons",
+            ok=not undone,
+            detail="; ".join(undone) or "nothing is left undone",
+            help="Start them: python -m registry.daemons.run; where they run, their log says what fails.",
+        )
     ]
 
 

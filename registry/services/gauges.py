@@ -10,7 +10,7 @@ from datetime import datetime
 from sqlmodel import Session, col, func, select
 
 from registry.core.lifecycle import JobState, PushState
-from registry.db.models import Decision, Job, Push
+from registry.db.models import AuditRow, Decision, Job, Push, Webhook
 
 MOST_QUEUES = 50
 """Queues that are told apart; people name them, so the others are counted together."""
@@ -61,6 +61,19 @@ def verdicts(session: Session) -> dict[tuple[str, str], int]:
     zone = col(Decision.data)["verdict"]["zone"].as_string()
     query = select(Decision.tier, zone, func.count()).where(Decision.kind == "verdict").group_by(Decision.tier, zone)
     return {(str(tier), str(said)): count for tier, said, count in session.exec(query)}
+
+
+def unchained_s(session: Session, now: datetime) -> float:
+    """Age of the oldest row of the audit without a place in the chain; a sequencer gives places within seconds."""
+    waiting = select(AuditRow.at).where(col(AuditRow.seq).is_(None)).order_by(col(AuditRow.id)).limit(1)
+    oldest = session.exec(waiting).first()
+    return max(0.0, (now - oldest).total_seconds()) if oldest is not None else 0.0
+
+
+def deaf(session: Session) -> int:
+    """Webhooks whose receiver did not take what it was told last."""
+    failing = (col(Webhook.removed_at).is_(None), col(Webhook.attempts) > 0)
+    return session.exec(select(func.count()).select_from(Webhook).where(*failing)).one()
 
 
 def unverified(session: Session) -> int:

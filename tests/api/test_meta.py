@@ -1,9 +1,10 @@
 """Health, who am I, the doctor, and the description of all routes, kept as a golden file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,18 @@ from fastapi.testclient import TestClient
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
+from registry.daemons import reconciler, sequencer
 from registry.daemons.run import probe
 from registry.db.engine import Database
 from registry.db.models import Job
+from registry.parts import Parts
 from registry.schemas import ClaimRequest, Finding
 from registry.services import doctor, gauges, jobs, tokens
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
+from tests import servers
 from tests.golden.make import OPENAPI, openapi
+from tests.storage.test_probe import Gullible
 from tests.world import SETTINGS, World
 
 TOKEN = tokens.make_text()
@@ -57,56 +62,109 @@ def test_who_am_i(api: TestClient) -> None:
 def test_the_doctor_finds_nothing_where_all_is_well(api: TestClient) -> None:
     findings = api.get("/v1/doctor").json()["findings"]
     checks = {finding["check"] for finding in findings} - {"clock"}  # SQLite has ours
-    assert checks == {"database", "migrations", "store", "broker", "workers", "worker versions"}
+    assert checks == {"database", "migrations", "store", "broker", "workers", "worker versions", "daemons"}
     assert all(finding["ok"] or finding["check"] == "store" for finding in findings), findings
 
 
-def test_the_doctor_says_what_is_missing_and_what_helps(
-    embedded: World, local_store: LocalStore, tmp_path: Path
-) -> None:
+@pytest.fixture
+def told(world: World, parts: AppParts) -> Callable[[], dict[str, Finding]]:
+    """What the doctor finds, by check."""
+    return lambda: looked(parts, world.now)
+
+
+def looked(parts: AppParts, now: datetime) -> dict[str, Finding]:
+    """What the doctor finds, by check; of several under one check the last."""
+    with parts.http() as http:
+        return {f.check: f for f in doctor.findings(parts.database, parts.store, parts.broker, http, now)}
+
+
+def test_the_doctor_finds_migrations_that_were_not_applied(local_store: LocalStore, tmp_path: Path) -> None:
     empty = Database(f"sqlite:///{tmp_path / 'empty.db'}")
-    broken = AppParts(SETTINGS, empty, local_store, Broker("redis://127.0.0.1:9/0"))
-    with broken.http() as http:
-        found = {f.check: f for f in doctor.findings(empty, local_store, broken.broker, http, embedded.now)}
-    assert not found["migrations"].ok
+    found = looked(AppParts(SETTINGS, empty, local_store, Broker("memory://")), datetime.now(UTC))
+    empty.close()
+    assert (found["migrations"].ok, found["database"].ok) == (False, True)
+    assert "0001" in found["migrations"].detail
     assert "registry.db.migrate" in found["migrations"].help
-    assert not found["broker"].ok
+
+
+def test_the_doctor_finds_a_database_that_is_down_and_tells_no_password(local_store: LocalStore) -> None:
     nowhere = Database("postgresql+psycopg://nobody:secret@127.0.0.1:9/none")
-    with broken.http() as http:
-        down = doctor.findings(nowhere, local_store, broken.broker, http, embedded.now)[0]
-    assert (down.check, down.ok) == ("database", False)
-    assert "secret" not in down.detail
+    found = looked(AppParts(SETTINGS, nowhere, local_store, Broker("memory://")), datetime.now(UTC))
+    nowhere.close()
+    assert not found["database"].ok
+    assert "secret" not in found["database"].detail
+
+
+def test_the_doctor_finds_a_broker_that_is_down(embedded: World) -> None:
+    found = looked(AppParts(SETTINGS, embedded.database, embedded.store, Broker("redis://127.0.0.1:9/0")), embedded.now)
+    assert not found["broker"].ok
+
+
+def test_the_doctor_finds_a_store_that_is_down(embedded: World, tmp_path: Path) -> None:
     unreachable = LocalStore(tmp_path / "store", "http://127.0.0.1:9", b"key")
-    with broken.http() as http:
-        told = {f.check: f for f in doctor.findings(embedded.database, unreachable, broken.broker, http, embedded.now)}
-    assert not told["store"].ok
-    for database in (empty, nowhere):
-        database.close()
+    assert not looked(AppParts(SETTINGS, embedded.database, unreachable, Broker("memory://")), embedded.now)["store"].ok
 
 
-def test_the_doctor_finds_a_queue_without_a_worker_a_worker_of_another_version_and_a_clock_that_is_off(
-    world: World, parts: AppParts
+def test_the_doctor_finds_a_store_that_lacks_what_the_registry_needs(embedded: World, tmp_path: Path) -> None:
+    with servers.local_store(tmp_path / "store", Gullible) as gullible:
+        found = looked(AppParts(SETTINGS, embedded.database, gullible, Broker("memory://")), embedded.now)
+    assert not found["store"].ok
+    assert "checksum" in found["store"].detail
+
+
+def test_the_doctor_finds_a_clock_that_is_off(postgres_database: Database, local_store: LocalStore) -> None:
+    parts = AppParts(SETTINGS, postgres_database, local_store, Broker("memory://"))
+    assert looked(parts, datetime.now(UTC))["clock"].ok
+    for wrong in (timedelta(hours=1), timedelta(seconds=-30)):
+        found = looked(parts, datetime.now(UTC) + wrong)["clock"]
+        assert not found.ok
+        assert found.detail.startswith("-" if wrong < timedelta() else "+")
+
+
+def test_the_doctor_finds_a_gpu_job_that_no_gpu_worker_takes(
+    world: World, told: Callable[[], dict[str, Finding]]
 ) -> None:
-    def told(now: datetime) -> dict[str, Finding]:
-        with parts.http() as http:
-            return {f.check: f for f in doctor.findings(world.database, world.store, parts.broker, http, now)}
-
     with world.database.write() as session:
         session.add(job_row("j1", world.now))
-    assert told(world.now)["workers"].ok  # it is young
+    assert told()["workers"].ok  # it is young
     world.later(seconds=120)
-    waits = told(world.now)["workers"]
-    assert (waits.ok, "-Q gpu" in waits.help) == (False, True)
-    worker = Caller("w", "w", "worker", {"queues": ["gpu"]})
-    request = ClaimRequest(queue="gpu", worker="old-box")
+    waits = told()["workers"]
+    assert (waits.ok, "'gpu'" in waits.detail, "-Q gpu" in waits.help) == (False, True, True)
+    claimed(world, "a-gpu", f"loractl/{version('loractl')}")
+    assert told()["workers"].ok
+
+
+def test_the_doctor_finds_workers_of_another_version(world: World, told: Callable[[], dict[str, Finding]]) -> None:
+    for number, (worker, agent) in enumerate(
+        [("old-box", "loractl/0.0.1"), ("new-box", f"loractl/{version('loractl')}")]
+    ):
+        with world.database.write() as session:
+            session.add(job_row(f"j{number}", world.now))
+        claimed(world, worker, agent)
+    found = told()["worker versions"]
+    assert (found.ok, found.detail.endswith(": old-box (loractl/0.0.1)")) == (False, True)
+
+
+def test_the_doctor_finds_what_daemons_leave_undone(world: World, told: Callable[[], dict[str, Finding]]) -> None:
     with world.database.write() as session:
-        assert jobs.claim(session, worker, request, 60, world.now, "loractl/0.0.1") is not None
-    found = told(world.now)
-    assert found["workers"].ok
-    assert (found["worker versions"].ok, "old-box (loractl/0.0.1)" in found["worker versions"].detail) == (False, True)
-    if world.database.dialect == "postgresql":
-        assert not told(datetime.now(UTC) + timedelta(hours=1))["clock"].ok
-        assert told(datetime.now(UTC))["clock"].ok
+        session.add(job_row("j1", world.now))
+    claimed(world, "w", "")
+    assert told()["daemons"].ok
+    world.later(seconds=200)
+    found = told()["daemons"]
+    assert not found.ok
+    assert found.detail == "leases that ran out are not taken back since 140 s; the audit is not chained since 200 s"
+    parts = Parts(SETTINGS, world.database, world.store, Broker("memory://"), world.clock)
+    reconciler.step(parts)
+    sequencer.step(parts)
+    assert told()["daemons"].ok
+
+
+def claimed(world: World, worker: str, agent: str) -> None:
+    """A worker takes the next job of the queue ``gpu``."""
+    caller, request = Caller("w", "w", "worker", {"queues": ["gpu"]}), ClaimRequest(queue="gpu", worker=worker)
+    with world.database.write() as session:
+        assert jobs.claim(session, caller, request, 60, world.now, agent) is not None
 
 
 def job_row(identity: str, now: datetime) -> Job:

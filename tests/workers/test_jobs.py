@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import structlog
+from prometheus_client import generate_latest
 from structlog.typing import EventDict
 
 from cli.main import run
@@ -32,9 +34,10 @@ from registry.schemas import ClaimRequest, FinishRequest, JobInfo, JobRequest, O
 from registry.services import jobs
 from registry.settings import WorkerSettings
 from registry.transfer import push_adapter, push_base, push_dataset
-from tests import live
+from tests import live, servers
 from tests.factories import tiny_adapter, tiny_llama
 from workers.jobs import Worker
+from workers.metrics import Meters
 
 PATIENCE_S = 90.0
 ROWS = "".join(json.dumps({"prompt": f"{i}+1=", "completion": f" {i + 1}"}) + "\n" for i in range(24))
@@ -472,9 +475,12 @@ class Faltering(RegistryClient):
 
 def test_finished_work_waits_for_a_registry_that_is_away(home: House) -> None:
     job = home.submit({"kind": "evaluate", "base": "demo@r1", "suite": "team/parity"})
-    way = Faltering(home.registry.url, home.worker.token)
-    with Worker(home.worker, way) as worker:
+    way, meters = Faltering(home.registry.url, home.worker.token), Meters()
+    with Worker(home.worker, way, meters=meters) as worker:
         assert worker.work("cpu") == 1
+    lines = generate_latest(meters.registry).decode().splitlines()
+    assert 'loractl_worker_attempt_seconds_count{kind="evaluate",outcome="succeeded"} 1.0' in lines
+    assert 'loractl_worker_jobs{kind="evaluate"} 0.0' in lines
     done = home.client.job(job.id)
     assert (done.state, done.attempt, way.asked) == ("succeeded", 1, [job.id] * 3)
 
@@ -602,8 +608,12 @@ def test_a_job_that_ends_within_the_grace_is_let_end(tmp_path: Path, base: Path,
     (tmp_path / "registry").mkdir()
     with house(tmp_path, base, valkey_url) as home:
         job = home.train()
-        with celery(home, tmp_path / "celery.log", LORACTL_GRACE_S="90") as worker:
+        [port] = servers.free_ports(1)
+        more = {"LORACTL_GRACE_S": "90", "LORACTL_WORKER_METRICS_PORT": str(port)}
+        with celery(home, tmp_path / "celery.log", **more) as worker:
             eventually(lambda: children(worker.pid))
+            told = httpx.get(f"http://127.0.0.1:{port}/metrics").text  # by the parent, of what its pool is at
+            assert 'loractl_worker_jobs{kind="finetune"} 1.0' in told
             worker.terminate()
             assert worker.wait(PATIENCE_S) == 0
         done = home.client.job(job.id)
