@@ -4,6 +4,7 @@ Secrets have no default outside embedded mode; there ``loractl up`` makes them a
 them with mode 0600.
 """
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class Settings:
     """Refused tokens a minute that an address may send, and a sixth of them of one token; 0: any number."""
     in_flight: int = 512
     """Requests that one API process is at work on at most; 0: any number."""
+    seal_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Encrypt secrets of webhooks in the database: the first one does, all of them open."""
     webhook_private: bool = False
     """Whether webhooks may lead to addresses that are not on the internet."""
     metrics_port: int = 0
@@ -141,6 +144,7 @@ class Settings:
             rate=read.number("RATE", 1000, least=0),
             failed_sign_ins=read.number("FAILED_SIGN_INS", 60, least=0),
             in_flight=read.number("IN_FLIGHT", 512, least=0),
+            seal_keys=read.keys("SEAL_KEYS"),
             webhook_private=read.choice("WEBHOOK_PRIVATE", "no", "yes") == "yes",
             metrics_port=read.number("DAEMONS_METRICS_PORT", 0, _LAST_PORT, least=0),
             metrics_host=read("METRICS_HOST", "127.0.0.1"),
@@ -225,6 +229,18 @@ class _Reader:
             raise BadSetting(name="LORACTL_OIDC_GRANTS", reason=f"is not a list like {wanted}") from error
         audience, scope = self("OIDC_AUDIENCE", client_id), self("OIDC_SCOPE", "openid email profile")
         return OidcSettings(issuer, audience, client_id, grants, scope)
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        found = tuple(part.strip() for part in self(name, "").split(",") if part.strip())
+        for place, key in enumerate(found, 1):
+            try:
+                sound = len(base64.b64decode(key, altchars=b"-_", validate=True)) == 32
+            except ValueError:
+                sound = False
+            if not sound:
+                reason = f"has a key (number {place}) that is not 32 bytes in URL-safe base64"
+                raise BadSetting(name=f"LORACTL_{name}", reason=reason)
+        return found
 
     def number(self, name: str, default: int, most: int | None = None, least: int = 1) -> int:
         text = self(name, str(default))

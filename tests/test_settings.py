@@ -38,6 +38,7 @@ def test_what_is_missing_is_named(name: str) -> None:
     [
         ("MODE", "cloud", "'embedded'"), ("LEASE_S", "soon", "a whole number"),
         ("LEASE_S", "0", "more than 0"), ("PART_SIZE", "-1", "more than 0"),
+        ("SEAL_KEYS", "c2hvcnQ=", "number 1"), ("SEAL_KEYS", f"{'A' * 43}=, not base64", "number 2"),
         ("S3_ADDRESSING", "virtul", "'path' and 'virtual'"), ("LOG_LEVEL", "loud", "'debug', 'error', 'info' and"),
     ],
 )  # fmt: skip

@@ -36,7 +36,7 @@ from registry.services.jobs import Origin
 from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
 
 from .answers import Answers
-from .limits import Buckets, Limits, Rate
+from .limits import Limits, Rate
 from .metrics import Meters
 from .together import Together
 
@@ -60,8 +60,6 @@ class AppParts(house.Parts):
     limits: Limits = field(init=False)
     meters: Meters = field(init=False)
     oidc: Provider | None = field(init=False, default=None)
-    refused: Buckets = field(default_factory=Buckets)
-    """Refused tokens by address: of this process alone, as a secret has 256 bits and this only keeps load away."""
     _noted: dict[str, datetime] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,21 +132,23 @@ class AppParts(house.Parts):
         """`caller`, unless too many tokens were refused that came from ``address``.
 
         Counted are refusals of an address, and of one token's public part from there: so one job with an old token
-        does not lock its neighbours out at once, and nobody elsewhere can lock a token out by guessing at it.
+        does not lock its neighbours out at once, and nobody elsewhere can lock a token out by guessing at it. Processes
+        that share a Redis count together.
         """
         most = self.settings.failed_sign_ins
         if not most:
             return await run_in_threadpool(self.caller, token)
         one = max(1, most // 6)
         public = "_".join(token.split("_")[:2])[:21]
-        rates = {address: Rate(most / 60, most), f"{address} {public}": Rate(one / 60, one)}
-        if wait := max(self.refused.wait(key, rate) for key, rate in rates.items()):
+        of_address = f"refused:{address}"
+        rates = {of_address: Rate(most / 60, most), f"{of_address} {public}": Rate(one / 60, one)}
+        if wait := max([await self.limits.wait(key, rate) for key, rate in rates.items()]):
             raise SignInsLimited(address=address, retry_after=math.ceil(wait))
         try:
             return await run_in_threadpool(self.caller, token)
         except TokenRefused:
             for key, rate in rates.items():
-                self.refused.take(key, rate)
+                await self.limits.take(key, rate)
             raise
 
     async def count(self, caller: Caller) -> None:

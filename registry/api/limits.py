@@ -83,29 +83,52 @@ class Limits:
         self._take = self._redis.register_script(_TAKE) if self._redis is not None else None
         self._own = Buckets()
         self._in_hand: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        """Until when a bucket that had something is not looked at again."""
         self._away_until = 0.0
 
     async def take(self, key: str, rate: Rate) -> float:
         """Take 1 and return 0.0; or take nothing and return the seconds to wait."""
-        if self._take is None or monotonic() < self._away_until:
-            return self._own.take(key, rate)
+        self._seen.pop(key, None)
         left, until = self._in_hand.pop(key, (0, 0.0))
         if not left or monotonic() >= until:
-            wanted = max(1, min(rate.burst, round(rate.per_s / 10)))
-            try:
-                left, wait = await self._take(keys=[f"loractl:limit:{key}"], args=[rate.per_s, rate.burst, wanted])
-            except (RedisError, OSError) as error:
-                log.warning("limits-not-shared", reason=type(error).__name__)
-                self._away_until = monotonic() + AWAY_S
+            answer = await self._ask(key, rate, max(1, min(rate.burst, round(rate.per_s / 10))))
+            if answer is None:
                 return self._own.take(key, rate)
+            left, wait = answer
             if not left:
-                return float(wait)
+                return wait
             until = monotonic() + SPENT_WITHIN_S
         if left > 1:
             self._in_hand[key] = (left - 1, until)
             while len(self._in_hand) > KEPT:
                 self._in_hand.popitem(last=False)
         return 0.0
+
+    async def wait(self, key: str, rate: Rate) -> float:
+        """Seconds until 1 can be taken; 0.0 when it can be, or could less than a second ago."""
+        if self._seen.get(key, 0.0) > monotonic():
+            return 0.0
+        answer = await self._ask(key, rate, 0)
+        if answer is None:
+            return self._own.wait(key, rate)
+        if not answer[1]:
+            self._seen[key] = monotonic() + SPENT_WITHIN_S
+            while len(self._seen) > KEPT:
+                self._seen.popitem(last=False)
+        return answer[1]
+
+    async def _ask(self, key: str, rate: Rate, wanted: int) -> tuple[int, float] | None:
+        """How many of ``wanted`` the shared bucket gives, and the wait for the next one; None while it is away."""
+        if self._take is None or monotonic() < self._away_until:
+            return None
+        try:
+            given, wait = await self._take(keys=[f"loractl:limit:{key}"], args=[rate.per_s, rate.burst, wanted])
+        except (RedisError, OSError) as error:
+            log.warning("limits-not-shared", reason=type(error).__name__)
+            self._away_until = monotonic() + AWAY_S
+            return None
+        return given, float(wait)
 
     async def close(self) -> None:
         """Give the connection back."""

@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from registry.schemas import DoctorReport, Health, SignIn, SignInOffer, WhoAmI
 from registry.services import doctor
+from registry.services.seals import Seals
 
 from .deps import Anyone, Parts, User, known_caller
 
@@ -48,8 +49,10 @@ def metrics(parts: Parts, caller: User) -> Response:
 def look(parts: Parts, caller: User) -> DoctorReport:
     """Look at the usual misconfigurations; needs admin everywhere."""
     caller.require("admin", "*")
+    seals = Seals(parts.settings.seal_keys)
     with parts.http() as http:
-        return DoctorReport(findings=doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock()))
+        found = doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock(), seals)
+    return DoctorReport(findings=found)
 
 
 @router.get("/openapi.json", include_in_schema=False, dependencies=[Depends(known_caller)])

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 
 from registry.schemas import NewWebhook, Page, WebhookInfo, WebhookRequest
 from registry.services import webhooks
+from registry.services.seals import Seals
 
 from .deps import Parts, User
 
@@ -14,7 +15,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 def add_webhook(request: WebhookRequest, parts: Parts, caller: User) -> NewWebhook:
     """Tell an address what changes from now on; the secret that signs is in this answer and nowhere else."""
     with parts.database.write() as session:
-        row, secret = webhooks.add(session, caller, request, parts.clock())
+        row, secret = webhooks.add(session, caller, request, parts.clock(), Seals(parts.settings.seal_keys))
         return NewWebhook.model_validate(row.model_dump() | {"secret": secret})
 
 

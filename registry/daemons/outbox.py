@@ -9,13 +9,16 @@ import socket
 from urllib.parse import urlsplit
 
 import httpx
+import structlog
 
 from registry.core.errors import AddressRefused
 from registry.db.models import AuditRow, Webhook
 from registry.parts import Parts
 from registry.services import webhooks
+from registry.services.seals import Seals
 
 TIMEOUT_S = 10.0
+log = structlog.get_logger()
 
 
 def step(parts: Parts) -> bool:
@@ -25,9 +28,15 @@ def step(parts: Parts) -> bool:
         hook = webhooks.claim(session, now)
     if hook is None:
         return False
+    secret = webhooks.secret_of(hook, Seals(parts.settings.seal_keys))
+    if secret is None:
+        log.warning("webhook-sealed", webhook=hook.id)
+        with parts.database.write() as session:
+            webhooks.waits(session, hook, "its secret is sealed by a key that LORACTL_SEAL_KEYS lacks", parts.clock())
+        return True
     with parts.database.read() as session:
         row, seen = webhooks.following(session, hook)
-    error = send(hook, row, parts) if row is not None else None
+    error = send(hook, secret, row, parts) if row is not None else None
     with parts.database.write() as session:
         if row is None or error is None:
             webhooks.told(session, hook, seen, parts.clock())
@@ -36,7 +45,7 @@ def step(parts: Parts) -> bool:
     return True
 
 
-def send(hook: Webhook, row: AuditRow, parts: Parts) -> str | None:
+def send(hook: Webhook, secret: str, row: AuditRow, parts: Parts) -> str | None:
     """Post one change; what went wrong, None when the receiver took it (2xx)."""
     told = webhooks.body(row)
     try:
@@ -52,7 +61,7 @@ def send(hook: Webhook, row: AuditRow, parts: Parts) -> str | None:
                     "user-agent": "loractl-webhook",
                     "x-loractl-event": row.event,
                     "x-loractl-seq": str(row.seq),
-                    "x-loractl-signature": webhooks.signature(hook.secret, told, parts.clock()),
+                    "x-loractl-signature": webhooks.signature(secret, told, parts.clock()),
                 },
                 extensions={"sni_hostname": url.host},
             )

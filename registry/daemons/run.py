@@ -18,6 +18,7 @@ from registry import logs
 from registry.core.errors import Unavailable
 from registry.parts import Parts
 from registry.services import doctor
+from registry.services.seals import Seals
 from registry.settings import Settings
 
 from . import gc, outbox, reconciler, scheduler, sequencer, verifier
@@ -84,8 +85,9 @@ def run(parts: Parts, stop: threading.Event, daemons: tuple[Daemon, ...] = DAEMO
 
 def probe(parts: Parts) -> None:
     """Say in the log what an operator should know; nothing of it is a reason not to start."""
+    seals = Seals(parts.settings.seal_keys)
     with parts.http() as http:
-        for finding in doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock()):
+        for finding in doctor.findings(parts.database, parts.store, parts.broker, http, parts.clock(), seals):
             if not finding.ok:
                 log.warning("doctor", check=finding.check, detail=finding.detail, help=finding.help)
 

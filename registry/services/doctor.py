@@ -15,7 +15,8 @@ from registry.schemas import Finding
 from registry.storage.base import BlobStore
 from registry.storage.probe import probe
 
-from . import gauges
+from . import gauges, webhooks
+from .seals import Seals
 
 MAX_SKEW_S = 5.0
 NOBODY_S = 60.0
@@ -24,14 +25,33 @@ LATELY = timedelta(days=1)
 
 
 def findings(
-    database: Database, store: BlobStore, broker: Broker, http: httpx.Client, now: datetime
+    database: Database,
+    store: BlobStore,
+    broker: Broker,
+    http: httpx.Client,
+    now: datetime,
+    seals: Seals = webhooks.NONE,
 ) -> list[Finding]:
     """A line per part: database, migrations, clock, store, broker, workers, daemons; what is wrong with what helps."""
     of_database = _database(database)
     ready = all(finding.ok for finding in of_database)
     looks = (_clock, _queues, _versions, _daemons) if ready else ()
     work = [finding for look in looks for finding in look(database, now)]
-    return [*of_database, *_store(store, http), _broker(broker), *work]
+    kept = [_secrets(database, seals)] if ready else []
+    return [*of_database, *_store(store, http), _broker(broker), *work, *kept]
+
+
+def _secrets(database: Database, seals: Seals) -> Finding:
+    """How the secrets of webhooks are kept, and whether they can be used."""
+    with database.read() as session:
+        plain, sealed, closed = webhooks.secrets_kept(session, seals)
+    said = f"{sealed} sealed"
+    if plain:
+        said += f", {plain} kept as they are: {'soon sealed' if seals else 'LORACTL_SEAL_KEYS is not set'}"
+    if closed:
+        said = f"sealed by a key that LORACTL_SEAL_KEYS lacks: {', '.join(closed[:10])}"
+    again = "Give that key, too, behind the newer ones; where it is lost, add these webhooks anew."
+    return Finding(check="webhook secrets", ok=not closed, detail=said, help=again)
 
 
 def _clock(database: Database, now: datetime) -> list[Finding]:

@@ -6,6 +6,8 @@ a lease, tells row after row, and moves the cursor on after each answer; whoever
 and the receiver knows a repetition by its ``seq``. An address that does not answer is asked again after a pause that
 doubles up to an hour; a row that was refused `ATTEMPTS` times is left out, on record.
 
+The secret must be at hand; where the registry has keys it is kept sealed (`registry.services.seals`).
+
     signature = hmac_sha256(secret, time "." body)      header  x-loractl-signature: t=<unix time>,v1=<hex>
 """
 
@@ -26,8 +28,11 @@ from registry.db.models import AuditHead, AuditRow, Webhook
 from registry.schemas import WebhookRequest
 
 from . import audit
+from .seals import Seals
 from .tokens import EVERYWHERE, Caller
 
+NONE = Seals(())
+"""No keys."""
 TEST = "webhook.test"
 LEASE = timedelta(seconds=60)
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=1), timedelta(hours=1)
@@ -51,7 +56,9 @@ def check_url(url: str) -> str:
     return url
 
 
-def add(session: Session, caller: Caller, request: WebhookRequest, now: datetime) -> tuple[Webhook, str]:
+def add(
+    session: Session, caller: Caller, request: WebhookRequest, now: datetime, seals: Seals = NONE
+) -> tuple[Webhook, str]:
     """A new webhook, and its secret, shown this once: for admins of the namespace, or of everything without one."""
     if request.namespace is not None:
         check_name(request.namespace, "namespace")
@@ -63,7 +70,8 @@ def add(session: Session, caller: Caller, request: WebhookRequest, now: datetime
         namespace=request.namespace,
         url=request.url,
         events=sorted(set(request.events)),
-        secret=secret,
+        secret="" if seals else secret,
+        sealed=seals.seal(secret) if seals else None,
         cursor=session.exec(select(AuditHead.seq)).one(),
         due_at=now,
         created_by=caller.token_id,
@@ -150,6 +158,36 @@ def _wants(hook: Webhook, row: AuditRow) -> bool:
     return ours and (not hook.events or row.event.startswith(tuple(hook.events)))
 
 
+def secret_of(hook: Webhook, seals: Seals) -> str | None:
+    """What signs; None when it is sealed under a key that is not here."""
+    if hook.sealed is None:
+        return hook.secret
+    opened = seals.open(hook.sealed)
+    return opened[0] if opened else None
+
+
+def reseal(session: Session, seals: Seals) -> int:
+    """Seal by the newest key what is sealed by an older one, or not at all; how many."""
+    if not seals:
+        return 0
+    changed = 0
+    for row in session.exec(select(Webhook).where(col(Webhook.removed_at).is_(None)).with_for_update()):
+        opened = seals.open(row.sealed) if row.sealed is not None else (row.secret, False)
+        if opened is not None and not opened[1]:
+            row.secret, row.sealed = "", seals.seal(opened[0])
+            session.add(row)
+            changed += 1
+    return changed
+
+
+def secrets_kept(session: Session, seals: Seals) -> tuple[int, int, list[str]]:
+    """How many living webhooks have their secret as it is, how many sealed; ids of those that no key opens."""
+    rows = session.exec(select(Webhook).where(col(Webhook.removed_at).is_(None))).all()
+    closed = sorted(row.id for row in rows if secret_of(row, seals) is None)
+    plain = sum(row.sealed is None for row in rows)
+    return plain, len(rows) - plain, closed
+
+
 def body(row: AuditRow) -> bytes:
     """What is told of a change."""
     facts = {name: value and json.loads(value) for name, value in (("before", row.before), ("after", row.after))}
@@ -167,6 +205,11 @@ def signature(secret: str, told: bytes, now: datetime) -> str:
 def told(session: Session, hook: Webhook, seq: int, now: datetime) -> bool:
     """Move the cursor behind ``seq`` and go on; False when another has the webhook by now."""
     return _keep(session, hook, cursor=seq, attempts=0, last_error=None, due_at=now, lease_until=None)
+
+
+def waits(session: Session, hook: Webhook, reason: str, now: datetime) -> bool:
+    """Nothing can be told for a reason of ours: it waits, and nothing of it is left out."""
+    return _keep(session, hook, last_error=reason, due_at=now + LONGEST_PAUSE, lease_until=None)
 
 
 def refused(session: Session, hook: Webhook, row: AuditRow, error: str, now: datetime) -> bool:

@@ -1,6 +1,7 @@
 """Limits: what a bucket gives, how processes share one, and who has to wait for whom."""
 
 import asyncio
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -114,6 +115,19 @@ def test_an_address_whose_tokens_are_refused_has_to_wait_and_nobody_else_has(api
     assert others == [401] * 10 + [429] * 2
     away = TestClient(api.app, client=("elsewhere", 1))  # the very token that was guessed at
     assert ask(away, ADMIN).status_code == 200
+
+
+def test_refused_tokens_are_counted_by_all_processes_that_share_a_redis_together(
+    embedded: World, valkey_url: str
+) -> None:
+    settings = replace(SETTINGS, bootstrap_token=ADMIN, failed_sign_ins=1, broker_url=valkey_url)
+    address = (secrets.token_hex(8), 1)  # nobody else's in that Redis
+    made = [
+        create_app(AppParts(settings, embedded.database, embedded.store, Broker("memory://"))) for _ in range(2)
+    ]
+    with TestClient(made[0], client=address) as one, TestClient(made[1], client=address) as other:
+        answers = [ask(api, tokens.make_text()).status_code for api in (one, other, one)]
+    assert answers == [401, 429, 429]
 
 
 def test_who_watches_a_job_takes_no_place_of_those_who_ask(embedded: World) -> None:

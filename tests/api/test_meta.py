@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 
 from registry.api.app import create_app
@@ -18,14 +19,15 @@ from registry.daemons.run import probe
 from registry.db.engine import Database
 from registry.db.models import Job
 from registry.parts import Parts
-from registry.schemas import ClaimRequest, Finding
-from registry.services import doctor, gauges, jobs, tokens
+from registry.schemas import ClaimRequest, Finding, WebhookRequest
+from registry.services import doctor, gauges, jobs, tokens, webhooks
+from registry.services.seals import Seals
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
 from tests import servers
 from tests.golden.make import OPENAPI, openapi
 from tests.storage.test_probe import Gullible
-from tests.world import SETTINGS, World
+from tests.world import ADMIN, SETTINGS, World
 
 TOKEN = tokens.make_text()
 
@@ -62,7 +64,8 @@ def test_who_am_i(api: TestClient) -> None:
 def test_the_doctor_finds_nothing_where_all_is_well(api: TestClient) -> None:
     findings = api.get("/v1/doctor").json()["findings"]
     checks = {finding["check"] for finding in findings} - {"clock"}  # SQLite has ours
-    assert checks == {"database", "migrations", "store", "broker", "workers", "worker versions", "daemons"}
+    of_work = {"workers", "worker versions", "daemons", "webhook secrets"}
+    assert checks == {"database", "migrations", "store", "broker", *of_work}
     assert all(finding["ok"] or finding["check"] == "store" for finding in findings), findings
 
 
@@ -74,8 +77,10 @@ def told(world: World, parts: AppParts) -> Callable[[], dict[str, Finding]]:
 
 def looked(parts: AppParts, now: datetime) -> dict[str, Finding]:
     """What the doctor finds, by check; of several under one check the last."""
+    seals = Seals(parts.settings.seal_keys)
     with parts.http() as http:
-        return {f.check: f for f in doctor.findings(parts.database, parts.store, parts.broker, http, now)}
+        found = doctor.findings(parts.database, parts.store, parts.broker, http, now, seals)
+    return {finding.check: finding for finding in found}
 
 
 def test_the_doctor_finds_migrations_that_were_not_applied(local_store: LocalStore, tmp_path: Path) -> None:
@@ -158,6 +163,27 @@ def test_the_doctor_finds_what_daemons_leave_undone(world: World, told: Callable
     reconciler.step(parts)
     sequencer.step(parts)
     assert told()["daemons"].ok
+
+
+def test_the_doctor_says_how_secrets_of_webhooks_are_kept_and_finds_one_that_no_key_opens(embedded: World) -> None:
+    keys = [Fernet.generate_key().decode() for _ in range(2)]
+    for sealing in ((), keys[:1]):
+        with embedded.database.write() as session:
+            asked = WebhookRequest(url="http://receiver.test/")
+            hook, _ = webhooks.add(session, ADMIN, asked, embedded.now, Seals(sealing))
+
+    def found(*given: str) -> Finding:
+        settings = replace(SETTINGS, seal_keys=given)
+        parts = AppParts(settings, embedded.database, embedded.store, Broker("memory://"), embedded.clock)
+        return looked(parts, embedded.now)["webhook secrets"]
+
+    assert (found(keys[0]).ok, found(keys[0]).detail) == (True, "1 sealed, 1 kept as they are: soon sealed")
+    for given in ((), keys[1:]):
+        lacking = found(*given)
+        assert (lacking.ok, hook.id in lacking.detail) == (False, True)
+    with embedded.database.write() as session:
+        webhooks.remove(session, ADMIN, hook.id, embedded.now)
+    assert (found().ok, found().detail) == (True, "0 sealed, 1 kept as they are: LORACTL_SEAL_KEYS is not set")
 
 
 def claimed(world: World, worker: str, agent: str) -> None:

@@ -11,15 +11,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from sqlmodel import select
 
 from registry.broker import Broker
 from registry.core.errors import AddressRefused, BadRequest, ScopeMissing, WebhookNotFound
-from registry.daemons import outbox
+from registry.daemons import gc, outbox
 from registry.db.models import AuditRow, Webhook
 from registry.parts import Parts
 from registry.schemas import WebhookRequest
 from registry.services import audit, webhooks
+from registry.services.seals import Seals
 from registry.services.tokens import Caller
 from tests.world import ADMIN, World, caller
 
@@ -64,8 +66,8 @@ def receiver() -> Iterator[Receiver]:
     server.server_close()
 
 
-def parts_of(world: World, *, private: bool = True) -> Parts:
-    world = world.with_settings(webhook_private=private)
+def parts_of(world: World, *, private: bool = True, keys: tuple[str, ...] = ()) -> Parts:
+    world = world.with_settings(webhook_private=private, seal_keys=keys)
     return Parts(world.settings, world.database, world.store, Broker("memory://"), world.clock)
 
 
@@ -272,3 +274,57 @@ def test_webhooks_are_for_admins_and_others_see_none(embedded: World) -> None:
         assert webhooks.listed(session, stranger) == []
     with pytest.raises(WebhookNotFound), embedded.database.write() as session:
         webhooks.remove(session, stranger, hook.id, embedded.now)
+
+
+# ── sealed secrets ───────────────────────────────────────────────────────────
+
+
+def test_with_a_key_the_database_has_no_secret_and_the_receiver_sees_no_difference(
+    world: World, receiver: Receiver
+) -> None:
+    key = Fernet.generate_key().decode()
+    with world.database.write() as session:
+        request = WebhookRequest(url=receiver.url)
+        hook, secret = webhooks.add(session, ADMIN, request, world.now, Seals([key]))
+    assert (hook.secret, secret in str(hook.sealed)) == ("", False)
+    change(world, "one")
+    outbox.step(parts_of(world, keys=(key,)))
+    [(headers, body)] = receiver.heard
+    assert headers["x-loractl-signature"] == webhooks.signature(secret, body, world.now)
+
+
+def test_a_key_is_replaced_without_a_gap_and_what_was_in_clear_is_sealed(world: World, receiver: Receiver) -> None:
+    old, new = (Fernet.generate_key().decode() for _ in range(2))
+    _, first = add(world, receiver.url)  # before there was a key
+    for keys in ((old,), (new, old), (new,)):
+        gc.step(parts_of(world, keys=keys))
+        change(world, keys[0])
+        outbox.step(parts_of(world, keys=keys))
+        with world.database.read() as session:
+            row = session.exec(select(Webhook)).one()
+            assert row.secret == ""
+            assert Seals([keys[0]]).open(str(row.sealed)) == (first, True)
+    assert [headers["x-loractl-signature"] for headers, _ in receiver.heard] == [
+        webhooks.signature(first, body, world.now) for _, body in receiver.heard
+    ]
+    assert len(receiver.heard) == 3
+    with world.database.write() as session:
+        assert webhooks.reseal(session, Seals([new])) == 0
+
+
+def test_a_webhook_whose_key_is_missing_waits_and_loses_nothing(world: World, receiver: Receiver) -> None:
+    key, other = (Fernet.generate_key().decode() for _ in range(2))
+    add(world, receiver.url)
+    gc.step(parts_of(world, keys=(key,)))
+    change(world, "one")
+    for _ in range(webhooks.ATTEMPTS + 1):
+        outbox.step(parts_of(world, keys=(other,)))
+        world.later(hours=1)
+    gc.step(parts_of(world, keys=(other,)))  # what it cannot open it leaves as it is
+    assert receiver.heard == []
+    with world.database.read() as session:
+        row = session.exec(select(Webhook)).one()
+        assert (row.attempts, "LORACTL_SEAL_KEYS" in str(row.last_error)) == (0, True)
+    while outbox.step(parts_of(world, keys=(other, key))):
+        pass
+    assert receiver.told() == [row.id, "one"]  # that it was added, and the change

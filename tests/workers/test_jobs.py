@@ -444,6 +444,7 @@ def test_a_cancellation_ends_a_download_too(home: House) -> None:
 def test_a_full_disk_is_another_attempt_elsewhere(home: House, tmp_path: Path) -> None:
     job = home.train()
     script = "import os; from registry.settings import WorkerSettings; from workers.jobs import Worker\n"
+    script += "from registry import logs; logs.configure()\n"
     script += "print(Worker(WorkerSettings.from_environment(os.environ)).work('cpu'))"
     said = subprocess.run(
         [sys.executable, "-c", script], env=environment(home), capture_output=True, text=True, check=True,
