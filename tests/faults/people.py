@@ -29,6 +29,7 @@ from registry.core.errors import (
     NotYourJob,
     PushExpired,
     Unavailable,
+    VersionInUse,
 )
 from registry.core.manifest import Lineage
 from registry.files import digest_base, scan_folder
@@ -52,7 +53,7 @@ BOTS = ("town/ada", "town/bob", "town/eve")
 LATER = (Unavailable, PushExpired, DiskFull)
 LINE, WORKSHOP = "letters", "gpu"
 """What is trained on, and the queue of those who can."""
-LOST_RACE = (AliasMoved, LeaseLost, NotYourJob, JobNotFound)
+LOST_RACE = (AliasMoved, LeaseLost, NotYourJob, JobNotFound, VersionInUse)
 
 
 @dataclass(frozen=True)
