@@ -179,12 +179,12 @@ def work_is_done_once(session: Session, promised: Promises) -> Iterator[str]:
 
 def every_upgrade_ends(session: Session, promised: Promises) -> Iterator[str]:
     """A campaign that was started is finished, and all in it is final."""
-    campaigns = {campaign.id: campaign for campaign in session.exec(select(Campaign)).all()}
+    states = dict(session.exec(select(Campaign.id, Campaign.state)).all())
     for line in promised:
-        if line["did"] == "upgrades" and campaigns[line["campaign"]].state != CampaignState.FINISHED:
-            yield f"upgrade {line['campaign']} was started, and is {campaigns[line['campaign']].state}"
+        if line["did"] == "upgrades" and (now := states.get(line["campaign"], "lost")) != CampaignState.FINISHED:
+            yield f"upgrade {line['campaign']} was started, and is {now}"
     for item in session.exec(select(CampaignItem)).all():
-        if campaigns[item.campaign_id].state == CampaignState.FINISHED and not State(item.state).final:
+        if states[item.campaign_id] == CampaignState.FINISHED and not State(item.state).final:
             yield f"upgrade {item.campaign_id} is finished, and its adapter {item.adapter_id} is {item.state}"
 
 

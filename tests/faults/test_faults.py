@@ -60,10 +60,10 @@ def break_and_look(here: Town, tmp_path: Path) -> None:
     made = push_adapter(person.client, adapter, "town/kim", person.base, Wishes(aliases=["prod"]))
     person.note("pushed", kind="adapter", name="town/kim", digest=made.version_digest, outcome=made.outcome)
     recipe = {"kind": "compress", "base": person.base, "adapter": made.version_digest}
-    person.client.submit(JobRequest(recipe=recipe, output=Output(adapter="town/small"), queue="cpu"))
+    request = JobRequest(recipe=recipe, output=Output(adapter="town/small"), queue="cpu")
+    person.client.submit(request)
     people.work_on(hand, hand.client.claim(ClaimRequest(queue="cpu", worker="lee")))
     hand.client.close()
-    person.client.close()
     assert laws.breaches(here, set()) == []
     parts = Parts.of(here.settings)
     kept = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
@@ -74,6 +74,7 @@ def break_and_look(here: Town, tmp_path: Path) -> None:
     assert f"{made.version_digest} cannot be pulled" in broken
     parts.store.put(blob_key(weights), kept, Digest.sha256(kept))
 
+    other = person.client.submit(request.model_copy(update={"fresh": True}))
     with parts.database.write() as session:
         version = session.exec(select(Version).where(Version.digest == made.version_digest)).one()
         session.exec(update(Version).where(col(Version.id) == version.id).values(number=7, latest=False))
@@ -81,7 +82,10 @@ def break_and_look(here: Town, tmp_path: Path) -> None:
         alias.generation += 1
         session.add(alias)
         job = session.exec(select(Job).where(Job.state == JobState.SUCCEEDED).limit(1)).one()
-        session.exec(update(Version).where(col(Version.job_id) == job.id).values(job_id=None))
+        session.exec(update(Version).values(job_id=other.id))
+        session.exec(update(Job).where(col(Job.id) == other.id).values(kind="finetune"))
+    person.client.close()
+    person.note("upgrades", campaign="c-lost")
     person.note("asked", job="j-lost")
     person.note("deleted", name="town/kim", digest=made.version_digest, outcome={"version": "v7"})
     broken = "\n".join(laws.breaches(here, set()))
@@ -90,6 +94,9 @@ def break_and_look(here: Town, tmp_path: Path) -> None:
     assert "marked as such" in broken
     assert "its moves" in broken
     assert f"job {job.id} succeeded and made 0 versions" in broken
+    assert f"job {other.id} is queued" in broken
+    assert "the training sha256:" in broken
+    assert "upgrade c-lost was started, and is lost" in broken
     assert "job j-lost was lost" in broken
     assert "town/kim@v7 was deleted, and is" in broken
 
