@@ -330,8 +330,8 @@ def _asked(tier: Tier, recorded: FineTune, adapter: str) -> Rebase:
     warm = recorded.model_copy(update={"steps": _few(recorded)})
     training = {"warm-start": warm, "retrain": recorded}.get(tier)
     taught = Distil(
-        steps=max(4, recorded.steps // 5), learning_rate=recorded.learning_rate, batch_tokens=512, max_length=256,
-        max_new_tokens=64, precision="fp32",
+        steps=max(4, min(100, recorded.steps * 2 // 3)), learning_rate=recorded.learning_rate, batch_tokens=512,
+        max_length=256, max_new_tokens=64, precision="fp32",
     )  # fmt: skip
     return Rebase(
         tier=tier, adapter=adapter, old=OLD, base=NEW, training=training, suite=SOME if training else None,
