@@ -66,7 +66,7 @@ check: .venv/install.stamp ## Lint, types and the import rules
 soak: .venv/install.stamp ## Hours of misfortune: 250 episodes in each of four registries (EPISODES=N)
 	@$(BIN)/python -m tests.faults.run --episodes $(or $(EPISODES),250)
 
-fuzz: .venv/install.stamp ## Bad inputs for every reader, hours of them (CASES=N of each)
+fuzz: .venv/install.stamp ## Bad inputs for every reader and every route (CASES=N of each)
 	@$(BIN)/python -m tests.fuzz.run --cases $(or $(CASES),20000)
 
 bench: .venv/install.stamp ## Measure the claims and write docs/benchmarks.md

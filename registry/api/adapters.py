@@ -121,7 +121,11 @@ def _resolved(
     return answer.model_dump_json(by_alias=True).encode()
 
 
-@router.get("/adapters/{namespace}/{name}/versions/{version}/manifest", openapi_extra=_OF_MANIFEST)
+@router.get(
+    "/adapters/{namespace}/{name}/versions/{version}/manifest",
+    openapi_extra=_OF_MANIFEST,
+    responses={304: {"description": "It is the one that the caller has"}},
+)
 async def show_manifest(request: Request, caller: User) -> Response:
     """The canonical bytes of the manifest; immutable where the version is named by its digest."""
     house, (namespace, name, version) = here(request), (request.path_params[part] for part in _PATH)

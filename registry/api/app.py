@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from uuid import uuid4
 
 import structlog
@@ -44,6 +45,7 @@ from . import (
 )
 from . import tokens as token_routes
 from .deps import AppParts, known_caller
+from .document import document
 from .metrics import Measured
 from .store import store_router
 
@@ -66,6 +68,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
         openapi_url=None,  # every route but health needs a token, this one too: `meta.openapi`
     )
     app.state.parts = parts
+    app.openapi = partial(document, app)  # type: ignore[method-assign]  # FastAPI's own way to say more
     problems.install(app)
     # Routes are tried in this order: what is asked most comes first.
     nouns = (adapters, downloads, pushes, jobs, bases, datasets, policies, upgrades, schedules, token_routes)

@@ -46,7 +46,14 @@ def show(ref: str, parts: Parts, caller: User) -> BaseInfo:
         return bases.show(session, caller, ref)
 
 
-@router.get("/bases/{ref}/table")
+@router.get(
+    "/bases/{ref}/table",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/zlib": {"schema": {"type": "string", "format": "binary"}}}},
+        304: {"description": "It is the one that the caller has"},
+    },
+)
 def table(ref: str, parts: Parts, caller: User, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The tensor table, compressed; immutable by digest."""
     with parts.database.read() as session:

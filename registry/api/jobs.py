@@ -43,7 +43,7 @@ log = structlog.get_logger()
 _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses={200: {"model": JobInfo, "description": "It was there already"}})
 def submit_job(request: JobRequest, parts: Parts, caller: User, asked: Asked, response: Response) -> JobInfo:
     """Ask for work; 200 and the job that is there already when it is equal."""
     with parts.database.write() as session:

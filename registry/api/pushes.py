@@ -1,5 +1,7 @@
 """Routes of pushes: open, parts, seal, state, commit, abort. A worker's own pushes are opened at its job."""
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 
 from registry.core.lifecycle import PushState
@@ -12,12 +14,15 @@ from registry.services.tokens import Caller
 from .deps import Anyone, AppParts, Parts, User
 
 router = APIRouter(prefix="/v1", tags=["pushes"])
+_THERE: dict[int | str, dict[str, Any]] = {200: {"model": PushInfo, "description": "Exactly this version is there"}}
 
 
 def _series_routes(kind: Kind) -> APIRouter:
     made = APIRouter()
 
-    @made.post(f"/{kind}s/{{namespace}}/{{name}}/pushes", status_code=201, operation_id=f"open_{kind}_push")
+    path = f"/{kind}s/{{namespace}}/{{name}}/pushes"
+
+    @made.post(path, status_code=201, responses=_THERE, operation_id=f"open_{kind}_push")
     def opened(
         namespace: str, name: str, request: PushRequest, parts: Parts, caller: User, response: Response
     ) -> PushInfo:
@@ -32,7 +37,7 @@ router.include_router(_series_routes("dataset"))
 router.include_router(_series_routes("suite"))
 
 
-@router.post("/bases/pushes", status_code=201)
+@router.post("/bases/pushes", status_code=201, responses=_THERE)
 def open_base_push(request: PushRequest, parts: Parts, caller: User, response: Response) -> PushInfo:
     """The same for a base model, to the wished line."""
     return _opened(parts, caller, "base", pushes.base_series(request.wishes), request, response)
@@ -74,7 +79,7 @@ def show_push(push_id: str, parts: Parts, caller: Anyone) -> PushInfo:
     return _described(parts, push_id, caller)
 
 
-@router.post("/pushes/{push_id}/commit", status_code=202)
+@router.post("/pushes/{push_id}/commit", status_code=202, responses={201: {"model": PushInfo}})
 def commit(push_id: str, parts: Parts, caller: Anyone, response: Response) -> PushInfo:
     """Ask for the commit, or how it stands: 202 while it is verified (a job's: until the job ends), 201 when done."""
     now = parts.clock()

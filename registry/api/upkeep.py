@@ -28,8 +28,14 @@ def set_quota(namespace: str, request: QuotaRequest, parts: Parts, caller: User)
         return quotas.put(session, caller, namespace, request, parts.clock())
 
 
-@router.post("/fsck", response_model=FsckLine)
-def check(request: FsckRequest, parts: Parts, caller: User) -> StreamingResponse:
+class Lines(StreamingResponse):
+    """An answer of one JSON object a line."""
+
+    media_type = "application/x-ndjson"
+
+
+@router.post("/fsck", response_model=FsckLine, response_class=Lines)
+def check(request: FsckRequest, parts: Parts, caller: User) -> Lines:
     """Compare bucket and rows, both ways; a line (NDJSON) for each finding, and for progress. For admins of everything.
 
     A check runs on after its first line was sent, so what ends it early is the last line.
@@ -38,7 +44,7 @@ def check(request: FsckRequest, parts: Parts, caller: User) -> StreamingResponse
     with parts.database.write() as session:
         asked = request.model_dump()
         audit.record(session, "fsck.begun", "*", actor=caller.token_id, now=parts.clock(), after=asked)
-    return StreamingResponse(_lines(parts, request, caller.token_id), media_type="application/x-ndjson")
+    return Lines(_lines(parts, request, caller.token_id))
 
 
 def _lines(parts: AppParts, request: FsckRequest, actor: str) -> Iterator[bytes]:

@@ -265,7 +265,13 @@ class Api:
 def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_store: Any) -> Iterator[Api]:
     folder = tmp_path_factory.mktemp("access")
     (folder / "registry.db").write_bytes(sqlite_template.read_bytes())
-    world = World(Database(f"sqlite:///{folder / 'registry.db'}"), local_store)
+    with seeded(World(Database(f"sqlite:///{folder / 'registry.db'}"), local_store), folder) as found:
+        yield found
+
+
+@contextmanager
+def seeded(world: World, folder: Path) -> Iterator[Api]:
+    """A registry with one of each thing that a route can name, in a campaign, and its API."""
     upgrade = Upgrade(world, folder)
     upgrade.policy(POLICY)
     digest = upgrade.serve()
@@ -301,7 +307,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, local_s
         "base_push": base_push(upgrade.v1)[0].model_dump(mode="json"),
     }  # fmt: skip
     missing = facts | {"namespace": "absent", "version": ZERO, "fingerprint": ZERO, "ids": dict.fromkeys(facts["ids"], "missing")}
-    parts = AppParts(SETTINGS, world.database, local_store, Broker("memory://"), world.clock)
+    parts = AppParts(world.settings, world.database, world.store, Broker("memory://"), world.clock)
     with TestClient(create_app(parts), raise_server_exceptions=False) as client:
         yield Api(client, world, facts, missing)
 

@@ -1,6 +1,7 @@
 """What several API processes on one PostgreSQL keep together: real ones, each on a port of its own."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ import httpx
 import psycopg
 import pytest
 from sqlalchemy import make_url
+from sqlmodel import col, select
 
 from registry.db.engine import Database
+from registry.db.models import Token
 from registry.services.tokens import make_text
 from registry.settings import S3Settings
 from tests import servers
@@ -53,6 +56,32 @@ def serving(stack: ExitStack, folder: Path, env: dict[str, str]) -> httpx.Client
 
     process.wait_until(answers)
     return client
+
+
+def test_of_two_hundred_clients_at_once_each_is_answered_or_refused_and_nothing_let_in_is_dropped(
+    postgres_database: Database, s3_settings: S3Settings, tmp_path: Path
+) -> None:
+    clients = 200
+    env = environment(postgres_database, s3_settings, LORACTL_IN_FLIGHT="8")
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    with ExitStack() as stack:
+        url = serving(stack, tmp_path / "one", env).base_url
+        limits = httpx.Limits(max_connections=clients)
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=120, limits=limits))
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
+        ready = threading.Barrier(clients)
+
+        def ask(number: int) -> httpx.Response:
+            ready.wait(60)
+            return client.post("/v1/tokens", json={"name": f"n{number}", "scopes": {"team": ["read"]}}, headers=headers)
+
+        answers = list(pool.map(ask, range(clients)))
+    assert {answer.status_code for answer in answers} == {201, 503}
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert all(answer.json()["code"] == "overloaded" and int(answer.headers["retry-after"]) > 0 for answer in refused)
+    with postgres_database.read() as session:
+        kept = session.exec(select(Token.name).where(col(Token.name).startswith("n"))).all()
+    assert sorted(kept) == sorted(answer.json()["name"] for answer in answers if answer.status_code == 201)
 
 
 def test_what_is_too_much_is_refused_at_the_door_and_what_was_let_in_is_answered(

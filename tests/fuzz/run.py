@@ -25,7 +25,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-ENGINES = ("drawn", "guided")
+ENGINES = ("drawn", "guided", "api")
 CORPUS = Path(__file__).with_name("corpus")
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "fuzzing.md"
@@ -71,7 +71,7 @@ def drawn(name: str, cases: int, start: int, keep: Path) -> Told:
         try:
             quiet(seed(start + number)(given(target.inputs)(case)))()
         except Exception as error:  # noqa: BLE001  # each is a finding
-            place = _kept(name, last, keep)
+            place = kept(name, last, keep)
             told.findings.append(
                 f"{type(error).__name__}: {str(error)[:300]} ({_where(traceback.format_exc())}) ← {place}"
             )
@@ -80,7 +80,8 @@ def drawn(name: str, cases: int, start: int, keep: Path) -> Told:
     return _measured(told, began)
 
 
-def _kept(name: str, data: bytes, keep: Path) -> Path:
+def kept(name: str, data: bytes, keep: Path) -> Path:
+    """Where the input of a finding lies from now on."""
     keep.mkdir(parents=True, exist_ok=True)
     place = keep / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}"
     place.write_bytes(data)
@@ -119,7 +120,7 @@ def guided(name: str, cases: int, start: int, keep: Path) -> Told:
         command = [sys.executable, "-m", "tests.fuzz.guided", name, str(corpus), f"-runs={cases}", f"-seed={start + 1}"]
         command += [
             "-max_len=4096",
-            "-timeout=20",
+            "-timeout=300",
             f"-rss_limit_mb={MEMORY_MB}",
             f"-dict={words}",
             "-print_final_stats=1",
@@ -141,7 +142,7 @@ def guided(name: str, cases: int, start: int, keep: Path) -> Told:
         told.taken = int(taken.read_bytes() or b"0")
         for crash in crashes.iterdir():
             cause = (re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", said, re.MULTILINE) or [crash.name])[-1]
-            place = _kept(name, crash.read_bytes(), keep)
+            place = kept(name, crash.read_bytes(), keep)
             told.findings.append(f"{cause[:300]} ({_where(said)}) ← {place}")
         if done.returncode and not told.findings:
             told.findings.append(f"ended with {done.returncode}: {said[-500:]}")
@@ -149,8 +150,19 @@ def guided(name: str, cases: int, start: int, keep: Path) -> Told:
     return told
 
 
+def api(name: str, cases: int, start: int, keep: Path) -> Told:
+    """``cases`` requests that schemathesis draws of our OpenAPI document."""
+    from tests.fuzz.api import asked
+
+    return _measured(asked(name, cases, start, keep), time.monotonic())
+
+
 def names(engine: str) -> list[str]:
     """The targets of an engine."""
+    if engine == "api":
+        from tests.fuzz.api import PLACES
+
+        return list(PLACES)
     from tests.fuzz.targets import TARGETS
 
     return [name for name, target in TARGETS.items() if engine == "drawn" or target.guided]
@@ -227,7 +239,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.one:
         engine, _, target = asked.one.partition("/")
-        one = {"drawn": drawn, "guided": guided}[engine](target, asked.cases, asked.seed, asked.keep)
+        one = {"drawn": drawn, "guided": guided, "api": api}[engine](target, asked.cases, asked.seed, asked.keep)
         asked.told_to.write_text(json.dumps(asdict(one)))
         return
     told = []
