@@ -9,7 +9,9 @@ from .output import Output, command, fields, short, size, table
 from .parameters import bytes_of
 
 if TYPE_CHECKING:
-    from registry.schemas import QuotaInfo
+    from registry.schemas import FsckLine, QuotaInfo
+
+FINDING = {"blob", "problem", "detail", "named_by", "repaired", "replica"}
 
 
 @click.group("quota", short_help="What namespaces may hold: show, set.")
@@ -60,12 +62,14 @@ def _quota(info: "QuotaInfo") -> None:
 
 @command(None, "loractl fsck", "loractl fsck --deep --repair", "loractl fsck --json")
 @click.option("--deep", is_flag=True, help="Read every byte, instead of asking the store for sizes.")
-@click.option("--repair", is_flag=True, help="Remove orphans; mark what is lost, so that a push of it brings it back.")
+@click.option("--repair", is_flag=True,
+              help="Remove orphans; bring what is lost from the replica, or let a push bring it.")  # fmt: skip
 def fsck(out: Output, deep: bool, repair: bool) -> None:
     """Compare the bucket with the database, both ways; exits with 1 when something is wrong and was not repaired.
 
     Finds blobs that are missing, of the wrong size, corrupt, orphaned, or unknown, and says what names them; with
-    --deep also signatures that do not hold any more.
+    --deep also signatures that do not hold any more. A repair reads the registry's replica, where it has one
+    (LORACTL_REPLICA_URL), and says what that had of each lost blob.
     """
     from registry.schemas import FsckRequest
 
@@ -79,7 +83,7 @@ def fsck(out: Output, deep: bool, repair: bool) -> None:
     left = [line for line in found if not line.repaired]
     document = {
         "ok": not left, "rows": seen["rows"], "objects": seen["bucket"],
-        "findings": [line.model_dump(include={"blob", "problem", "detail", "named_by", "repaired"}) for line in found],
+        "findings": [line.model_dump(include=FINDING) for line in found],
     }  # fmt: skip
 
     def show() -> None:
@@ -87,13 +91,19 @@ def fsck(out: Output, deep: bool, repair: bool) -> None:
         if found:
             table(
                 ["blob", "what", "detail", "named by", "repaired"],
-                ([short(line.blob), line.problem, line.detail, ", ".join(line.named_by), "yes" if line.repaired else ""]
+                ([short(line.blob), line.problem, line.detail, ", ".join(line.named_by), _repaired(line)]
                  for line in found),
             )  # fmt: skip
 
     out.emit(document, show)
     if left:
         raise click.exceptions.Exit(1)
+
+
+def _repaired(line: "FsckLine") -> str:
+    if line.replica == "healed":
+        return "from the replica"
+    return f"{'yes' if line.repaired else ''}{f' (replica: {line.replica})' if line.replica else ''}"
 
 
 COMMANDS: dict[str, click.Command] = {"quota": quota, "fsck": fsck}

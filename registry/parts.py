@@ -13,9 +13,9 @@ import httpx
 
 from .broker import Broker
 from .db.engine import Database
-from .settings import BadSetting, Settings
-from .storage.base import BlobStore
-from .storage.local import LocalStore
+from .settings import BadSetting, S3Settings, Settings
+from .storage.base import BlobSource, BlobStore
+from .storage.local import LocalCopy, LocalStore
 
 
 @dataclass
@@ -27,11 +27,13 @@ class Parts:
     store: BlobStore
     broker: Broker
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    replica: BlobSource | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The parts that ``settings`` name."""
-        return cls(settings, Database(settings.database_url), open_store(settings), Broker(settings.broker_url))
+        database, broker = Database(settings.database_url), Broker(settings.broker_url)
+        return cls(settings, database, open_store(settings), broker, replica=open_replica(settings))
 
     def http(self) -> httpx.Client:
         """A client for the store's signed URLs, as people outside use them; the caller closes it."""
@@ -51,3 +53,12 @@ def open_store(settings: Settings) -> BlobStore:
     if settings.data is None:
         raise BadSetting(name="LORACTL_S3_BUCKET", reason="is missing: only embedded mode keeps blobs in a folder")
     return LocalStore(settings.data / "store", settings.public_url, settings.signing_key)
+
+
+def open_replica(settings: Settings) -> BlobSource | None:
+    """The copy of the store that ``settings`` name, if any."""
+    if isinstance(settings.replica, S3Settings):
+        from .storage.s3 import S3Store
+
+        return S3Store(settings.replica)
+    return None if settings.replica is None else LocalCopy(settings.replica)

@@ -963,6 +963,8 @@ class FsckLine(Answer):
     detail: str = ""
     named_by: list[str] = Field(default_factory=list)
     repaired: bool = False
+    replica: str | None = None
+    """What the replica had of it, where one was asked: healed, missing, damaged or down"""
     error: dict[str, Any] | None = None
 
 

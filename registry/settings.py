@@ -76,6 +76,8 @@ class Settings:
     data: Path | None = None
     """Embedded: the folder of the local store."""
     s3: S3Settings | None = None
+    replica: Path | S3Settings | None = None
+    """A copy of the store that `fsck --repair` may read from: a folder such as that of a backup, or a bucket."""
     bootstrap_token: str | None = field(default=None, repr=False)
     """The first admin's token, made valid at start."""
     bootstrap_worker_token: str | None = field(default=None, repr=False)
@@ -130,6 +132,7 @@ class Settings:
             )
             if bucket
             else None,
+            replica=read.replica(),
             bootstrap_token=read("BOOTSTRAP_TOKEN", "") or None,
             bootstrap_worker_token=read("BOOTSTRAP_WORKER_TOKEN", "") or None,
             file_roots=tuple(Path(part).resolve() for part in read("FILE_ROOTS", "").split(":") if part),
@@ -241,6 +244,24 @@ class _Reader:
                 reason = f"has a key (number {place}) that is not 32 bytes in URL-safe base64"
                 raise BadSetting(name=f"LORACTL_{name}", reason=reason)
         return found
+
+    def replica(self) -> Path | S3Settings | None:
+        url = self("REPLICA_URL", "")
+        kind, _, rest = url.partition("://")
+        if kind == "s3" and rest.strip("/") and "/" not in rest.strip("/"):
+            return S3Settings(
+                bucket=rest.strip("/"),
+                endpoint=self("REPLICA_S3_ENDPOINT", self("S3_ENDPOINT", "")) or None,
+                public_endpoint=None,
+                region=self("REPLICA_S3_REGION", self("S3_REGION", "us-east-1")),
+                access_key=self("REPLICA_S3_ACCESS_KEY", self("S3_ACCESS_KEY", "") or None),
+                secret_key=self("REPLICA_S3_SECRET_KEY", self("S3_SECRET_KEY", "") or None),
+                path_style=self.choice("REPLICA_S3_ADDRESSING", "path", "virtual") == "path",
+            )
+        folder = rest if kind == "file" else url
+        if url and not folder.startswith("/"):
+            raise BadSetting(name="LORACTL_REPLICA_URL", reason=f"is '{url[:80]}'; expected /a/folder or s3://bucket")
+        return Path(folder) if url else None
 
     def number(self, name: str, default: int, most: int | None = None, least: int = 1) -> int:
         text = self(name, str(default))

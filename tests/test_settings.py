@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.settings import BadSetting, Settings, WorkerSettings
+from registry.settings import BadSetting, S3Settings, Settings, WorkerSettings
 
 FLEET = {
     "LORACTL_DATABASE_URL": "postgresql+psycopg://u:hunter2@db/loractl",
@@ -63,6 +63,21 @@ def test_a_public_endpoint_is_the_internal_one_until_it_is_named() -> None:
     assert found is not None and apart is not None
     assert (found.endpoint, found.public_endpoint) == ("http://s3:8333", "http://s3:8333")
     assert (apart.endpoint, apart.public_endpoint) == ("http://s3:8333", "https://s3.example")
+
+
+def test_a_replica_is_a_folder_or_a_bucket_with_keys_of_its_own_or_the_stores() -> None:
+    assert Settings.from_environment(FLEET).replica is None
+    for url in ("/mnt/backup", "file:///mnt/backup"):
+        assert Settings.from_environment(FLEET | {"LORACTL_REPLICA_URL": url}).replica == Path("/mnt/backup")
+    bucket = FLEET | {"LORACTL_REPLICA_URL": "s3://copy", "LORACTL_S3_ENDPOINT": "http://s3:8333"}
+    same = Settings.from_environment(bucket).replica
+    assert same == S3Settings("copy", "http://s3:8333", None, "us-east-1", "access", "hunter2")
+    apart = {"ENDPOINT": "https://far.example", "ACCESS_KEY": "reader", "SECRET_KEY": "far", "ADDRESSING": "virtual"}
+    other = Settings.from_environment(bucket | {f"LORACTL_REPLICA_S3_{name}": value for name, value in apart.items()})
+    assert other.replica == S3Settings("copy", "https://far.example", None, "us-east-1", "reader", "far", False)
+    for wrong in ("backup", "http://far.example", "s3://", "s3://copy/blobs"):
+        with pytest.raises(BadSetting, match=r"LORACTL_REPLICA_URL is '.*'; expected /a/folder or s3://bucket"):
+            Settings.from_environment(FLEET | {"LORACTL_REPLICA_URL": wrong})
 
 
 def test_a_worker_holds_no_database_and_no_key() -> None:

@@ -49,8 +49,9 @@ def check(request: FsckRequest, parts: Parts, caller: User) -> Lines:
 
 def _lines(parts: AppParts, request: FsckRequest, actor: str) -> Iterator[bytes]:
     found = fsck.check(
-        parts.database, parts.store, deep=request.deep, repair=request.repair, actor=actor, now=parts.clock()
-    )
+        parts.database, parts.store, parts.replica, deep=request.deep, repair=request.repair, actor=actor,
+        now=parts.clock(),
+    )  # fmt: skip
     try:
         for line in found:
             yield line.model_dump_json().encode() + b"\n"

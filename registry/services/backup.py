@@ -31,7 +31,7 @@ from sqlalchemy import LargeBinary, Table, func, select, text, update
 from sqlmodel import Session, SQLModel
 
 from registry.core.digest import Digest
-from registry.core.errors import BackupUnusable, BlobNotFound, NotEmpty
+from registry.core.errors import BackupUnusable, BlobNotFound, ChecksumRefused, NotEmpty
 from registry.core.lifecycle import UNFINISHED, PushState
 from registry.db.engine import Database
 from registry.db.models import AuditHead, UtcDateTime
@@ -267,12 +267,12 @@ def _require_empty(session: Session) -> None:
 def _put(store: BlobStore, path: Path, digest: str) -> None:
     try:
         with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+            size, pieces = os.fstat(file.fileno()).st_size, iter(lambda: file.read(1 << 20), b"")
+            store.put_stream(blob_key(digest), pieces, size=size, sha256=Digest.parse(digest))
     except FileNotFoundError as error:
         raise BackupUnusable(path=str(path), reason="a blob of the snapshot is missing") from error
-    if f"sha256:{actual}" != digest:
-        raise BackupUnusable(path=str(path), reason="it is damaged: its bytes are not those of its name")
-    store.put_file(blob_key(digest), path, Digest.parse(digest))
+    except ChecksumRefused as error:
+        raise BackupUnusable(path=str(path), reason="it is damaged: its bytes are not those of its name") from error
 
 
 def _insert(session: Session, table: Table, rows: Iterator[dict[str, Any]], lost: set[str], now: datetime) -> None:

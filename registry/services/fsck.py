@@ -6,13 +6,20 @@
     signature        bad-signature (``deep``): one that held when it came does not hold any more; nothing repairs that
 
 ``repair`` removes orphans, and marks what is lost: a blob that is *missing* is not offered as present, and whoever
-pushes the same content again brings its bytes (`blobs.place`). Each repair is a transaction that holds the blob's lock
-and looks again, for things move on while this looks.
+pushes the same content again brings its bytes (`blobs.place`). Where there is a replica, its bytes are brought at once:
+
+    replica → staging, verified on the way → the blob is marked as lost → staging → its place
+
+Each repair is a transaction that holds the blob's lock and looks again, for things move on while this looks. Dying
+anywhere leaves a blob that is marked as lost, which the next repair heals, and bytes in staging, which the collector
+removes; two repairs at once bring the same bytes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -20,12 +27,12 @@ from sqlalchemy import ColumnElement, exists
 from sqlmodel import Session, col, func, or_, select
 
 from registry.core.digest import Digest
-from registry.core.errors import BlobNotFound
+from registry.core.errors import BlobNotFound, ChecksumRefused, StorageDown
 from registry.core.lifecycle import VersionState
 from registry.db.engine import Database
 from registry.db.models import Adapter, Base, Blob, Dataset, DatasetVersion, ManifestBlob, Version
 from registry.schemas import FsckLine
-from registry.storage.base import BlobStore, Stat
+from registry.storage.base import BlobReader, BlobSource, BlobStore, Stat
 
 from . import audit, signatures
 from .blobs import add_once, blob_key
@@ -40,12 +47,19 @@ Kind = Literal["missing", "wrong-size", "corrupt", "orphan", "unknown", "bad-sig
 
 
 def check(
-    database: Database, store: BlobStore, *, deep: bool, repair: bool, actor: str, now: datetime
+    database: Database,
+    store: BlobStore,
+    replica: BlobSource | None = None,
+    *,
+    deep: bool,
+    repair: bool,
+    actor: str,
+    now: datetime,
 ) -> Iterator[FsckLine]:
-    """Findings as they are made, with progress in between."""
-    yield from _rows(database, store, deep=deep, repair=repair, actor=actor, now=now)
+    """Findings as they are made, with progress in between; a repair reads ``replica`` for what is lost."""
+    yield from _rows(database, store, replica, deep=deep, repair=repair, actor=actor, now=now)
     yield from _bucket(database, store, repair=repair, actor=actor, now=now)
-    yield from _manifests(database, repair=repair, actor=actor, now=now)
+    yield from _manifests(database, store, replica, repair=repair, actor=actor, now=now)
     if deep:
         yield from _signatures(database)
 
@@ -54,7 +68,14 @@ def check(
 
 
 def _rows(
-    database: Database, store: BlobStore, *, deep: bool, repair: bool, actor: str, now: datetime
+    database: Database,
+    store: BlobStore,
+    replica: BlobSource | None,
+    *,
+    deep: bool,
+    repair: bool,
+    actor: str,
+    now: datetime,
 ) -> Iterator[FsckLine]:
     with database.read() as session:
         total = session.exec(select(func.count()).select_from(Blob)).one()
@@ -69,8 +90,10 @@ def _rows(
                     problem, detail = told
             done += 1
             if problem:
-                repaired = repair and _lose(database, store, row, problem, deep=deep, actor=actor, now=now)
-                yield _finding(database, row.digest, problem, detail, repaired=repaired, done=done, total=total)
+                lose = partial(_lose, database, store, row, problem, deep=deep, actor=actor, now=now)
+                mend = partial(_mend, database, store, replica, row.digest, lose, actor, now)
+                repaired, had = mend() if repair else (False, None)
+                yield _finding(database, row.digest, problem, detail, had, repaired=repaired, done=done, total=total)
         last = page[-1].digest
         yield FsckLine(what="rows", done=done, total=total)
 
@@ -130,6 +153,81 @@ def _lose(
         return True
 
 
+# ── what a replica has ───────────────────────────────────────────────────────
+
+Had = Literal["healed", "missing", "damaged", "down"]
+
+
+class _Down(Exception):  # noqa: N818  # an answer, not an error
+    """The replica stopped answering while it was read."""
+
+
+def _mend(
+    database: Database,
+    store: BlobStore,
+    replica: BlobSource | None,
+    digest: str,
+    lose: Callable[[], bool],
+    actor: str,
+    now: datetime,
+) -> tuple[bool, Had | None]:
+    """Mark the blob as lost, and bring it from the replica; whether it was repaired, and what the replica had of it."""
+    if replica is None:
+        return lose(), None
+    staged = f"staging/fsck-{secrets.token_hex(8)}/{Digest.parse(digest).hex}"
+    had, size = _fetch(store, replica, digest, staged)
+    try:
+        repaired = lose()
+        if repaired and had == "healed":
+            _bring(database, store, staged, digest, size, actor, now)
+        return repaired, had if repaired else None
+    finally:
+        store.delete(staged)
+
+
+def _fetch(store: BlobStore, replica: BlobSource, digest: str, staged: str) -> tuple[Had, int]:
+    """Copy the replica's bytes under ``staged``, verified as they come; "healed" and their size when they are right."""
+    try:
+        with _opened(replica, digest) as reader:
+            store.put_stream(staged, _told(reader), size=reader.size, sha256=Digest.parse(digest))
+            return "healed", reader.size
+    except BlobNotFound:
+        return "missing", 0
+    except ChecksumRefused:
+        return "damaged", 0
+    except _Down:
+        return "down", 0
+
+
+def _opened(replica: BlobSource, digest: str) -> BlobReader:
+    try:
+        return replica.open(blob_key(digest))
+    except StorageDown as error:
+        raise _Down from error
+
+
+def _told(reader: BlobReader) -> Iterator[bytes]:
+    try:
+        yield from reader.chunks()
+    except StorageDown as error:
+        raise _Down from error
+
+
+def _bring(
+    database: Database, store: BlobStore, staged: str, digest: str, size: int, actor: str, now: datetime
+) -> None:
+    """Give staged bytes their place, unless somebody brought them meanwhile."""
+    with database.write() as session:
+        query = select(Blob).where(Blob.digest == digest).with_for_update()
+        row = session.exec(query.execution_options(populate_existing=True)).first()
+        if row is None or row.missing_since is None:
+            return
+        store.copy(staged, blob_key(digest))
+        row.verified, row.size, row.missing_since = "full", size, None
+        session.add(row)
+        audit.record(session, "blob.healed", digest, actor=actor, reason="from the replica", now=now)
+
+
 # ── from bytes to rows ───────────────────────────────────────────────────────
 
 
@@ -144,7 +242,7 @@ def _bucket(database: Database, store: BlobStore, *, repair: bool, actor: str, n
             if (digest := _digest(stat)) not in known and old:
                 repaired = repair and _remove(database, store, stat.key, digest, actor, now)
                 detail = f"{stat.size} bytes that no row knows"
-                yield _finding(database, digest, "orphan", detail, repaired=repaired, done=done, total=0)
+                yield _finding(database, digest, "orphan", detail, None, repaired=repaired, done=done, total=0)
         done += len(stats)
         yield FsckLine(what="bucket", done=done, total=0)
 
@@ -174,16 +272,19 @@ def _remove(database: Database, store: BlobStore, key: str, digest: str, actor: 
 # ── from manifests to rows ───────────────────────────────────────────────────
 
 
-def _manifests(database: Database, *, repair: bool, actor: str, now: datetime) -> Iterator[FsckLine]:
+def _manifests(
+    database: Database, store: BlobStore, replica: BlobSource | None, *, repair: bool, actor: str, now: datetime
+) -> Iterator[FsckLine]:
     last, done = "", 0
     while True:
         with database.read() as session:
             query = select(ManifestBlob.blob).where(ManifestBlob.blob > last, _living(), ~_known()).distinct()
             unknown = session.exec(query.order_by(col(ManifestBlob.blob)).limit(_PAGE)).all()
         for digest in unknown:
-            repaired = repair and _write_down(database, digest, actor, now)
+            lose = partial(_write_down, database, digest, actor, now)
+            repaired, had = _mend(database, store, replica, digest, lose, actor, now) if repair else (False, None)
             done += 1
-            yield _finding(database, digest, "unknown", "it has no row", repaired=repaired, done=done, total=0)
+            yield _finding(database, digest, "unknown", "it has no row", had, repaired=repaired, done=done, total=0)
         if len(unknown) < _PAGE:
             return
         last = unknown[-1]
@@ -232,13 +333,21 @@ def _write_down(database: Database, digest: str, actor: str, now: datetime) -> b
 
 
 def _finding(
-    database: Database, digest: str, problem: str, detail: str, *, repaired: bool, done: int, total: int
+    database: Database,
+    digest: str,
+    problem: str,
+    detail: str,
+    had: Had | None,
+    *,
+    repaired: bool,
+    done: int,
+    total: int,
 ) -> FsckLine:
     with database.read() as session:
         names = _names(session, digest)
     return FsckLine(
         kind="finding", what="rows" if total else "bucket", done=done, total=total, blob=digest, problem=problem,
-        detail=detail, named_by=names, repaired=repaired,
+        detail=detail, named_by=names, repaired=repaired, replica=had,
     )  # fmt: skip
 
 

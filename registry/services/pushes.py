@@ -733,7 +733,8 @@ def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta)
     with database.read() as session:
         living = select(PushBlob.upload_id).where(col(PushBlob.upload_id).is_not(None))
         keep = {upload_id for upload_id in session.exec(living) if upload_id}
-    gone += store.sweep_multiparts("staging/", keep=keep, before=before)
+    for prefix in ("staging/", "blobs/"):  # there a restore, or a copy by parts, may have died
+        gone += store.sweep_multiparts(prefix, keep=keep, before=before)
     for push_id, stats in staged.items():
         state = states.get(push_id)
         for stat in stats:

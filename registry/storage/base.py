@@ -11,9 +11,8 @@ raises `StorageDown` when the store does not answer and `BadKey` for what cannot
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -83,7 +82,14 @@ class BlobReader(Protocol):
     ) -> None: ...
 
 
-class BlobStore(Protocol):
+class BlobSource(Protocol):
+    """Where blobs can be read: a store, or a copy of one."""
+
+    def open(self, key: str) -> BlobReader:
+        """The blob for reading; `BlobNotFound`."""
+
+
+class BlobStore(BlobSource, Protocol):
     """Where blobs live; safe to share between threads."""
 
     def presign_put(self, key: str, *, size: int, sha256: Digest, expires_s: int) -> SignedRequest:
@@ -122,14 +128,14 @@ class BlobStore(Protocol):
     def head(self, key: str) -> Stat | None:
         """What is known of the blob, or None when it is not there."""
 
-    def open(self, key: str) -> BlobReader:
-        """The blob for reading; `BlobNotFound`."""
-
     def put(self, key: str, data: bytes, sha256: Digest) -> None:
         """Write a small blob of the registry's own (records, manifests, tables); `ChecksumRefused` when they differ."""
 
-    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
-        """Write a blob of any size from a file whose digest is known; `ChecksumRefused` when its bytes are others."""
+    def put_stream(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: Digest) -> None:
+        """Write a blob of any size as it comes, in bounded memory.
+
+        `ChecksumRefused` when other bytes than promised came: then what was under the key is there as before.
+        """
 
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""

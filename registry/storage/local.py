@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,24 +317,22 @@ class LocalStore:
 
     def open(self, key: str) -> "LocalReader":
         """The blob for reading."""
-        try:
-            with refusals(0):
-                return LocalReader(os.open(self._path(key), os.O_RDONLY))
-        except FileNotFoundError as error:
-            raise BlobNotFound(digest=key) from error
+        return LocalCopy(self.root).open(key)
 
     def put(self, key: str, data: bytes, sha256: Digest) -> None:
         """Write a small blob."""
         self._put(key, data, sha256, Path.replace)
 
-    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
-        """Copy a file."""
-        with path.open("rb") as file:
-            landing = self._land(check_key(key), os.fstat(file.fileno()).st_size, sha256, Path.replace)
-            with closing(landing):
-                while piece := file.read(1 << 20):
+    def put_stream(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: Digest) -> None:
+        """Write a blob of any size as it comes."""
+        with closing(self._land(check_key(key), size, sha256, Path.replace)) as landing:
+            try:
+                for piece in pieces:
                     landing.write([piece])
                 landing.keep()
+            except SignatureRefused as error:
+                actual, expected = "another number of bytes", f"{sha256} of {size} bytes"
+                raise ChecksumRefused(key=key, actual=actual, expected=expected) from error
 
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""
@@ -381,8 +379,7 @@ class LocalStore:
                     yield _stat(self._key(path), path)
 
     def _path(self, key: str) -> Path:
-        first, _, rest = check_key(key).partition("/")
-        return self.root / first / rest[:2] / rest if first == "blobs" and rest else self.root / key
+        return _place(self.root, key)
 
     def _key(self, path: Path) -> str:
         parts = path.relative_to(self.root).parts
@@ -468,6 +465,28 @@ class Landing:
             os.close(self._descriptor)
             self._discard()  # what has its name by now stays
             self._release()
+
+
+class LocalCopy:
+    """Blobs in a folder laid out as a `LocalStore` or a backup lays them, for reading and nothing else."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, key: str) -> "LocalReader":
+        """The blob for reading."""
+        try:
+            with refusals(0):
+                return LocalReader(os.open(_place(self.root, key), os.O_RDONLY))
+        except FileNotFoundError as error:
+            if not self.root.is_dir():
+                raise StorageDown(reason=f"there is no folder {self.root}") from error
+            raise BlobNotFound(digest=key) from error
+
+
+def _place(root: Path, key: str) -> Path:
+    first, _, rest = check_key(key).partition("/")
+    return root / first / rest[:2] / rest if first == "blobs" and rest else root / key
 
 
 class LocalReader:

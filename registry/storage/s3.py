@@ -7,21 +7,21 @@ SeaweedFS 4.48 checks every one of these, also at completion, but lists parts wi
 """
 
 import base64
+import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import boto3
 from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 REUSED_SIGNATURES = 10_000
+MOST_PARTS = 10_000
+"""Of an upload, by S3."""
 
 
 class S3Store:
@@ -52,6 +54,7 @@ class S3Store:
     copy_by_parts_above = 5_000_000_000
     """S3 copies at most 5 GB in one call."""
     copy_part_size = 1 << 30
+    stream_part_size = 64 << 20
 
     def __init__(self, place: S3Settings, clock: Callable[[], float] = time.time) -> None:
         self._place = place
@@ -194,19 +197,39 @@ class S3Store:
         """Write a small blob."""
         self._put(key, data, sha256, {})
 
-    def put_file(self, key: str, path: Path, sha256: Digest) -> None:
-        """Send a file: in one piece that the store checks, or in parts above what one call may send."""
-        size = path.stat().st_size
-        with _refusals(key, size=size):
-            if size > self.copy_by_parts_above:
-                parts = TransferConfig(multipart_chunksize=self.copy_part_size)
-                more = {"ChecksumAlgorithm": "SHA256"}
-                self._calls.upload_file(str(path), self._bucket, check_key(key), ExtraArgs=more, Config=parts)
-                return
-            with path.open("rb") as file:
-                self._calls.put_object(
-                    Bucket=self._bucket, Key=check_key(key), Body=file, ChecksumSHA256=sha256.base64
+    def put_stream(self, key: str, pieces: Iterable[bytes], *, size: int, sha256: Digest) -> None:
+        """Write a blob of any size as it comes: in one call, or in parts, of which one is in memory at a time."""
+        length = max(self.stream_part_size, -(-size // MOST_PARTS))
+        parts = _regrouped(pieces, length)
+        first = next(parts, b"")
+        if len(first) < length and size < length:
+            self._put(key, first, sha256, {})
+        else:
+            self._put_parts(check_key(key), chain([first], parts), sha256)
+
+    def _put_parts(self, key: str, pieces: Iterable[bytes], sha256: Digest) -> None:
+        whole, parts = hashlib.sha256(), list["CompletedPartTypeDef"]()
+        upload_id = self.start_multipart(key, size=0, part_size=0)
+        try:
+            for number, piece in enumerate(pieces, 1):
+                whole.update(piece)
+                checksum = Digest.sha256(piece).base64
+                with _refusals(key, size=len(piece)):
+                    sent = self._calls.upload_part(
+                        Bucket=self._bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=piece,
+                        ChecksumSHA256=checksum,
+                    )  # fmt: skip
+                parts.append({"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum})
+            if (actual := Digest("sha256", whole.hexdigest())) != sha256:
+                raise ChecksumRefused(key=key, actual=str(actual), expected=str(sha256))
+            with _refusals(key, upload_id):
+                self._calls.complete_multipart_upload(
+                    Bucket=self._bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
                 )
+        except BaseException:
+            with suppress(StorageDown):
+                self.abort_multipart(key, upload_id)
+            raise
 
     def put_if_absent(self, key: str, data: bytes, sha256: Digest) -> bool:
         """`put`, unless the key is taken; whether it was written."""
@@ -383,6 +406,18 @@ def _digest(answer: Mapping[str, Any]) -> Digest | None:
     if not checksum or "-" in checksum:
         return None
     return Digest.of_raw("sha256", base64.b64decode(checksum))
+
+
+def _regrouped(pieces: Iterable[bytes], length: int) -> Iterator[bytes]:
+    """The same bytes, ``length`` at a time; only the last may be shorter."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) >= length:
+            yield bytes(held[:length])
+            del held[:length]
+    if held:
+        yield bytes(held)
 
 
 def _by_number(parts: Sequence[Part]) -> list[Part]:

@@ -1,5 +1,6 @@
 """Quotas and fsck at the command line."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from cli.main import run
 from registry.core.digest import Digest
 from registry.services.blobs import blob_key
+from registry.storage.local import LocalCopy, LocalStore
 from tests import live
 
 ROWS = '{"prompt": "1+1=", "completion": " 2"}\n'
@@ -41,3 +43,22 @@ def test_fsck_finds_repairs_and_a_push_heals(
     assert "missing" in capsys.readouterr().out
     call("dataset", "push", str(data), "team/rows")
     assert call("fsck", "--deep")["ok"]
+
+
+def test_fsck_says_what_came_from_the_replica(
+    registry: live.Live, call: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(ROWS)
+    call("dataset", "push", str(data), "team/rows")
+    store, key = registry.parts.store, blob_key(str(Digest.sha256(ROWS.encode())))
+    assert isinstance(store, LocalStore)
+    shutil.copytree(store.root, tmp_path / "replica")
+    registry.parts.replica = LocalCopy(tmp_path / "replica")
+    store.delete(key)
+    [finding] = call("fsck", "--repair")["findings"]
+    assert (finding["repaired"], finding["replica"]) == (True, "healed")
+    assert call("fsck", "--deep")["ok"]
+    store.delete(key)
+    assert run(["fsck", "--repair"]) == 0
+    assert "from the replica" in capsys.readouterr().out

@@ -1,8 +1,12 @@
 """Fsck finds what bucket and rows do not agree on; a repair removes rubbish and lets a push heal the rest."""
 
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import boto3
 import pytest
 from sqlalchemy import delete
 from sqlmodel import col, select
@@ -11,8 +15,12 @@ from registry.core.digest import Digest
 from registry.core.manifest import Manifest
 from registry.db.models import AuditRow, Blob, Signature, Version
 from registry.keys import PrivateKey
-from registry.schemas import KeyRequest
-from registry.services import blobs, fsck, signatures
+from registry.schemas import FsckLine, KeyRequest
+from registry.services import backup, blobs, fsck, signatures
+from registry.settings import S3Settings
+from registry.storage.base import BlobSource
+from registry.storage.local import LocalCopy
+from registry.storage.s3 import S3Store
 from tests.factories import tiny_adapter, tiny_base
 from tests.world import ADMIN, World, adapter_push
 
@@ -21,11 +29,18 @@ DIGEST = str(Digest.sha256(ROWS))
 OTHER = b'{"prompt": "1+1=", "completion": " 9"}\n'
 
 
-def found(world: World, **how: bool) -> list[tuple[str, bool]]:
-    asked: dict[str, Any] = {"deep": False, "repair": False, **how}
-    lines = fsck.check(world.database, world.store, actor="ada", now=world.now, **asked)
+def findings(
+    world: World, replica: BlobSource | None = None, *, deep: bool = False, repair: bool = False
+) -> list[FsckLine]:
+    lines = fsck.check(
+        world.database, world.store, replica, deep=deep, repair=repair, actor="ada", now=world.now
+    )  # fmt: skip
     mine = set(world.all(select(Blob.digest))) | {DIGEST, str(Digest.sha256(OTHER))}
-    return [(str(line.problem), line.repaired) for line in lines if line.kind == "finding" and line.blob in mine]
+    return [line for line in lines if line.kind == "finding" and line.blob in mine]
+
+
+def found(world: World, *, deep: bool = False, repair: bool = False) -> list[tuple[str, bool]]:
+    return [(str(line.problem), line.repaired) for line in findings(world, deep=deep, repair=repair)]
 
 
 @pytest.fixture
@@ -36,7 +51,7 @@ def rows(world: World) -> World:
     return world
 
 
-def replace(world: World, data: bytes) -> None:
+def swap(world: World, data: bytes) -> None:
     """Other bytes under the blob's name, as a store that lost its mind would have them."""
     world.store.put(key := "staging/test/odd", data, Digest.sha256(data))
     world.store.copy(key, blobs.blob_key(DIGEST))
@@ -89,7 +104,7 @@ def test_lost_bytes_are_named_with_what_needs_them_and_a_push_of_them_heals(rows
 def test_other_bytes_under_a_blobs_name_are_found_taken_away_and_healed(
     rows: World, data: bytes, problem: str
 ) -> None:
-    replace(rows, data)
+    swap(rows, data)
     assert found(rows, deep=True) == [(problem, False)]
     assert found(rows, deep=True, repair=True) == [(problem, True)]
     assert rows.store.head(blobs.blob_key(DIGEST)) is None
@@ -132,3 +147,131 @@ def test_progress_is_told_page_by_page(rows: World, monkeypatch: pytest.MonkeyPa
     lines = list(fsck.check(rows.database, rows.store, deep=True, repair=False, actor="a", now=rows.now))
     of_rows = [(line.done, line.total) for line in lines if line.what == "rows" and not line.bytes]
     assert of_rows == [(1, 2), (2, 2)]
+
+
+# ── a replica ────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Replica:
+    """A copy of the store, and a way to put other bytes, or none, under the name of the blob there."""
+
+    source: BlobSource
+    hurt: Callable[[bytes | None], object]
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_settings: S3Settings) -> S3Store:
+    """Another bucket of the same server, for all tests here: each takes volumes there."""
+    settings = replace(s3_settings, bucket=f"replica-{secrets.token_hex(4)}")
+    boto3.client(
+        "s3", endpoint_url=settings.endpoint, region_name=settings.region,
+        aws_access_key_id=settings.access_key, aws_secret_access_key=settings.secret_key,
+    ).create_bucket(Bucket=settings.bucket)  # fmt: skip
+    return S3Store(settings)
+
+
+@pytest.fixture(params=["backup", "bucket"])
+def replica(request: pytest.FixtureRequest, rows: World, tmp_path: Path) -> Replica:
+    if request.param == "backup":
+        backup.back_up(rows.database, rows.store, tmp_path / "backup", lambda: rows.now)
+        [file] = (tmp_path / "backup" / "blobs").glob("*/*")
+        return Replica(LocalCopy(tmp_path / "backup"), lambda data: file.write_bytes(data) if data else file.unlink())
+    store: S3Store = request.getfixturevalue("bucket")
+    key = blobs.blob_key(DIGEST)
+    store.put(key, ROWS, Digest.sha256(ROWS))
+    return Replica(
+        store, lambda data: store.put(key, data, Digest.sha256(data)) if data is not None else store.delete(key)
+    )
+
+
+DAMAGES: dict[str, Callable[[World], None]] = {
+    "missing": lambda world: world.store.delete(blobs.blob_key(DIGEST)),
+    "wrong-size": lambda world: swap(world, ROWS[:-3]),
+    "corrupt": lambda world: swap(world, OTHER),
+}
+
+
+def content(world: World) -> bytes:
+    with world.store.open(blobs.blob_key(DIGEST)) as reader:
+        return b"".join(reader.chunks())
+
+
+def said(world: World) -> list[tuple[str, str | None]]:
+    about = world.all(select(AuditRow).where(AuditRow.subject == DIGEST))
+    return [(row.event, row.reason) for row in sorted(about, key=lambda row: row.id)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_repair_brings_lost_bytes_from_the_replica(rows: World, replica: Replica, damage: str) -> None:
+    DAMAGES[damage](rows)
+    [line] = findings(rows, replica.source, deep=True)
+    assert (line.problem, line.repaired, line.replica) == (damage, False, None)
+    [line] = findings(rows, replica.source, deep=True, repair=True)
+    assert (line.problem, line.repaired, line.replica) == (damage, True, "healed")
+    assert content(rows) == ROWS
+    assert said(rows) == [("blob.lost", damage), ("blob.healed", "from the replica")]
+    assert findings(rows, replica.source, deep=True) == []
+    assert [stat.key for stat in rows.store.walk("staging/") if "fsck" in stat.key] == []
+    with rows.database.write() as session:
+        assert blobs.held(session, ADMIN, [DIGEST]) == {DIGEST}
+
+
+@pytest.mark.parametrize(("data", "had"), [(OTHER, "damaged"), (ROWS[:-3], "damaged"), (None, "missing")])
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_what_the_replica_has_is_verified_and_without_it_a_push_heals(
+    rows: World, replica: Replica, damage: str, data: bytes | None, had: str
+) -> None:
+    DAMAGES[damage](rows)
+    replica.hurt(data)
+    [line] = findings(rows, replica.source, deep=True, repair=True)
+    assert (line.problem, line.repaired, line.replica) == (damage, True, had)
+    assert rows.store.head(blobs.blob_key(DIGEST)) is None
+    assert said(rows) == [("blob.lost", damage)]
+    rows.push_rows("dataset", "team/rows", ROWS)
+    assert findings(rows, replica.source, deep=True) == []
+
+
+def test_a_replica_that_is_down_changes_nothing_but_time(rows: World, s3_settings: S3Settings, tmp_path: Path) -> None:
+    rows.store.delete(blobs.blob_key(DIGEST))
+    for away in (LocalCopy(tmp_path / "unmounted"), S3Store(replace(s3_settings, endpoint="http://127.0.0.1:9"))):
+        [line] = findings(rows, away, repair=True)
+        assert (line.repaired, line.replica) == (True, "down")
+    copy = tmp_path / blobs.blob_key(DIGEST).replace("/", f"/{DIGEST[7:9]}/")
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(ROWS)
+    [line] = findings(rows, LocalCopy(tmp_path), repair=True)
+    assert line.replica == "healed"
+    assert content(rows) == ROWS
+
+
+def test_a_repair_that_died_before_the_last_step_is_finished_by_the_next(
+    rows: World, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DAMAGES["corrupt"](rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(fsck, "_bring", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            findings(rows, replica.source, deep=True, repair=True)
+    assert [line.problem for line in findings(rows)] == ["missing"]
+    assert [line.replica for line in findings(rows, replica.source, repair=True)] == ["healed"]
+    assert content(rows) == ROWS
+
+
+def test_two_repairs_at_once_heal_once(rows: World, replica: Replica) -> None:
+    DAMAGES["corrupt"](rows)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: findings(rows, replica.source, deep=True, repair=True), range(2)))
+    assert content(rows) == ROWS
+    assert said(rows) == [("blob.lost", "corrupt"), ("blob.healed", "from the replica")]
+    assert findings(rows, deep=True) == []
+
+
+def test_a_named_blob_without_a_row_comes_from_the_replica(rows: World, replica: Replica) -> None:
+    with rows.database.write() as session:
+        session.execute(delete(Blob).where(col(Blob.digest) == DIGEST))
+    rows.store.delete(blobs.blob_key(DIGEST))
+    [line] = findings(rows, replica.source, repair=True)
+    assert (line.problem, line.replica) == ("unknown", "healed")
+    assert (rows.one(select(Blob)).size, rows.one(select(Blob)).verified) == (len(ROWS), "full")
+    assert findings(rows, deep=True) == []

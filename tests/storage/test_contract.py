@@ -220,6 +220,31 @@ def test_put_refuses_bytes_that_are_not_the_promised_ones(store: BlobStore, push
     assert store.head(key_of(push)) is None
 
 
+@pytest.mark.parametrize("size", [0, 1000, PART, 2 * PART + 1], ids=["empty", "small", "one part", "three parts"])
+def test_a_stream_is_stored_as_it_came(
+    store: BlobStore, push: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3Store, "stream_part_size", PART)
+    data = (bytes(range(256)) * (size // 256 + 1))[:size]
+    pieces = (data[start : start + 700_001] for start in range(0, size, 700_001))
+    store.put_stream(key := key_of(push, data), pieces, size=size, sha256=Digest.sha256(data))
+    assert content(store, key) == data
+
+
+@pytest.mark.parametrize("data", [DATA, bytes(2 * PART)], ids=["small", "in parts"])
+def test_a_stream_of_other_bytes_is_refused_and_what_was_there_stays(
+    store: BlobStore, push: str, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3Store, "stream_part_size", PART)
+    key, sha256 = key_of(push, data), Digest.sha256(data)
+    store.put(key, b"before", Digest.sha256(b"before"))
+    for wrong in (data[:-1] + b"!", data[:-1], data + b"!"):
+        with pytest.raises(ChecksumRefused):
+            store.put_stream(key, iter([wrong]), size=len(data), sha256=sha256)
+    assert content(store, key) == b"before"
+    assert store.sweep_multiparts("staging/", keep=(), before=time.time() + 60) == 0
+
+
 def test_put_if_absent_never_replaces(store: BlobStore, push: str) -> None:
     key, other = key_of(push), b"later"
     assert store.put_if_absent(key, DATA, SHA256)
