@@ -19,7 +19,7 @@ from registry.core.names import Reference, SeriesName
 from . import bases, config
 from .bases import FOLDER
 from .keys import FILE, pinned_keys, private_key
-from .output import Output, ago, command, fields, number, short, size, table, tree
+from .output import Bar, Output, ago, command, fields, number, short, size, table, tree
 from .parameters import METRIC, METRICS, TIER
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Resolution,
         VersionInfo,
     )
+    from registry.trust import Checked, Keys
 
 FITS = ["exact", "derived", "targets-equal", "same-shape", "incompatible", "unknown"]
 ENGINES = ["vllm", "sglang", "lorax", "peft", "llama.cpp"]
@@ -161,7 +162,6 @@ def pull(
     DIR/.loractl with the manifest.
     """
     from registry import trust
-    from registry.transfer import fetch
 
     if unverified and key_files:
         raise click.UsageError("--key and --unverified exclude each other.")
@@ -173,20 +173,9 @@ def pull(
         " before it was verified."
     ):
         base = bases.wanted(base_text, bar).ref if base_text else None
-        wanted = ",".join(fit) or None
-
-        def resolve() -> "Resolution":
-            return client.resolve(str(name), base=base, engine=engine, fit=wanted)
-
-        found = resolve()
-        checked = None
-        if not unverified and (pinned or found.signature_required or found.version.signed_by):
-            checked = trust.check(client, str(name.series), found.manifest, found.version.ref, pinned)
-            checked.require()
-            checked.require_files(found.files, found.base if found.fit.fit == "exact" else None)
-        written = fetch(found.files, target, refresh=lambda: resolve().files, progress=bar)
-        if checked is not None:
-            trust.keep_beside(target, checked)
+        wanted = {"base": base, "engine": engine, "fit": ",".join(fit) or None}
+        found, checked, written = fetched(client, name, target, wanted, None if unverified else pinned, bar)
+        trust.keep_beside(target, checked)
     counting = checked.counting if checked is not None else []
     signed = [{"key": one.key, "name": one.name, "pinned": one.key in pinned} for one in counting]
     document = {
@@ -212,6 +201,32 @@ def pull(
         "signed": ", ".join(f"{one['name']} {short(str(one['key']))}" for one in signed),
         "out": f"{target} ({len(written)} of {len(found.files)} files were fetched, all are verified)",
     }))  # fmt: skip
+
+
+def fetched(
+    client: "RegistryClient",
+    name: Reference,
+    target: Path,
+    wanted: Mapping[str, str | None],
+    pinned: "Keys | None",
+    bar: Bar,
+) -> "tuple[Resolution, Checked | None, list[Path]]":
+    """Resolve ``name`` by what is ``wanted``, verify its signatures by ``pinned``, and fetch it; None: look at none.
+
+    What was found, how its signatures were judged (None: there are none to look at), and the files that came.
+    """
+    from registry import trust
+    from registry.transfer import fetch
+
+    def resolve() -> "Resolution":
+        return client.resolve(str(name), **wanted)
+
+    found, checked = resolve(), None
+    if pinned is not None and (pinned or found.signature_required or found.version.signed_by):
+        checked = trust.check(client, str(name.series), found.manifest, found.version.ref, pinned)
+        checked.require()
+        checked.require_files(found.files, found.base if found.fit.fit == "exact" else None)
+    return found, checked, fetch(found.files, target, refresh=lambda: resolve().files, progress=bar)
 
 
 # ── looking ──────────────────────────────────────────────────────────────────

@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
-from registry.core.adapter import CONFIG_FILE
 from registry.core.errors import PathUnusable, ToolMissing
+from registry.core.names import Reference
 
 from . import config
+from .adapters import fetched
 from .bases import FOLDER
 from .jobs import in_child, refuse_other_base
+from .keys import pinned_keys
 from .output import Output, command, fields, size
 
 
@@ -41,7 +43,8 @@ def export(
     """
     from importlib.util import find_spec
 
-    from registry.transfer import digested, pull, scanned
+    from registry.core.adapter import CONFIG_FILE
+    from registry.transfer import digested, scanned
 
     for library, extra in (("torch", "worker,gguf"), ("gguf", "gguf")):
         if find_spec(library) is None:
@@ -67,8 +70,10 @@ def export(
             adapter = folder
             if not folder.is_dir():
                 adapter = work / "adapter"
+                reference = Reference.parse(source)
                 with config.connect() as client:
-                    pull(client, client.resolve(source, base=str(digest)).manifest, adapter, progress=bar)
+                    pinned = pinned_keys(reference.series.namespace)
+                    fetched(client, reference, adapter, {"base": str(digest)}, pinned, bar)
             elif not trust_base:
                 refuse_other_base(adapter, digest)
             version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest

@@ -519,7 +519,10 @@ def _merge_here(
     """Run the worker's own merge in a child process, on folders."""
     from importlib.util import find_spec
 
-    from registry.transfer import digested, pull, scanned
+    from registry.transfer import digested, scanned
+
+    from .adapters import fetched
+    from .keys import pinned_keys
 
     if find_spec("torch") is None:
         raise ToolMissing(what="merging on this machine", extra="worker")
@@ -537,8 +540,9 @@ def _merge_here(
         adapter = Path(ref)
         if not adapter.is_dir():
             adapter = Path(scratch) / "adapter"
+            name = Reference.parse(ref)
             with config.connect() as client:
-                pull(client, client.resolve(ref, base=str(digest)).manifest, adapter, progress=bar)
+                fetched(client, name, adapter, {"base": str(digest)}, pinned_keys(name.series.namespace), bar)
         elif not trust_base:
             refuse_other_base(adapter, digest)
         version = scanned("adapter", adapter, base=digest, progress=bar).manifest.digest

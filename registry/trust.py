@@ -8,6 +8,7 @@ the registry says was revoked counts in neither: the worst that a lie can do the
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,15 @@ def _judged(info: SignatureInfo, series: str, manifest: Manifest, pinned: Keys) 
 # ── beside the files ─────────────────────────────────────────────────────────
 
 
-def keep_beside(folder: Path, checked: Checked) -> None:
-    """Write manifest and signatures into the folder that the version was pulled to, so that they go where it goes."""
+def keep_beside(folder: Path, checked: Checked | None) -> None:
+    """Write manifest and signatures into the folder that the version was pulled to, so that they go where it goes.
+
+    Those of an earlier version go; None: nothing comes in their place.
+    """
     beside = folder / BESIDE
+    if checked is None:
+        shutil.rmtree(beside, ignore_errors=True)
+        return
     beside.mkdir(exist_ok=True)
     for old in beside.glob("*.sigstore.json"):
         old.unlink()

@@ -348,3 +348,23 @@ def test_show_says_how_a_version_came_to_be(signed: Signed, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert "by a person: what its lineage says is their word" in said
     assert "pushed by admin" in said
+
+
+def test_merging_and_exporting_here_take_nothing_that_no_pinned_key_signed(signed: Signed) -> None:
+    other = signed.call("key", "create", "--out", signed.folder / "other.pem")
+    signed.call("key", "pin", signed.team, other["public"])
+    merged, exported = signed.folder / "merged", signed.folder / "bot.gguf"
+    for command in (
+        ("merge", f"{signed.ref}:prod", "--local", "--for", signed.base, "--out", merged),
+        ("export", f"{signed.ref}:prod", "--for", signed.base, "--out", exported),
+    ):
+        assert problem(signed.call(*command, code=1))[0] == "not-verified"
+    assert not merged.exists() and not exported.exists()
+
+
+def test_what_is_pulled_unverified_leaves_no_signature_of_an_earlier_version_beside_it(signed: Signed) -> None:
+    signed.pull()
+    assert (signed.folder / "out" / BESIDE).is_dir()
+    signed.push(2)
+    assert signed.pull(ref="@v2")["signatures"] == []
+    assert not (signed.folder / "out" / BESIDE).exists()
