@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cli.main import cli
 from docs.generate import PAGES
@@ -24,6 +26,18 @@ WRITTEN = [
 @pytest.mark.parametrize("name", PAGES)
 def test_a_generated_page_is_what_make_docs_writes(name: str) -> None:
     assert (HOUSE / "docs" / name).read_text() == PAGES[name]()
+
+
+def test_requirements_are_as_new_as_the_dependencies_and_the_constraints() -> None:
+    """What is quickly seen of it; the rest is in tests/test_requirements.py."""
+    text = "".join((HOUSE / "requirements" / name).read_text() for name in ("dev.txt", "torch.txt"))
+    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {canonicalize_name(Requirement(line).name) for group in groups for line in group}
+    pinned = re.findall(r"^([\w.-]+)==(\S+)$", (HOUSE / "constraints.txt").read_text(), re.MULTILINE)
+    others = {name: pin for name, pin in pinned if locked.get(canonicalize_name(name), pin) != pin}
+    assert (wanted - locked.keys(), others) == (set(), {}), "run: make lock (or make BIN=another/venv/bin lock)"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)

@@ -240,7 +240,7 @@ def test_the_build_sends_only_what_the_images_install() -> None:
     lines = (HOUSE / ".dockerignore").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith(("#", "!", "**/"))] == ["*"]
     assert {line[1:] for line in lines if line.startswith("!")} == {
-        "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "registry", "workers", "cli", "migrations",
+        "requirements", "pyproject.toml", "README.md", "LICENSE", "registry", "workers", "cli", "migrations",
     }  # fmt: skip
 
 
