@@ -49,12 +49,13 @@ _ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 def come_to_rest(town: Town, seed: int) -> list[str]:
     """Let what was begun come to its end: work is done, pushes are verified or expire."""
     patience_s = WORKSHOP_PATIENCE_S if town.works else PATIENCE_S
-    deadline = time.time() + patience_s
-    parts = Parts.of(town.settings)
+    parts, before, deadline = Parts.of(town.settings), "", 0.0
     try:
         while left := _begun(parts):
+            if left != before:
+                before, deadline = left, time.time() + patience_s
             if time.time() > deadline:
-                return [f"{left} did not come to an end within {patience_s:.0f} s"]
+                return [f"{left} did not come to an end, and for {patience_s:.0f} s none of them did"]
             if not town.crowd:
                 town.comes(people.worker, "ida", seed)
             time.sleep(0.2)

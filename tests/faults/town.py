@@ -329,7 +329,7 @@ def town(setup: str, folder: Path) -> Iterator[Town]:
             found.comes(people.reader, "zoe", 0)
             found.leave()  # the first one of all loads what all need
             migrate, ended = found.program("migrate", "registry.db.migrate")
-            if migrate.process.wait(60):
+            if migrate.process.wait(PATIENCE_S):
                 raise servers.ServerDown(migrate.log_tail())
             ended.close()
             for number in (1, 2):
