@@ -10,14 +10,17 @@ imported when they are used, so that ``loractl --help`` is quick.
 
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from registry import traces
 from registry.core import errors
 
 EXIT: dict[type[BaseException], int] = {
@@ -84,8 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    command = next((word for word in arguments if word in COMMANDS), "")
     try:
-        status = cli.main(arguments, prog_name="loractl", standalone_mode=False)
+        with traced(f"loractl {command}".strip()):
+            status = cli.main(arguments, prog_name="loractl", standalone_mode=False)
         sys.stdout.flush()
     except errors.LoractlError as error:
         _report(error, error.problem(), error.message, error.hint, as_json, debug)
@@ -107,6 +112,22 @@ def run(arguments: list[str]) -> int:
         _report(error, _problem("internal-error", detail, hint), detail, hint, as_json, debug)
         return 1
     return status if isinstance(status, int) else 0  # what a command left with by click's Exit
+
+
+@contextmanager
+def traced(name: str) -> Iterator[None]:
+    """The command as the first span of a trace, where the environment says that traces go somewhere.
+
+    Not `loractl up`, whose children have traces of their own. A collector that is away is nothing that people typed.
+    """
+    if name != "loractl up" and traces.configure(os.environ, "cli"):
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    span = traces.begin(name)
+    try:
+        with traces.within(span):
+            yield
+    finally:
+        traces.end(span, "failed" if sys.exception() else "done")
 
 
 def exit_code(error: errors.LoractlError) -> int:

@@ -6,38 +6,24 @@ are cut out by a processor as a second line of defence; the first is not to log 
 """
 
 import logging
-import re
 import sys
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-_SECRET_KEYS = re.compile(r"token|secret|password|authorization|signature|key$", re.IGNORECASE)
-_SECRET_TEXT = re.compile(
-    r"(lora_[A-Za-z0-9]+_)[A-Za-z0-9_-]+|((?:X-Amz-[A-Za-z-]+|signature|sig)=)[^&\s\"']+|(://[^:/@\s]*:)[^@/\s]+@"
-)
+from . import traces
+from .core.redaction import clean, redact
 
 
 def without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """``event`` with secret values replaced by ``***``."""
-    return {key: _clean(key, value) for key, value in event.items()}
+    return {key: clean(key, value) for key, value in event.items()}
 
 
-def _clean(key: object, value: object) -> object:
-    return "***" if isinstance(key, str) and _SECRET_KEYS.search(key) and value else redact(value)
-
-
-def redact(value: object) -> object:
-    """Text without tokens, signatures and passwords of URLs, inside lists and mappings too."""
-    match value:
-        case str():
-            return _SECRET_TEXT.sub(lambda m: f"{m[1] or m[2] or m[3]}***{'@' if m[3] else ''}", value)
-        case dict():
-            return {key: _clean(key, part) for key, part in value.items()}
-        case list() | tuple():
-            return [redact(part) for part in value]
-        case _:
-            return value
+def with_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """``event`` with the id of the trace that it belongs to, if it does to one."""
+    place = traces.current()
+    return event if place is None else {**event, "trace": place.split("-")[1]}
 
 
 class _Redacting(logging.Formatter):
@@ -57,6 +43,7 @@ def configure(level: str = "info") -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            with_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

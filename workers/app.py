@@ -19,7 +19,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from registry import logs
+from registry import logs, traces
 from registry.settings import WorkerSettings
 
 from .processes import Word, die_with
@@ -70,6 +70,7 @@ def _ready(**_: object) -> None:
 
 @worker_process_shutdown.connect
 def _left(pid: int, **_: object) -> None:
+    traces.flush()
     forget(pid)
 
 
@@ -81,5 +82,9 @@ def _ended(**_: object) -> None:
 
 @worker_process_init.connect
 def _bound(**_: object) -> None:
-    """A pool process ends with its worker: none goes on alone beside the worker that is started next."""
+    """A pool process ends with its worker: none goes on alone beside the worker that is started next.
+
+    Each sends traces of its own: a thread that sends does not outlive a fork.
+    """
     die_with(os.getppid())()
+    traces.configure(os.environ, "worker")

@@ -28,6 +28,7 @@ from typing import IO, Any, Self
 import structlog
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
+from registry import traces
 from registry.client import RegistryClient
 from registry.core.digest import Digest
 from registry.core.errors import (
@@ -169,7 +170,7 @@ class Worker:
 
     def _guarded(self, lease: "_Lease", work: Callable[[], None]) -> bool:
         """Do ``work`` for a job and report how it failed if it did; whether this machine can take the next at once."""
-        with bound_contextvars(**lease.about):
+        with bound_contextvars(**lease.about), traces.within(lease.span):
             try:
                 work()
             except (LeaseLost, NotYourJob, JobNotFound):
@@ -497,6 +498,8 @@ class _Lease:
         self.client = client.on_behalf(self.about)
         self.inputs = claimed.inputs
         self._meters, self._began, self._over = meters, time.monotonic(), False
+        self.span = traces.begin(f"job {job.kind}", claimed.traceparent, self.about)
+        """Of the attempt, in the trace of the request that asked for the job."""
         self.cancelled = self.lost = False
         self._every = min(_BEAT_S, claimed.lease_s / 4)
         self._progress: dict[str, Any] | None = None
@@ -529,6 +532,7 @@ class _Lease:
         log.info("attempt-ended", outcome=outcome, **why)
         self._meters.jobs.labels(self.kind).dec()
         self._meters.attempts.labels(self.kind, outcome).observe(time.monotonic() - self._began)
+        traces.end(self.span, outcome)
 
     def check(self) -> None:
         """`LeaseLost` when it is; `_Cancelled` when somebody asked for the end."""

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from registry import logs
+from registry import logs, traces
 from registry.core.errors import BodyTooLarge, LoractlError, Overloaded, SchemaMissing
 from registry.db import migrate
 from registry.schemas import is_id, named
@@ -59,12 +59,15 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
     if parts is None:
         settings = Settings.from_environment(os.environ)
         logs.configure(settings.log_level)
+        traces.configure(os.environ, "api")
         parts = AppParts.of(settings)
+        traces.watch(parts.database.engine)
     app = FastAPI(
         title="loractl",
         version=importlib.metadata.version("loractl"),
         lifespan=_lifespan,
         redirect_slashes=False,
+        telemetry=traces.OF_REQUESTS,
         openapi_url=None,  # every route but health needs a token, this one too: `meta.openapi`
     )
     app.state.parts = parts

@@ -20,6 +20,7 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from registry import parts as house
+from registry import traces
 from registry.core.errors import (
     RateExceeded,
     ScopeMissing,
@@ -233,7 +234,7 @@ def _bearer(request: Request) -> str:
 
 async def _origin(request: Request) -> Origin:
     """What this request is to the work that it asks for."""
-    return Origin(request.scope["request_id"])
+    return Origin(request.scope["request_id"], traces.current())
 
 
 Asked = Annotated[Origin, Depends(_origin)]
