@@ -31,7 +31,7 @@ help: ## Show this list
 	@touch $@
 
 # torch first, for its build is a choice: the one without CUDA where an index has it, else PyPI's. Another one (ROCm, an
-# older CUDA) that you put into .venv yourself stays. build.txt: what turns sources into wheels.
+# older CUDA) that you put into .venv yourself stays. build.txt: what turns sources into wheels, and this folder too.
 .venv/torch.stamp: .venv/python.stamp $(addprefix requirements/,build.txt torch.txt torch-cpu.txt cuda.txt)
 	@echo "setup: torch"
 	@$(LOCKED) --requirement requirements/build.txt
@@ -92,7 +92,7 @@ docs: .venv/install.stamp ## Regenerate docs/cli.md, docs/errors.md and docs/fau
 UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --constraint constraints.txt \
 	--custom-compile-command 'make lock' --no-emit-package torch --no-emit-package pip
 lock: $(if $(wildcard $(BIN)/uv),,.venv/install.stamp) ## Write requirements/ from pyproject.toml and constraints.txt
-	@printf 'hatchling\nsetuptools\n' | $(UV) --output-file requirements/build.txt -
+	@printf 'hatchling\neditables\nsetuptools\n' | $(UV) --output-file requirements/build.txt -
 	@echo torch | $(UV) --no-config --output-file requirements/cuda.txt -
 	@$(UV) --extra server --output-file requirements/server.txt pyproject.toml
 	@$(UV) --extra worker --output-file requirements/worker.txt pyproject.toml

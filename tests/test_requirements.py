@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from hatchling import build
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -111,6 +112,14 @@ def _needs(name: str, extra: str) -> Iterable[str]:
     return [str(one) for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 
+def test_what_turns_this_folder_into_a_wheel_or_an_editable_installation_is_locked() -> None:
+    asked = build.get_requires_for_build_wheel() + build.get_requires_for_build_editable()
+    wanted = [Requirement(line) for line in [*PROJECT["build-system"]["requires"], *asked]]
+    assert "editables" in {one.name for one in wanted}
+    assert [one for one in wanted if one.name not in LOCKED["build.txt"]] == []
+    assert [one for one in wanted if not one.specifier.contains(LOCKED["build.txt"][one.name].version)] == []
+
+
 def test_cuda_comes_with_the_gpu_build_of_torch_only() -> None:
     assert [file for file in FILES if any(map(is_cuda, LOCKED[file]))] == ["cuda.txt"]
     assert [file for file in FILES if "torch" in LOCKED[file]] == ["torch-cpu.txt", "torch.txt"]
@@ -130,8 +139,8 @@ def test_torch_is_one_version_and_its_files_are_named_for_every_python_and_machi
     ]  # fmt: skip
     for python in (name.replace(".", "") for name in pythons):
         for machine in ("x86_64", "aarch64"):
-            for build in ("", "+cpu"):
-                assert f"torch-{torch.version}{build}-{python}-{python}-manylinux_2_28_{machine}.whl" in wheels
+            for face in ("", "+cpu"):
+                assert f"torch-{torch.version}{face}-{python}-{python}-manylinux_2_28_{machine}.whl" in wheels
     assert f"torch=={torch.version}" in PROJECT["project"]["optional-dependencies"]["worker"]
     [declared] = [one for one in PROJECT["tool"]["uv"]["dependency-metadata"] if one["name"] == "torch"]
     assert declared["version"] == torch.version
