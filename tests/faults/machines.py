@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -133,8 +132,7 @@ def older_release() -> Path:
     _KEPT.append(place)
     archive = Path(place.name) / "release.tar"
     _git("archive", "--format=tar", f"--output={archive}", commit, "registry", "migrations", "workers")
-    with tarfile.open(archive) as tar:
-        tar.extractall(place.name, filter="data")
+    subprocess.run(["tar", "-xf", archive, "-C", place.name], check=True)  # Python's own takes filters from 3.11.4 on
     return Path(place.name)
 
 
