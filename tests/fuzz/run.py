@@ -126,6 +126,8 @@ def guided(name: str, cases: int, start: int, keep: Path) -> Told:
             "-print_final_stats=1",
         ]
         command += [f"-artifact_prefix={crashes}/"]
+        # A child's peak begins at that of whoever starts it; the shell is small, and forks.
+        command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
         taken = Path(scratch) / "taken"
         taken.touch()
         done = subprocess.run(

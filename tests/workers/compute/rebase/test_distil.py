@@ -64,7 +64,7 @@ def test_a_student_comes_closer_to_its_teacher_on_texts_held_out(
     assert lesson.by_logits
     assert chosen.start == "carry"
     before, after = chosen.starts["carry"], chosen.candidates["carry"]
-    assert after["divergence"] < 0.8 * before["divergence"]
+    assert after["divergence"] < 0.9 * before["divergence"]
     assert after["agreement"] >= before["agreement"]
     assert after["divergence"] < chosen.candidates[SCRATCH]["divergence"]
 
