@@ -20,11 +20,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from registry.db.engine import Database
-from tests import servers
-
 from . import fill
-from .house import Registry, apart, fleet, resident
+from .house import Registry, apart, resident
+from .load import itself
 from .requests import with_an_empty_route
 from .table import Row, at_least, at_most
 
@@ -64,14 +62,8 @@ def run(scale: float = 1.0) -> list[Row]:
     adapters, seconds = max(50, int(ADAPTERS * scale)), max(1.0, 30 * min(1.0, scale))
     with (
         tempfile.TemporaryDirectory() as name,
-        servers.postgres() as database,
-        servers.seaweedfs() as storage,
-        fleet(Path(name), database, storage, app=f"{__name__}:app", daemons=False) as registry,
+        fill.served(Path(name), f"{__name__}:app", adapters) as (registry, filled, _),
     ):
-        filled = fill.Filled(Database(database))
-        filled.start()
-        filled.grow(adapters)
-        filled.database.close()
         tokens = _tokens(registry)
 
         def crowd(mix: dict[str, int], *, pause_s: float, seconds: float) -> Told:
@@ -130,14 +122,14 @@ async def _visit(
 ) -> Told:  # fmt: skip
     loop, place, told = asyncio.get_running_loop(), urlsplit(url), Told()
     assert place.hostname is not None and place.port is not None
-    aliased = [entry for index, entry in enumerate(names) if index % 5 < 4]
+    aliased = fill.aliased(names)
     clients = [
         _Client(requests(random.Random(number), place.netloc, token, names, aliased, mix), pause_s, number, told)
         for number, token in enumerate(tokens)
     ]
     began = loop.time()
     for client in clients:
-        await loop.create_connection(partial(_itself, client), place.hostname, place.port)
+        await loop.create_connection(partial(itself, client), place.hostname, place.port)
     await asyncio.sleep(seconds)
     for client in clients:
         client.leaving = True
@@ -145,10 +137,6 @@ async def _visit(
         await asyncio.gather(*(client.gone for client in clients))
     told.wall_s = loop.time() - began
     return told
-
-
-def _itself(client: "_Client") -> "_Client":
-    return client
 
 
 def requests(

@@ -6,9 +6,11 @@ on the same or the next revision, `prod` for four adapters of five, and a scorin
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import insert, text
@@ -32,6 +34,9 @@ from registry.db.models import (
     TargetSet,
     Version,
 )
+from tests import servers
+
+from .house import Registry, fleet
 
 LINES, REVISIONS, NAMESPACES = 5, 4, 50
 BASES = LINES * REVISIONS
@@ -148,9 +153,24 @@ class Filled:
                     session.connection().execute(insert(table), values)
 
 
-def aliased(filled: Filled) -> list[tuple[str, str, str]]:
+def aliased(names: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Those of `Filled.names` whose series has the alias ``prod``."""
-    return [entry for index, entry in enumerate(filled.names) if index % 5 < 4]
+    return [entry for index, entry in enumerate(names) if index % 5 < 4]
+
+
+@contextmanager
+def served(folder: Path, app: str, adapters: int) -> Iterator[tuple[Registry, Filled, str]]:
+    """A fleet without daemons that has so many adapters, what they are, and the URL of its database."""
+    with (
+        servers.postgres() as database,
+        servers.seaweedfs() as storage,
+        fleet(folder, database, storage, app=app, daemons=False) as registry,
+    ):
+        filled = Filled(Database(database))
+        filled.start()
+        filled.grow(adapters)
+        filled.database.close()
+        yield registry, filled, database
 
 
 def _base(index: int, base: str) -> dict[str, Any]:

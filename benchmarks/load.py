@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 from urllib.parse import urlsplit
 
 from .house import apart
 
+Protocol = TypeVar("Protocol", bound=asyncio.Protocol)
 CONNECTIONS = 16
 PATIENCE_S = 120.0
 
@@ -74,7 +75,7 @@ async def _send(host: str, port: int, requests: list[bytes], seconds: float, con
     turn = itertools.cycle(requests)
     made = [_Connection(turn) for _ in range(connections)]
     for connection in made:
-        await loop.create_connection(partial(_itself, connection), host, port)
+        await loop.create_connection(partial(itself, connection), host, port)
     began = time.perf_counter()
     async with asyncio.timeout(PATIENCE_S):
         while sum(c.answered for c in made) < len(requests) and not any(c.refused for c in made):  # noqa: ASYNC110
@@ -90,7 +91,8 @@ async def _send(host: str, port: int, requests: list[bytes], seconds: float, con
     return Load(after - before, wall, first, busy / wall)
 
 
-def _itself(connection: "_Connection") -> "_Connection":
+def itself(connection: Protocol) -> Protocol:
+    """What a loop calls for the protocol of a connection, where that was made beforehand."""
     return connection
 
 

@@ -21,11 +21,10 @@ from sqlalchemy import make_url
 
 from registry.api.app import create_app
 from registry.api.deps import User
-from registry.db.engine import Database
 from tests import servers
 
 from . import fill, load
-from .house import ROOT, answers, fleet, started
+from .house import ROOT, answers, started
 from .table import Row, at_least
 
 ADAPTERS, MODELS = 1_000, 200
@@ -48,15 +47,10 @@ def run(scale: float = 1.0) -> list[Row]:
     times, seconds = (5, 3.0) if scale >= 1 else (max(1, int(5 * scale)), max(0.2, 3.0 * scale))
     with (
         tempfile.TemporaryDirectory() as name,
-        servers.postgres() as database,
-        servers.seaweedfs() as storage,
-        fleet(Path(name), database, storage, app=f"{__name__}:with_an_empty_route", daemons=False) as registry,
+        fill.served(Path(name), f"{__name__}:with_an_empty_route", max(20, int(ADAPTERS * scale))) as served,
     ):
-        filled = fill.Filled(Database(database))
-        filled.start()
-        filled.grow(max(20, int(ADAPTERS * scale)))
-        filled.database.close()
-        aliased = fill.aliased(filled)
+        registry, filled, database = served
+        aliased = fill.aliased(filled.names)
         paths = {
             "empty": ["/empty"],
             "manifest": [f"/v1/adapters/{name}/versions/{digest}/manifest" for name, digest, _ in filled.names],

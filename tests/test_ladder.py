@@ -28,3 +28,12 @@ def test_the_ladder_carries_an_adapter_by_every_tier_and_decides_by_the_gate(tmp
     assert ladder.ended(ladder.copied, elsewhere).tier == ladder.REFERENCE
     page = ladder.table({"short training": ABOUT | {"cells": [asdict(cell) for cell in told]}})
     assert "| related | the gate, tier by tier | 1 of 1 | 1.00 (1.00) | 1.00 |" in page
+
+
+def test_flips_as_seen_open_the_gate_where_nothing_else_kept_it_shut() -> None:
+    cell = ladder.Cell("an upgrade", "a task", 1, "carry", 0.1, zone="unresolved", open=(ladder.FLIPS,), seen=0.04)
+    others = replace(cell, open=(ladder.FLIPS, "guard"))
+    ways = {"alone": cell, "too many": replace(cell, seen=0.06), "not alone": others}
+    passed = {name: ladder.by_gate_as_seen([one])[-1].zone == "pass" for name, one in ways.items()}
+    assert passed == {"alone": True, "too many": False, "not alone": False}
+    assert ladder.by_gate([cell])[-1].zone == "unresolved"

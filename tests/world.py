@@ -1,7 +1,7 @@
 """A registry in one process, without its API: database, store and a clock that tests turn."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
+from registry.core.errors import LoractlError
 from registry.core.manifest import FileEntry, Kind, Manifest
 from registry.core.names import SeriesName
 from registry.db.engine import Database
@@ -33,6 +35,13 @@ SETTINGS = Settings(
     signing_key=b"a key of tests",
     failed_sign_ins=0,  # hundreds of them are tried from one address
 )
+
+
+def refused(error: type[LoractlError], call: Callable[[], object]) -> str:
+    """The words of a refusal, which has to come."""
+    with pytest.raises(error) as told:
+        call()
+    return told.value.message
 
 
 def caller(name: str, **scopes: list[str]) -> Caller:

@@ -217,7 +217,8 @@ class Keeper:
         """What there is to send: files, and pieces of those that are too large to be sent at once."""
         found = []
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            about, size = path.stat(), path.stat().st_size
+            about = path.stat()
+            size = about.st_size
             places = [Stretch(path, at, min(PIECE, size - at)) for at in range(0, max(1, size), PIECE)]
             key = (about.st_ino, about.st_mtime_ns, size)
             digests = known.get(key) or [str(sha256_range(*place, lambda _: self._check())) for place in places]

@@ -187,6 +187,12 @@ def _best_rates(setup: Setup, base: Path) -> list[float]:
     return best
 
 
+def chosen_rates(setup: Setup) -> list[float]:
+    """By task, the rate that its adapters on the old base were trained at."""
+    found: list[float] = json.loads((setup.folder / "rates.json").read_text())
+    return found
+
+
 def recipe(setup: Setup, rate: float, seed: int, base: str = OLD) -> FineTune:
     """The recorded recipe of an adapter."""
     return FineTune(
@@ -219,7 +225,7 @@ def upgraded(name: str, setup: Setup) -> list[Cell]:
     """Every cell of one upgrade."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
-    _quiet()
+    quiet()
     new = setup.folder / name.replace(" ", "-")
     upgrades(setup.base)[name](setup.base, Texts(*texts()), new, setup.scale)
     drift = compare(setup.base, new).median
@@ -278,7 +284,7 @@ def _made(setup: Setup, new: Path) -> dict[tuple[int, int], Made]:
 
     What is done together costs each an equal share.
     """
-    rates = json.loads((setup.folder / "rates.json").read_text())
+    rates = chosen_rates(setup)
     found = {(number, seed): Made() for number in range(len(setup.tasks)) for seed in range(1, setup.seeds + 1)}
     inputs = [
         {"base": new, "old": setup.base, "adapter": setup.adapter(setup.tasks[number], seed),
@@ -553,7 +559,8 @@ def _cell(stored: Mapping[str, Any]) -> Cell:
     return Cell(**stored)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Nothing of transformers' own is shown."""
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -567,7 +574,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="upgrades side by side")
     parser.add_argument("--store", type=Path, default=STORE, help="where results are kept")
     asked = parser.parse_args()
-    _quiet()
+    quiet()
     stored: dict[str, Any] = json.loads(asked.store.read_text()) if asked.store.exists() else {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORACTL_BENCH_DIR")) as scratch:
         setup = prepared(Path(scratch), asked.seeds, asked.scale)

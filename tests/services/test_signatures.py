@@ -34,7 +34,7 @@ from registry.services.references import find_adapter, find_version
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.upgrade import POLICY, Upgrade
-from tests.world import ADMIN, World, caller, files_push, request_of
+from tests.world import ADMIN, World, caller, files_push, refused, request_of
 
 KEY, OTHER = PrivateKey.generate(), PrivateKey.generate()
 BOSS = caller("boss", team=["admin"])
@@ -128,12 +128,6 @@ class Desk:
 @pytest.fixture
 def desk(world: World, tmp_path: Path) -> Desk:
     return Desk(world, tmp_path)
-
-
-def refused(error: type[LoractlError], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as told:
-        call()
-    return told.value.message
 
 
 # ── which signatures are taken ───────────────────────────────────────────────

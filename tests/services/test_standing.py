@@ -28,7 +28,7 @@ from registry.services.references import find_adapter, find_version
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.upgrade import POLICY, Upgrade
-from tests.world import ADMIN, World, caller, request_of
+from tests.world import ADMIN, World, caller, refused, request_of
 
 ADA = caller("ada", team=["read", "publish"], base=["read", "publish"])
 
@@ -88,12 +88,6 @@ class Shelf:
 @pytest.fixture
 def shelf(world: World, tmp_path: Path) -> Shelf:
     return Shelf(world, tmp_path)
-
-
-def refused(error: type[LoractlError], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as told:
-        call()
-    return told.value.message
 
 
 def test_a_yanked_version_is_given_only_to_who_names_it(shelf: Shelf) -> None:

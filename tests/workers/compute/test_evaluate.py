@@ -18,7 +18,7 @@ from workers.compute.data import Row
 from workers.compute.evaluate import Suite, evaluate, has_form
 from workers.compute.finetune import finetune
 from workers.compute.metrics import accuracy, exact_match, mean
-from workers.compute.panel import BARE
+from workers.compute.panel import BARE, Panel, Text
 
 TOKENIZER = factories.tokenizer()
 
@@ -200,6 +200,28 @@ def test_a_model_that_would_read_padding_is_asked_for_prompts_of_one_length_at_a
     assert evaluate(model, TOKENIZER, suite, {})[BARE] == padded
     handle.remove()
     assert {3, 6} <= widths  # prompts with their first token
+
+
+def test_as_many_rows_are_generated_at_once_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, until: Any, how: dict[str, Any]) -> list[Text]:
+        asked.append((len(prompts), max(map(len, prompts)) + how["max_new_tokens"]))
+        return [Text(str(len(prompt)), True) for prompt in prompts]
+
+    monkeypatch.setattr(panel, "_generate", generate)
+    monkeypatch.setattr(panel, "_GENERATED", 8)
+    monkeypatch.setattr(panel, "_GENERATED_TOKENS", 100)
+    model = factories.llama()
+    adapters = {str(seed): factories.random_adapter(model, seed, targets=("all-linear",)) for seed in range(3)}
+    jury = Panel(model, TOKENIZER, adapters)
+    prompts = [[1] * size for size in [2, 3, 4] * 5 + [40, 60, 90, 95]]
+    with jury.seated():
+        texts = jury.continuations(prompts, 5)
+    assert texts.keys() == {BARE, *adapters}
+    assert all([text.text for text in own] == [str(len(prompt)) for prompt in prompts] for own in texts.values())
+    assert max(rows for rows, _ in asked) == 8
+    assert all(rows == 1 or rows * width <= 100 for rows, width in asked)
 
 
 def test_a_long_prompt_is_read_for_fewer_adapters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
