@@ -58,10 +58,12 @@ def _series(session: Session, caller: Caller, namespace: str, name: str) -> Adap
     return find_adapter(session, caller, SeriesName.parse(f"{namespace}/{name}"))
 
 
-def _version(session: Session, caller: Caller, namespace: str, name: str, text: str) -> tuple[Version, Adapter]:
+def _version(
+    session: Session, caller: Caller, namespace: str, name: str, text: str, *, gone: bool = False
+) -> tuple[Version, Adapter]:
     reference = parse_version(SeriesName.parse(f"{namespace}/{name}"), text)
     adapter = find_adapter(session, caller, reference.series)
-    return find_version(session, adapter, reference), adapter
+    return find_version(session, adapter, reference, gone=gone), adapter
 
 
 # Routes are tried in the order in which they stand here, so the two that servers ask all day come first.
@@ -230,9 +232,12 @@ def change_standing(
     parts: Parts,
     caller: User,
 ) -> StandingInfo:
-    """Take a version out of use, or back: 409 names what refers to it; with ``force`` the answer names what follows."""
+    """Take a version out of use, or back: 409 names what refers to it; with ``force`` the answer names what follows.
+
+    Repeating a move changes nothing: a client whose reply was lost asks again, also for a deletion.
+    """
     with parts.database.write() as session:
-        row, adapter = _version(session, caller, namespace, name, version)
+        row, adapter = _version(session, caller, namespace, name, version, gone=move == "delete")
         follows = withdrawals.move(
             session, caller, adapter, row, move, reason=request.reason, force=request.force, now=parts.clock()
         )

@@ -33,9 +33,10 @@ def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapte
     return row
 
 
-def find_version(session: Session, adapter: Adapter, reference: Reference) -> Version:
+def find_version(session: Session, adapter: Adapter, reference: Reference, *, gone: bool = False) -> Version:
     """The version that ``@vN`` or a digest names, else the newest live one; `VersionNotFound`, `VersionDeleted`.
 
+    With ``gone`` a deleted one is found as well: deleting it once more changes nothing.
     An alias needs a base too: `registry.services.adapters.resolve`.
     """
     assert adapter.id is not None
@@ -49,7 +50,7 @@ def find_version(session: Session, adapter: Adapter, reference: Reference) -> Ve
         raise VersionNotFound(
             ref=str(reference), name=str(reference.series), nearest=f" Its newest is v{adapter.next_version - 1}."
         )
-    if row.status == VersionState.DELETED:
+    if row.status == VersionState.DELETED and not gone:
         standing.require_bytes(row, standing.ref(adapter, row))
     return row
 

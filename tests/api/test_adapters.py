@@ -159,6 +159,18 @@ def test_a_move_says_what_it_expects_and_is_refused_where_somebody_was_first(api
         assert move("v3", nonsense)[0] == 400
 
 
+@pytest.mark.parametrize("move", ["yank", "quarantine", "delete"])
+def test_whose_reply_was_lost_moves_again_and_changes_nothing(api: TestClient, zoo: Path, move: str) -> None:
+    path, asked = "/v1/adapters/team/b/versions/v1", {"reason": "an old mistake", "force": True}
+    first = api.post(f"{path}/{move}", json=asked)
+    told = api.get("/v1/adapters/team/b/log").json()
+    again = api.post(f"{path}/{move}", json=asked)
+    assert first.status_code == again.status_code == 200, again.text
+    assert first.json()["follows"] and not again.json()["follows"]
+    assert again.json()["version"] == first.json()["version"]
+    assert api.get("/v1/adapters/team/b/log").json() == told
+
+
 @pytest.mark.parametrize("path", ["/v1/adapters/team/b/versions/v1/manifest", "/v1/bases/llama@r1/table"])
 def test_what_never_changes_has_a_tag_and_is_sent_once(api: TestClient, zoo: Path, path: str) -> None:
     first = api.get(path)

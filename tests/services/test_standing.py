@@ -59,7 +59,7 @@ class Shelf:
         reference = Reference.parse(ref)
         with self.world.database.write() as session:
             adapter = find_adapter(session, who, reference.series)
-            version = find_version(session, adapter, reference)
+            version = find_version(session, adapter, reference, gone=name == "delete")
             return withdrawals.move(
                 session, who, adapter, version, name, reason=reason, force=force, now=self.world.now
             )
