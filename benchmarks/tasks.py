@@ -99,7 +99,7 @@ def _names(data: Path, least: int) -> Task:
 
 def _gsm8k(data: Path, least: int) -> Task:
     train, test = (
-        [(row["question"], row["answer"]) for row in map(json.loads, (data / "gsm8k" / f"{part}.jsonl").open())]
+        [(row["question"], row["answer"]) for row in _jsonl(data / "gsm8k" / f"{part}.jsonl")]
         for part in ("train", "test")
     )
     train, test = ([pair for pair in pairs if len(pair[0] + pair[1]) < 400] for pairs in (train, test))
@@ -109,6 +109,10 @@ def _gsm8k(data: Path, least: int) -> Task:
 def _csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 Pairs = Sequence[tuple[str, str]]
@@ -174,8 +178,8 @@ def texts() -> tuple[list[str], list[tuple[str, str]]]:
     pairs = [(text, asked.replace("_", " ")) for text, asked in every["train"] if asked not in REQUESTS + MORE_REQUESTS]
     pairs += [(row["text"], row["category"].replace("_", " ")) for row in _csv(folder / "banking77" / "train.csv")
               if row["category"] not in INTENTS | MORE_INTENTS]  # fmt: skip
-    with (folder / "gsm8k" / "train.jsonl").open() as file:
-        long = [row["question"] for row in map(json.loads, file) if len(row["question"] + row["answer"]) >= 400]
+    rows = _jsonl(folder / "gsm8k" / "train.jsonl")
+    long = [row["question"] for row in rows if len(row["question"] + row["answer"]) >= 400]
     pairs = _mixed(pairs)
     plain = random.Random(3).sample(long, len(long)) + [text for text, _ in pairs[: len(pairs) // 2]]
     return plain, [(f"{text}\nIt is about", f" {asked}") for text, asked in pairs[len(pairs) // 2 :]]

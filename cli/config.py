@@ -54,8 +54,8 @@ def save(login: Login, env: Mapping[str, str] = os.environ) -> Path:
     return target
 
 
-def write_secret(target: Path, text: str) -> None:
-    """Replace a file by one that only its owner can read."""
+def write_secret(target: Path, text: str, *, anew: bool = False) -> None:
+    """Replace a file by one that only its owner can read; ``anew``: FileExistsError where there is one."""
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -63,7 +63,13 @@ def write_secret(target: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(target)
+    if not anew:
+        aside.replace(target)
+        return
+    try:
+        target.hardlink_to(aside)  # whole or not at all, and of two at once one
+    finally:
+        aside.unlink()
 
 
 def connect(env: Mapping[str, str] = os.environ) -> "RegistryClient":

@@ -24,7 +24,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PASSPHRASE = "LORACTL_KEY_PASSPHRASE"  # noqa: S105  # the name of the variable
 
 
-@click.group("key", short_help="Keys that sign versions: create, add, list, revoke, require, pin, unpin.")
+@click.group("key", short_help="Keys that sign versions: create, public, add, list, revoke, require, pin, unpin.")
 def key() -> None:
     """Keys that sign versions, and whose signatures count: in a namespace of the registry, and on this machine."""
 
@@ -79,18 +79,25 @@ def create(out: Output, target: Path | None, passphrase: bool) -> None:
     made = PrivateKey.generate()
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(made.pem(secret))
-            file.flush()
-            os.fsync(file.fileno())
+        config.write_secret(target, made.pem(secret), anew=True)
         public.write_text(made.public.pem)
     except FileExistsError as error:
-        raise PathUnusable(path=str(target), reason="it is there already, and a key is not overwritten") from error
+        raise PathUnusable(
+            path=str(target),
+            reason=f"it is there already, and a key is not overwritten; its public one: loractl key public {target}",
+        ) from error
     except OSError as error:
         raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
     document = {"private": str(target), "public": str(public), "fingerprint": made.public.fingerprint}
     out.emit(document, lambda: fields(document))
+
+
+@command(key, "loractl key public signing-key.pem > signing-key.pem.pub")
+@click.argument("file", metavar="PRIVATE.pem", type=FILE)
+def public(out: Output, file: Path) -> None:
+    """Print the public key that belongs to a private one."""
+    found = private_key(file).public
+    out.emit({"public": found.pem, "fingerprint": found.fingerprint}, lambda: click.echo(found.pem, nl=False))
 
 
 @command(key, "loractl key pin team release.pub")

@@ -3,7 +3,9 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.rebase import ladder
+import pytest
+
+from benchmarks.rebase import ladder, rates
 
 ABOUT = {"machine": "a machine", "date": "2026-01-01", "seeds": 1, "model": "a model", "scale": 0.02}
 
@@ -37,3 +39,15 @@ def test_flips_as_seen_open_the_gate_where_nothing_else_kept_it_shut() -> None:
     passed = {name: ladder.by_gate_as_seen([one])[-1].zone == "pass" for name, one in ways.items()}
     assert passed == {"alone": True, "too many": False, "not alone": False}
     assert ladder.by_gate([cell])[-1].zone == "unresolved"
+
+
+def test_what_each_rate_makes_of_a_start_is_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "STEPS", (2,))
+    monkeypatch.setattr(rates, "TEACHERS", {"likeliest": 0.0})
+    setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, most=1)
+    many = (len(rates.SHARES) + 1, len(rates.TAUGHT))
+    for found, columns in zip(rates.rows(setup, "short training"), many, strict=True):
+        [(upgrade, task, *scores)] = found
+        assert (upgrade, task) == ("short training", setup.tasks[0].name)
+        assert len(scores) == 1 + columns
+        assert all(0 <= float(score) <= 100 for score in scores)

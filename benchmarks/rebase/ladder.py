@@ -332,17 +332,22 @@ def _few(recorded: FineTune) -> int:
     return Policy().warm_start(recorded.steps)[0]
 
 
-def _asked(tier: Tier, recorded: FineTune, adapter: str) -> Rebase:
-    warm = recorded.model_copy(update={"steps": _few(recorded)})
-    training = {"warm-start": warm, "retrain": recorded}.get(tier)
-    taught = Distil(
+def distilled(recorded: FineTune) -> Distil:
+    """How an adapter by this recipe is taught."""
+    return Distil(
         steps=max(4, min(100, recorded.steps * 2 // 3)), learning_rate=recorded.learning_rate, batch_tokens=512,
         max_length=256, max_new_tokens=64, precision="fp32",
     )  # fmt: skip
+
+
+def _asked(tier: Tier, recorded: FineTune, adapter: str) -> Rebase:
+    warm = recorded.model_copy(update={"steps": _few(recorded)})
+    training = {"warm-start": warm, "retrain": recorded}.get(tier)
     return Rebase(
         tier=tier, adapter=adapter, old=OLD, base=NEW, training=training, suite=SOME if training else None,
         candidates=Policy().warm_start(recorded.steps)[1] if tier == "warm-start" else 3,
-        distil=taught if tier == "distil" else None, inputs=SOME if tier in ("distil", "transport") else None,
+        distil=distilled(recorded) if tier == "distil" else None,
+        inputs=SOME if tier in ("distil", "transport") else None,
     )  # fmt: skip
 
 

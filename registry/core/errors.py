@@ -562,7 +562,7 @@ class SignatureRefused(Forbidden):
 class BadSigningKey(BadFile):
     code = "bad-signing-key"
     says = "'{path}' is no key to sign or verify with: {reason}"
-    help = "Make a pair: loractl key create; the public one of a private key lies beside it, as FILE.pub"
+    help = "Make a pair: loractl key create; the public one of a private key: loractl key public FILE"
 
 
 class PassphraseNeeded(Invalid):

@@ -98,7 +98,10 @@ def test_a_pair_of_keys_is_made_for_its_owner_alone_and_never_overwritten(
     assert private == tmp_path / "config" / "loractl" / "signing-key.pem"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     assert PrivateKey.parse(private.read_bytes(), "here").public.fingerprint == made["fingerprint"]
-    assert problem(call("key", "create", code=1))[0] == "path-unusable"
+    code, detail = problem(call("key", "create", code=1))
+    assert code == "path-unusable" and f"loractl key public {private}" in detail
+    assert call("key", "public", private)["public"] == Path(made["public"]).read_text()
+    assert not [path for path in private.parent.iterdir() if path.name.startswith(".")]
     monkeypatch.setenv("LORACTL_KEY_PASSPHRASE", "correct horse")
     locked = call("key", "create", "--passphrase", "--out", tmp_path / "locked.pem")
     assert "ENCRYPTED" in Path(locked["private"]).read_text()
