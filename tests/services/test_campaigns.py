@@ -29,6 +29,7 @@ from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Decision
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, JobRequest, UpgradeRequest
 from registry.services import aliases, campaigns, jobs
+from registry.services.campaigns import running
 from registry.services.references import find_adapter
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
@@ -263,7 +264,7 @@ def test_an_alias_that_moves_in_the_very_step_is_looked_at_again(upgrade: Upgrad
     upgrade.set_alias(second)
     with upgrade.world.database.write() as session:
         row, campaign = session.get_one(CampaignItem, item.id), session.get_one(Campaign, asking)
-        work = campaigns._Work(session, upgrade.world.store, campaign, row, upgrade.world.now)
+        work = running.Work(session, upgrade.world.store, campaign, row, upgrade.world.now)
         stale = Promote("carry", str(facts.tiers[0].version), "prod", 0, facts.serving)
         assert work._promote(stale, facts) == (facts, True)
     assert upgrade.prod(upgrade.new) is None
