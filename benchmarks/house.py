@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import httpx
 
@@ -109,9 +109,13 @@ def answers(url: str) -> bool:
         return False
 
 
+START: Literal["spawn", "forkserver"] = "spawn"
+"""How `apart` gets its interpreter. Tests, to which no figure matters, take one that has imported already."""
+
+
 def apart(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-    """``work(*args)`` in a fresh interpreter."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """``work(*args)`` in a fresh interpreter (see `START`)."""
+    with ProcessPoolExecutor(1, mp_context=get_context(START)) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 

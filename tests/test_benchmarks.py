@@ -2,16 +2,24 @@
 
 import importlib
 import json
+import multiprocessing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import run
+from benchmarks import house, run
 from benchmarks.rebase import exactness, gate, labelfree, widths
 from benchmarks.table import Row, at_least, at_most
 
 TINY = 0.002
+
+
+@pytest.fixture(autouse=True)
+def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a benchmark does apart begins where the imports that take longest are done."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.train", "benchmarks.transfer"])
+    monkeypatch.setattr(house, "START", "forkserver")
 
 
 @pytest.mark.parametrize("name", run.names())
