@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.tasks import Task, made, stories
+from registry.core.metrics import is_binary
 from registry.core.recipes import Distil, FineTune, FullFineTune, Rebase
 from tests.workers import factories
 from workers.compute.evaluate import Suite, evaluate
@@ -69,8 +70,9 @@ def cells(scale: float = 1.0, upgrades: Mapping[str, int] = UPGRADES) -> Iterato
             learning_rate=4e-3, batch_tokens=512, max_length=192, precision="fp32",
         )  # fmt: skip
         for task, teacher in zip(tasks, teachers, strict=True):
-            for way, rows in (("inputs", task.train), ("texts", [])):
-                write_lesson(model, tokenizer, asked, teacher, rows, folder / way / task.name)
+            surely = asked.model_copy(update={"temperature": 0.0}) if is_binary(task.metric) else asked
+            for way, rows, how in (("inputs", task.train, surely), ("texts", [], asked)):
+                write_lesson(model, tokenizer, how, teacher, rows, folder / way / task.name)
         for upgrade, steps in upgrades.items():
             yield from _upgraded(folder, upgrade, max(2, round(steps * scale)), tasks, teachers, asked, scale)
 

@@ -37,6 +37,7 @@ import transformers
 from registry.core.digest import Digest
 from registry.core.errors import LoractlError
 from registry.core.gate import Zone, judge, mean_gain, shares
+from registry.core.metrics import is_binary
 from registry.core.policy import Gate, Margin, Policy
 from registry.core.recipes import Distil, FineTune, Rebase, Tier
 from registry.core.records import Record, item_id
@@ -292,7 +293,10 @@ def _made(setup: Setup, new: Path) -> dict[tuple[int, int], Made]:
          "dataset.0": setup.folder / f"rows-{number}"} for number, seed in found
     ]  # fmt: skip
     for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
-        recipes = [_asked(tier, recipe(setup, rates[number], seed, NEW), _name(number, seed)) for number, seed in found]
+        recipes = [
+            _asked(tier, recipe(setup, rates[number], seed, NEW), _name(number, seed), metric_of(setup.tasks[number]))
+            for number, seed in found
+        ]
         with tempfile.TemporaryDirectory(dir=setup.folder) as out:
             outs = [Path(out) / str(place) for place in range(len(found))]
             seconds = _run(recipes, inputs, outs)
@@ -332,21 +336,22 @@ def _few(recorded: FineTune) -> int:
     return Policy().warm_start(recorded.steps)[0]
 
 
-def distilled(recorded: FineTune) -> Distil:
-    """How an adapter by this recipe is taught."""
+def distilled(recorded: FineTune, metric: str) -> Distil:
+    """How an adapter by this recipe is taught, as a job would plan it."""
     return Distil(
+        temperature=0.0 if is_binary(metric) else 1.0,
         steps=max(4, min(100, recorded.steps * 2 // 3)), learning_rate=recorded.learning_rate, batch_tokens=512,
         max_length=256, max_new_tokens=64, precision="fp32",
     )  # fmt: skip
 
 
-def _asked(tier: Tier, recorded: FineTune, adapter: str) -> Rebase:
+def _asked(tier: Tier, recorded: FineTune, adapter: str, metric: str) -> Rebase:
     warm = recorded.model_copy(update={"steps": _few(recorded)})
     training = {"warm-start": warm, "retrain": recorded}.get(tier)
     return Rebase(
         tier=tier, adapter=adapter, old=OLD, base=NEW, training=training, suite=SOME if training else None,
         candidates=Policy().warm_start(recorded.steps)[1] if tier == "warm-start" else 3,
-        distil=distilled(recorded) if tier == "distil" else None,
+        distil=distilled(recorded, metric) if tier == "distil" else None,
         inputs=SOME if tier in ("distil", "transport") else None,
     )  # fmt: skip
 

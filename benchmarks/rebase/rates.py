@@ -31,7 +31,7 @@ from workers.compute.lora import Adapter, restarted
 from workers.compute.model import Model, Tokenizer, load
 from workers.compute.rebase.carry import carry
 from workers.compute.rebase.distil import read_lesson, steps_of, write_lesson
-from workers.compute.rebase.warm_start import PULL
+from workers.compute.rebase.starts import PULL
 from workers.compute.weights import read_adapter
 
 from ..run import machine
@@ -86,7 +86,7 @@ def _lessons(setup: Setup, place: int, start: Adapter, new: Path) -> list[Traini
     model, tokenizer = load(setup.base, "fp32")
     asked: list[Training] = []
     for way, temperature in TEACHERS.items():
-        taught = distilled(recipe(setup, rate, 1, NEW)).model_copy(update={"temperature": temperature})
+        taught = distilled(recipe(setup, rate, 1, NEW), metric_of(task)).model_copy(update={"temperature": temperature})
         folder = setup.folder / f"{new.name}-{place}-{way}"
         write_lesson(model, tokenizer, taught, read_adapter(setup.adapter(task, 1)), task.train, folder)
         examples = read_lesson(folder, tokenizer).examples

@@ -207,7 +207,7 @@ class Distil(Steps):
     quantised: Quantisation | None = None
     """Hold both bases' linear weights in 8 or 4 bits."""
     pull: Annotated[float, Field(ge=0)] = 0.0
-    """As in a training with ``start``."""
+    """As in a training with ``start``; 0: a hundredth. A fresh adapter is held to nothing."""
     texts: Annotated[int, Field(ge=2)] = 512
     """That the teacher writes: to each of ``inputs`` one, or several where it has fewer and a temperature."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128

@@ -38,6 +38,7 @@ from registry.core.errors import (
 )
 from registry.core.lifecycle import JOB, JobState
 from registry.core.manifest import canonical_json
+from registry.core.metrics import is_binary
 from registry.core.names import Reference, SeriesName, check_name
 from registry.core.recipes import (
     BASE_ROLES,
@@ -299,9 +300,17 @@ def _unlabelled(session: Session, caller: Caller, plan: dict[str, Any]) -> str |
 
 
 def _distillation(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:
-    """How to distil: as asked, else as the adapter was trained."""
-    recorded = training_of(session, _meant(session, caller, str(plan["adapter"]), None), str(plan.get("base")))
+    """How to distil: as asked, else as the adapter was trained.
+
+    Where what counts is right or wrong, the teacher answers with what it finds likeliest: that is what is asked of it.
+    """
+    version = _meant(session, caller, str(plan["adapter"]), None)
+    recorded = training_of(session, version, str(plan.get("base")))
     found = recorded.model_dump(mode="json", include=_TAUGHT_AS_TRAINED) if recorded else {}
+    adapter = session.get_one(Adapter, version.adapter_id)
+    gates = effective(session, adapter.namespace, adapter.name).gates
+    if plan.get("inputs") and gates and is_binary(gates[0].metric):
+        found["temperature"] = 0.0
     return found | _words(plan.get("distil"))
 
 

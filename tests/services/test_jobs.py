@@ -29,7 +29,7 @@ from registry.core.errors import (
     WeightsAbsent,
 )
 from registry.core.manifest import Lineage
-from registry.core.policy import Policy
+from registry.core.policy import Gate, Margin, Policy
 from registry.core.recipes import FineTune
 from registry.core.records import Record, item_id, split_of, to_jsonl
 from registry.db.engine import Database
@@ -358,6 +358,15 @@ def test_a_distillation_is_asked_as_the_adapter_was_trained_on_the_inputs_that_i
     told = job.recipe["distil"]
     assert (told["learning_rate"], told["batch_tokens"], told["texts"]) == (3e-3, 32, 9)
     assert small.asked(asked | {"inputs": "team/others"}, adapter="team/bot").recipe["inputs"] == other
+    assert (alone["distil"]["temperature"], told["temperature"]) == (1, 1)
+    answers = b"".join(b'{"prompt": "p%d", "completion": " s"}\n' % number for number in range(200))
+    small.world.push_rows("suite", "team/answers", answers)
+    gate = Gate(suite="team/answers", metric="exact-match", margin=Margin(value=0.3))
+    right = policy.model_copy(update={"gates": (gate,), "max_negative_flips": 0.3})
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", right, small.world.now))
+    surely = [small.asked(asked | more, adapter="team/bot").recipe["distil"]["temperature"]
+              for more in ({}, {"distil": {"temperature": 0.7}})]  # fmt: skip
+    assert surely == [0, 0.7]
 
 
 def test_recorded_datasets_are_trained_on_by_those_who_may_read_them(small: Shop, tmp_path: Path) -> None:

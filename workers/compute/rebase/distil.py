@@ -40,7 +40,7 @@ from ..model import Model, Tokenizer, check_tokens
 from ..panel import BARE, Panel
 from ..weights import read_metadata, read_tensors, write_file, write_tensors
 from .race import Entrant, Race
-from .starts import SCRATCH, Starts, best_of, fitting, scratch
+from .starts import PULL, SCRATCH, Starts, best_of, fitting, scratch
 
 _TEXTS, _TENSORS = "lesson.jsonl", "lesson.safetensors"
 _BATCH_TOKENS = 2048
@@ -178,7 +178,8 @@ def _text_of(row: Row) -> str:
 
 
 def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, starts: Starts) -> Race:
-    """The race of one student that is taught by the lesson in ``folder``: from its best start, and from scratch.
+    """The race of one student that is taught by the lesson in ``folder``: from its best start, held to it, and from
+    scratch.
 
     What chooses is the agreement with the teacher on texts held out.
     """
@@ -196,9 +197,12 @@ def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, sta
     def measure(trained: Mapping[str, Trained]) -> dict[str, dict[str, Any]]:
         return {name: agreed(run.adapter) for name, run in trained.items()}
 
-    begun = {name: starts.adapters[name] for name in (best_of(told),) if name != SCRATCH}
-    begun[SCRATCH] = scratch(model, training, starts)
-    entrants = {name: Entrant(name, Task(training, kept, start)) for name, start in begun.items()}
+    entrants = {}
+    if (best := best_of(told)) != SCRATCH:
+        held_to_it = training.model_copy(update={"pull": training.pull or PULL})
+        entrants[best] = Entrant(best, Task(held_to_it, kept, starts.adapters[best]))
+    free = training.model_copy(update={"pull": 0.0})
+    entrants[SCRATCH] = Entrant(SCRATCH, Task(free, kept, scratch(model, training, starts)))
     source = "inputs" if recipe.inputs else "texts of the teacher's own"
     return Race(entrants, measure, told, {"lesson": {"source": source} | lesson.dump()})
 
