@@ -1,16 +1,21 @@
 """Every benchmark runs and yields rows with claims; what it measures is for a quiet machine, not for a test."""
 
+import copy
 import importlib
 import json
 import multiprocessing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import house, run
-from benchmarks.rebase import exactness, gate, labelfree, widths
+from benchmarks.rebase import exactness, gate, labelfree, published, widths
 from benchmarks.table import Row, at_least, at_most
+from tests.workers import factories
+from workers.compute.lora import Adapter, Patch, fresh
 
 TINY = 0.002
 
@@ -50,6 +55,46 @@ def test_what_is_brought_to_another_width_is_measured_beside_what_has_been_publi
     assert "| 50% |" in widths.table(reached)
     assert "missed" not in widths.table(reached)
     assert "missed" in widths.table([replace(cell, brought=dict.fromkeys(widths.WAYS, 1.7)) for cell in reached])
+
+
+def test_the_published_way_by_heads_finds_heads_that_changed_places() -> None:
+    old = factories.llama(num_attention_heads=4, num_key_value_heads=4)
+    new = copy.deepcopy(old)
+    order = [2, 0, 3, 1]
+    with torch.no_grad():
+        for layer in new.model.layers:
+            for part in ("q_proj", "k_proj", "v_proj"):
+                weight = getattr(layer.self_attn, part).weight
+                weight.copy_(weight.unflatten(0, (4, -1))[order].flatten(0, 1))
+            weight = layer.self_attn.o_proj.weight
+            weight.copy_(weight.unflatten(1, (4, -1))[:, order].flatten(1))
+    adapter = random_adapter(old)
+    same = [(token, token) for token in range(old.config.vocab_size)]
+    kept, moved = (published.lorasuite(old, base, adapter, same) for base in (old, new))
+    assert kept.keys() == moved.keys() == adapter.patches.keys()
+    for name, patch in kept.items():
+        whole: Any = dense(patch)
+        if name.endswith("o_proj"):
+            whole = whole.unflatten(1, (4, -1))[:, order].flatten(1)
+        elif "self_attn" in name:
+            whole = whole.unflatten(0, (4, -1))[order].flatten(0, 1)
+        torch.testing.assert_close(dense(moved[name]), whole, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(dense(patch).norm(), dense(adapter.patches[name]).norm())
+
+
+def random_adapter(model: Any) -> Adapter:
+    """All linear modules, of rank 4."""
+    made = fresh(model, factories.recipe(rank=4, alpha=8.0, targets=("all-linear",)))
+    chance = torch.Generator().manual_seed(1)
+    patches = {name: replace(patch, b_OR=torch.randn(patch.b_OR.shape, generator=chance))
+               for name, patch in made.patches.items()}  # fmt: skip
+    return replace(made, patches=patches)
+
+
+def dense(patch: Patch) -> torch.Tensor:
+    """ΔW."""
+    update = patch.update
+    return update.b_OR @ update.a_RI
 
 
 @pytest.mark.parametrize("cell", [gate.WORSE[1], gate.WORSE[5], *gate.AS_GOOD[1:]])

@@ -1,16 +1,10 @@
 """`python -m benchmarks.rebase.widths [--in DIR]`: adapters between two models of other widths, without training.
 
 Two small Llamas of their own width, depth alike, and seed learn the same texts; adapters for the same tasks are trained
-on both. Each is brought to the other base: by weights alone, by text (`transport`, 128 prompts, no labels), and
-on the same text by what has been published, from its formulae:
-
-    Theseus (Rinaldi et al. 2026, arXiv:2602.12952)    ΔW₂ = P_out·ΔW₁·P_inᵀ, P_in from activations X that go in,
-                                                       P_out from those that come out
-    BiCo    (Son et al. 2026, arXiv:2605.28444)        the same, with P_out from gradients G by what comes out
-
-P = argmin ‖X₁·Pᵀ − X₂‖ over orthonormal maps: X₂ᵀX₁ = UΣVᵀ, P = UVᵀ. Both get the strength that brings the new base
-nearest to the adapted old one, as ours does. What is quoted is the share of the gain in loss that training on the new
-base gives, on rows that nobody saw:
+on both. Each is brought to the other base: by weights alone, by text (`transport`, 512 prompts, no labels), and on the
+same text by what has been published (`published`). Then what LoRASuite made, what ours made, and a fresh adapter take
+21 steps on 100 rows, as LoRASuite does. What is quoted is the share of the gain in loss that training on the new base
+gives, on rows that nobody saw:
 
     (bare − brought) ⁄ (bare − trained)
 
@@ -26,8 +20,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,28 +29,33 @@ import torch
 import transformers
 from tokenizers import Tokenizer as Tokens
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from registry.core.recipes import FineTune
 from workers.compute.data import Row
 from workers.compute.finetune import Task, finetune_many
-from workers.compute.lora import Adapter, Patch
+from workers.compute.lora import Adapter
 from workers.compute.model import Model, Tokenizer, load
-from workers.compute.plain import plain
-from workers.compute.rebase.activations import Shared, completed, shared, surprise, with_asked
-from workers.compute.rebase.transport import STRENGTHS, transport
+from workers.compute.rebase.transport import transport
 from workers.compute.weights import read_adapter, write_adapter
 
 from ..tasks import rows_of, texts
 from .exactness import loss
+from .published import published
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 TARGET = 0.4
 """Share of the gap, the median over cells."""
 WIDTHS = (64, 96)
-WAYS = ("by weights", "Theseus", "BiCo", "by text")
+FREE = ("by weights", "LoRASuite", "Theseus", "BiCo", "by text")
+"""Ways without training."""
+STEPS, ROWS = 21, 100
+TUNED = {f"{way}, then {STEPS} steps": way for way in ("LoRASuite", "by text")}
+FRESH = f"{STEPS} steps from nothing"
+WAYS = (*FREE, *TUNED, FRESH)
+RATE = 5e-3
+GENTLE = 3
+"""What the rate is divided by where something is begun from: by LoRASuite's authors as by us."""
 VOCABULARY, LAYERS, HEAD = 1024, 4, 16
 
 
@@ -67,7 +65,7 @@ class Sizes:
 
     pretraining: int = 2500
     steps: int = 300
-    prompts: int = 128
+    prompts: int = 512
     test: int = 120
 
 
@@ -103,78 +101,28 @@ def cells(folder: Path, sizes: Sizes = ALL) -> Iterator[Cell]:
             test = test[: sizes.test]
             adapter, trained = (read_adapter(folder / f"adapter-{width}-{name}") for width in (old, new))
             prompts = train[: sizes.prompts]
+            same = [(token, token) for token in range(VOCABULARY)]
             brought = {
                 "by weights": transport(adapter, folder / f"base-{old}", base).adapter,
-                **_published(folder / f"base-{old}", model, tokenizer, adapter, prompts),
+                **published(folder / f"base-{old}", model, tokenizer, adapter, prompts, same),
                 "by text": transport(adapter, folder / f"base-{old}", base, prompts).adapter,
             }
+            brought |= _tuned(model, tokenizer, train[:ROWS], brought)
             yield Cell(
                 name, old, new, loss(model, tokenizer, test, None), loss(model, tokenizer, test, trained),
                 {way: loss(model, tokenizer, test, one) for way, one in brought.items()},
             )  # fmt: skip
 
 
-# ── what has been published ──────────────────────────────────────────────────
-
-
-def _published(
-    old: Path, model: Model, tokenizer: Tokenizer, adapter: Adapter, rows: Sequence[Row]
+def _tuned(
+    model: Model, tokenizer: Tokenizer, rows: Sequence[Row], brought: Mapping[str, Adapter]
 ) -> dict[str, Adapter]:
-    first, its = load(old, "fp32")
-    read = shared(its, tokenizer, completed(first, its, adapter, rows), (256, 256))
-    read = with_asked(first, adapter, read, [(token, token) for token in range(VOCABULARY)])
-    sides = [_gathered(one, read, side, list(adapter.patches)) for side, one in enumerate((first, model))]
-    found = {}
-    for way, output in (("Theseus", "out"), ("BiCo", "gradient")):
-        patches = {
-            name: Patch(
-                patch.a_RI @ _procrustes(sides[0][name, "in"], sides[1][name, "in"]).T,
-                _procrustes(sides[0][name, output], sides[1][name, output]) @ patch.b_OR,
-                patch.scale,
-            )
-            for name, patch in adapter.patches.items()
-        }
-        tried = [
-            plain({name: replace(patch, scale=patch.scale * strength) for name, patch in patches.items()}, {}, [])
-            for strength in STRENGTHS
-        ]
-        told = surprise(model, read, tried)
-        found[way] = tried[told.index(min(told))]
-    return found
-
-
-def _gathered(model: Model, read: Sequence[Shared], side: int, names: Sequence[str]) -> dict[tuple[str, str], Tensor]:
-    """What goes into modules, what comes out, and the gradient of the texts' own loss by that."""
-    found: dict[tuple[str, str], list[Tensor]] = {
-        (name, kind): [] for name in names for kind in ("in", "out", "gradient")
-    }
-    places: list[int] = []
-
-    def watch(name: str) -> Any:
-        def hook(_: Any, inputs: tuple[Tensor, ...], given: Tensor) -> None:
-            found[name, "in"].append(inputs[0][0, places].detach())
-            found[name, "out"].append(given[0, places].detach())
-            given.register_hook(lambda g: found[name, "gradient"].append(g[0, places].clone()))
-
-        return hook
-
-    with ExitStack() as hooks:
-        start = model.get_input_embeddings().register_forward_hook(lambda _m, _x, given: given.requires_grad_(True))
-        hooks.callback(start.remove)
-        for name in names:
-            hooks.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
-        for text in read:
-            places[:] = text.places[side]
-            ids_T = torch.tensor(text.ids[side])
-            logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
-            F.cross_entropy(logits_TV, ids_T[1:], reduction="sum").backward()
-    return {key: torch.cat(some) for key, some in found.items()}
-
-
-def _procrustes(x1_NI: Tensor, x2_NJ: Tensor) -> Tensor:
-    u, _, vt = torch.linalg.svd(x2_NJ.T @ x1_NI, full_matrices=False)
-    turned: Tensor = u @ vt
-    return turned
+    """A few steps on a few rows, from what was brought and from nothing."""
+    gentle = _recipe(STEPS, RATE / GENTLE)
+    asked = {name: Task(gentle, rows, brought[way]) for name, way in TUNED.items()}
+    asked[FRESH] = Task(_recipe(STEPS, RATE), rows)
+    runs = finetune_many(model, tokenizer, list(asked.values()))
+    return {name: run.adapter for name, run in zip(asked, runs, strict=True)}
 
 
 # ── models and tasks ─────────────────────────────────────────────────────────
@@ -260,13 +208,17 @@ def _adapters(folder: Path, width: int, tasks: Mapping[str, Sequence[Row]], step
     wanted = [name for name in tasks if not (folder / f"adapter-{width}-{name}").exists()]
     if not wanted:
         return
-    recipe = FineTune(
-        base="b3:" + "1" * 64, datasets=("sha256:" + "2" * 64,), targets=("all-linear",), rank=8, alpha=16.0,
-        learning_rate=5e-3, steps=steps, batch_tokens=1024, max_length=200, precision="fp32",
-    )  # fmt: skip
+    recipe = _recipe(steps, RATE)
     runs = finetune_many(*load(folder / f"base-{width}", "fp32"), [Task(recipe, tasks[name]) for name in wanted])
     for name, run in zip(wanted, runs, strict=True):
         write_adapter(run.adapter, folder / f"adapter-{width}-{name}", base=recipe.base, recipe=recipe.datasets[0])
+
+
+def _recipe(steps: int, rate: float) -> FineTune:
+    return FineTune(
+        base="b3:" + "1" * 64, datasets=("sha256:" + "2" * 64,), targets=("all-linear",), rank=8, alpha=16.0,
+        learning_rate=rate, steps=steps, batch_tokens=1024, max_length=200, precision="fp32",
+    )  # fmt: skip
 
 
 # ── the table ────────────────────────────────────────────────────────────────
