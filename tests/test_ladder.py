@@ -32,13 +32,12 @@ def test_the_ladder_carries_an_adapter_by_every_tier_and_decides_by_the_gate(tmp
     assert "| related | the gate, tier by tier | 1 of 1 | 1.00 (1.00) | 1.00 |" in page
 
 
-def test_flips_as_seen_open_the_gate_where_nothing_else_kept_it_shut() -> None:
-    cell = ladder.Cell("an upgrade", "a task", 1, "carry", 0.1, zone="unresolved", open=(ladder.FLIPS,), seen=0.04)
-    others = replace(cell, open=(ladder.FLIPS, "guard"))
-    ways = {"alone": cell, "too many": replace(cell, seen=0.06), "not alone": others}
-    passed = {name: ladder.by_gate_as_seen([one])[-1].zone == "pass" for name, one in ways.items()}
-    assert passed == {"alone": True, "too many": False, "not alone": False}
-    assert ladder.by_gate([cell])[-1].zone == "unresolved"
+def test_flips_that_may_be_too_many_keep_a_gate_shut_that_asks_for_certainty() -> None:
+    cell = ladder.Cell("an upgrade", "a task", 1, "carry", 0.1, zone="pass", surely=0.06)
+    ways = {"unsure": cell, "sure": replace(cell, surely=0.04), "of no such thing": replace(cell, surely=None)}
+    passed = {name: ladder.by_sure_flips([one])[-1].zone == "pass" for name, one in ways.items()}
+    assert passed == {"unsure": False, "sure": True, "of no such thing": True}
+    assert ladder.by_gate([cell])[-1].zone == "pass"
 
 
 def test_what_each_rate_makes_of_a_start_is_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ REFERENCE = "retrained"
 SCRATCH = "from scratch"
 """As many steps as the warm start's, from nothing."""
 PEERS = (REFERENCE, SCRATCH)
-FLIPS = "negative-flips"
 KINDS = {"related": RELATED, "other shape": SHAPES, "unrelated": {"independent seed"}}
 LEAST = 0.01
 """What retraining must gain over the bare base (a point, or hundredths of nats a byte), for a cell to be counted."""
@@ -100,8 +99,8 @@ class Cell:
     zone: str = ""
     open: tuple[str, ...] = ()
     """The gate's criteria that did not pass."""
-    seen: float | None = None
-    """Negative flips on the gate's split."""
+    surely: float | None = None
+    """Negative flips on the gate's split: their upper bound, which the gate does not ask for."""
     refused: str = ""
 
     @property
@@ -380,9 +379,9 @@ def _judged(
         before = {record.item: record.metrics[metric] for record in serving if record.split == "report"}
         now = {record.item: record.metrics[metric] for record in candidate if record.split == "report"}
         flips = statistics.fmean(now[item] < value for item, value in before.items())
-    seen = next((told.estimate for told in verdict.criteria if told.name == FLIPS), None)
+    surely = next((told.upper for told in verdict.criteria if told.name == "negative-flips"), None)
     left = [told.name for told in verdict.criteria if told.zone is not Zone.PASS]
-    told = {"zone": str(verdict.zone), "open": left, "seen": seen}
+    told = {"zone": str(verdict.zone), "open": left, "surely": surely}
     return {"score": _mean(candidate, metric, "report"), "flips": flips} | told
 
 
@@ -424,6 +423,11 @@ def by_gate(cells: Sequence[Cell]) -> Sequence[Cell]:
     return tried[: passed + 1]
 
 
+def by_default(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The tiers of a policy that names none, at the shares of α that more of them would have left to each."""
+    return by_gate([cell for cell in cells if cell.tier in (*Policy().tiers, "transport")])
+
+
 def copied(cells: Sequence[Cell]) -> Sequence[Cell]:
     """Copy if shapes match, and retrain if not."""
     return _trusted("carry", cells) or _trusted(REFERENCE, cells)
@@ -433,18 +437,16 @@ def _trusted(tier: str, cells: Sequence[Cell]) -> Sequence[Cell]:
     return [replace(cell, zone="pass") for cell in cells if cell.tier == tier]
 
 
-def by_gate_as_seen(cells: Sequence[Cell]) -> Sequence[Cell]:
-    """The same, where negative flips are held to their bound as they were seen, not surely."""
-    return by_gate([replace(cell, zone="pass") if _all_but_flips(cell) else cell for cell in cells])
-
-
-def _all_but_flips(cell: Cell) -> bool:
-    return tuple(cell.open) == (FLIPS,) and cell.seen is not None and cell.seen <= Policy().max_negative_flips
+def by_sure_flips(cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The same, where negative flips must be within their limit surely, not as they were seen."""
+    limit = Policy().max_negative_flips
+    return by_gate([cell if (cell.surely or 0.0) <= limit else replace(cell, zone="unresolved") for cell in cells])
 
 
 WAYS: Mapping[str, Way] = {
     "the gate, tier by tier": by_gate,
-    "the gate, flips as seen": by_gate_as_seen,
+    "the gate, default tiers": by_default,
+    "the gate, flips surely few": by_sure_flips,
     "as it is (PortLLM)": partial(_trusted, "carry"),
     "copy if shapes match": copied,
     "always retrain": partial(_trusted, REFERENCE),

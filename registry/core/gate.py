@@ -366,8 +366,9 @@ def judge(
 
     Criteria: not worse than serving by the margin; better than bare; for right-or-wrong metrics at most the
     policy's share of all items right before and wrong now (on a continuous scale a flip has no natural
-    threshold, and the mean is bounded already); the guard suite; the parse rate. The last passes on the rate
-    seen: an output that does not parse is also wrong, so the first criterion already bounds the error.
+    threshold, and the mean is bounded already); the guard suite; the parse rate. Flips and the parse rate pass
+    on what was seen: a flip, or an output that does not parse, is also wrong, so the first criterion already
+    bounds the error.
     """
     over_bare = _pairs(candidate, bare, gate, ("the candidate", "the bare base"))
     criteria, alone = [], []
@@ -488,7 +489,7 @@ def _flips(pairs: Sequence[Pair], gate: Gate, limit: float, alpha: float) -> Cri
     n = len(pairs)
     flipped = sum(now.metrics[gate.metric] < before.metrics[gate.metric] for now, before in pairs)
     lower, upper = proportion_interval(flipped, n, alpha)
-    zone = Zone.PASS if upper <= limit else Zone.FAIL if lower > limit else Zone.UNRESOLVED
+    zone = Zone.PASS if flipped / n <= limit else Zone.FAIL if lower > limit else Zone.UNRESOLVED
     return Criterion(
         name="negative-flips", suite=gate.suite, metric=gate.metric, estimate=flipped / n, lower=lower, upper=upper,
         bound=limit, at_most=True, zone=zone, n=n,
@@ -531,7 +532,7 @@ def smallest_n(gate: Gate, policy: Policy, *, alpha: float | None = None, discor
         half = n * discordance / 2
         if score_statistic(half, half, n, -margin) <= z:
             return False
-        return limit >= 1 or binomial_tail(math.ceil(half) + 1, n, limit) >= 1 - alpha
+        return half <= n * limit
 
     high = 1
     while not passes(high):

@@ -329,8 +329,11 @@ def test_many_flips_stop_a_candidate_whose_mean_is_better() -> None:
         "not-worse": Zone.PASS, "adds-value": Zone.PASS, "negative-flips": Zone.FAIL,
     }
     assert flipped.zone is Zone.FAIL
-    lenient = POLICY.model_copy(update={"max_negative_flips": 0.1})
-    assert verdict(candidate, serving, right(0, n), policy=lenient).zone is Zone.PASS
+    for limit in (0.1, 0.08):  # as many as were seen: what they cost is bounded by the first criterion
+        lenient = POLICY.model_copy(update={"max_negative_flips": limit})
+        assert verdict(candidate, serving, right(0, n), policy=lenient).zone is Zone.PASS
+    narrow = verdict(candidate, serving, right(0, n), policy=POLICY.model_copy(update={"max_negative_flips": 0.079}))
+    assert (narrow.zone, narrow.criteria[2].zone) == (Zone.UNRESOLVED, Zone.UNRESOLVED)
 
 
 def test_a_first_promotion_is_asked_only_for_its_value() -> None:
@@ -450,15 +453,14 @@ def test_from_the_smallest_n_on_a_twin_passes_and_below_it_does_not(margin: floa
     assert needed is not None
     for n, enough in ((needed, True), (needed - 1, False)):
         if n >= 1:
-            not_worse = paired_interval(0, 0, n, alpha)[0] > -margin
-            assert (not_worse and proportion_interval(0, n, alpha)[1] <= limit + 1e-12) is enough
+            assert (paired_interval(0, 0, n, alpha)[0] > -margin) is enough
 
 
 def test_more_disagreement_needs_more_items_and_too_much_is_never_enough() -> None:
     needed = [smallest_n(ACCURACY, POLICY, alpha=ALPHA, discordance=share) for share in (0, 0.01, 0.02, 0.05)]
     assert None not in needed
     assert needed == sorted(needed, key=lambda n: n or 0)
-    assert smallest_n(ACCURACY, POLICY, discordance=0.1) is None
+    assert smallest_n(ACCURACY, POLICY, discordance=0.11) is None
     assert smallest_n(LIKELIHOOD, POLICY) == MIN_CONTINUOUS
 
 
@@ -466,9 +468,9 @@ def test_a_suite_that_can_never_pass_is_refused_with_the_number_it_needs() -> No
     assert require_possible(ACCURACY, POLICY, n=536, name="team/bot") == 536
     with pytest.raises(GateImpossible, match=r"has 535 items; with margin 0\.01 nothing can pass below 536"):
         require_possible(ACCURACY, POLICY, n=535, name="team/bot")
-    strict = POLICY.model_copy(update={"max_negative_flips": 0.0})
+    strict = ACCURACY.model_copy(update={"margin": Margin(value=1e-9)})
     with pytest.raises(GateImpossible, match="below any number of items"):
-        require_possible(ACCURACY, strict, n=10**9, name="team/bot")
+        require_possible(strict, POLICY, n=10**12, name="team/bot")
 
 
 def test_verdicts_can_be_read_where_numpy_is_not_installed() -> None:
