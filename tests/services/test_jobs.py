@@ -37,6 +37,7 @@ from registry.db.models import Alias, DatasetVersion, Evaluation, Job, JobEvent,
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, FinishRequest, JobRequest, Output, ScoredInfo
 from registry.services import jobs, policies
+from registry.services.jobs import access
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
 from tests.factories import base_of, tiny_adapter, tiny_base
@@ -748,7 +749,7 @@ def test_a_failure_is_another_attempt_only_if_it_may_pass(small: Shop) -> None:
 
 
 def test_any_progress_can_be_kept_and_events_are_bounded(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MAX_EVENTS", 6)
+    monkeypatch.setattr(access, "MAX_EVENTS", 6)
     shop.submit()
     job = shop.claim()
     assert job is not None
