@@ -18,9 +18,9 @@ from registry.core.names import Reference, SeriesName
 
 from . import bases, config
 from .bases import FOLDER
-from .keys import FILE, pinned_keys, private_key
+from .keys import pinned_keys, private_key
 from .output import Bar, Output, ago, command, fields, number, short, size, table, tree
-from .parameters import METRIC, METRICS, TIER
+from .parameters import FILE, METRIC, METRICS, TIER
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -647,7 +647,7 @@ def policy_set(
     """
     from registry.core.policy import Policy
 
-    from .jobs import load_recipe
+    from .work import load_recipe
 
     if suite is None and (metric or margin) and guard is None:
         raise click.UsageError("--metric and --margin belong to --suite or --guard.")

@@ -14,9 +14,9 @@ from registry.core.names import Reference
 from . import config
 from .adapters import fetched
 from .bases import FOLDER
-from .jobs import in_child, refuse_other_base
 from .keys import pinned_keys
 from .output import Output, command, fields, size
+from .work import in_child, refuse_other_base
 
 
 @command(

@@ -13,6 +13,7 @@ from registry.core.names import Reference, SeriesName, check_name
 
 from . import config
 from .output import Output, ago, command, fields, short, table
+from .parameters import FILE
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from registry.schemas import KeyInfo
     from registry.trust import Checked
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PASSPHRASE = "LORACTL_KEY_PASSPHRASE"  # noqa: S105  # the name of the variable
 
 

@@ -39,7 +39,7 @@ COMMANDS = {
     "diff": "adapters", "alias": "adapters", "promote": "adapters", "rollback": "adapters", "policy": "adapters",
     "yank": "standing", "quarantine": "standing", "reinstate": "standing", "delete": "standing",
     "sign": "keys", "verify": "keys", "key": "keys",
-    "dataset": "jobs", "suite": "jobs", "train": "jobs", "evaluate": "jobs", "merge": "jobs", "rebase": "jobs",
+    "dataset": "data", "suite": "data", "train": "work", "evaluate": "work", "merge": "work", "rebase": "work",
     "combine": "updates", "compress": "updates", "extract": "updates",
     "export": "export",
     "jobs": "jobs",

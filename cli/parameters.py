@@ -1,8 +1,11 @@
 """Values of options that click has no type for."""
 
 import re
+from pathlib import Path
 
 import click
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 METRICS = "likelihood, accuracy, exact-match, f1, bleu, chrf, rouge-l, custom:NAME, custom-binary:NAME, lm-eval:NAME"
 """As in registry.core.metrics, which is not imported before it is needed (tests/cli/test_commands.py)."""

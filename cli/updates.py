@@ -7,9 +7,10 @@ import click
 from registry.core.names import Reference, SeriesName
 
 from . import bases
-from .jobs import ask, job_options
+from .following import ask
 from .output import Output, command
 from .parameters import bytes_of
+from .work import job_options
 
 _SHARE = click.FloatRange(0, 1, min_open=True)
 

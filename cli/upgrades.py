@@ -15,8 +15,9 @@ from registry.core.errors import CampaignNotFound, PathUnusable
 from registry.core.names import SeriesName, check_name
 
 from . import bases, config
-from .jobs import FILE, load_recipe
 from .output import Output, ago, command, fields, markdown, number, short, table
+from .parameters import FILE
+from .work import load_recipe
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient

@@ -2,7 +2,9 @@ from typing import Any
 
 import pytest
 
-from cli.jobs import succeeded, told_event, told_rows, tried
+from cli.following import succeeded
+from cli.jobs import told_event
+from cli.results import told_rows, tried
 from registry.core.errors import LoractlError, UnknownModel, WorkFailed
 from registry.schemas import JobInfo
 

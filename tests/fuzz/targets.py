@@ -20,7 +20,7 @@ from hypothesis.strategies import SearchStrategy
 from joserfc import jwt
 from joserfc.jwk import KeySet, OKPKey
 
-from cli.jobs import load_recipe
+from cli.work import load_recipe
 from registry.api.pages import behind, cursor
 from registry.client import _messages
 from registry.core import pool
