@@ -3,8 +3,10 @@
 The file is ``loractl/config.json`` in the XDG configuration folder, mode 0600, replaced atomically.
 """
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,20 +58,31 @@ def save(login: Login, env: Mapping[str, str] = os.environ) -> Path:
 
 def write_secret(target: Path, text: str, *, anew: bool = False) -> None:
     """Replace a file by one that only its owner can read; ``anew``: FileExistsError where there is one."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    if not anew:
-        aside.replace(target)
-        return
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    aside = Path(name)
     try:
-        target.hardlink_to(aside)  # whole or not at all, and of two at once one
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if anew:
+            _link(aside, target)
+        else:
+            aside.replace(target)
     finally:
-        aside.unlink()
+        aside.unlink(missing_ok=True)
+
+
+def _link(aside: Path, target: Path) -> None:
+    """Whole or not at all, and of two at once one; where a file has one name only, as nearly so as can be."""
+    try:
+        target.hardlink_to(aside)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        aside.replace(target)
 
 
 def connect(env: Mapping[str, str] = os.environ) -> "RegistryClient":

@@ -77,17 +77,21 @@ def create(out: Output, target: Path | None, passphrase: bool) -> None:
     if passphrase and secret is None:
         secret = click.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)
     made = PrivateKey.generate()
+    its_public_one = f"its public one: loractl key public {target}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if target.exists():
+            raise PathUnusable(
+                path=str(target), reason=f"it is there already, and a key is not overwritten; {its_public_one}"
+            )
         config.write_secret(target, made.pem(secret), anew=True)
-        public.write_text(made.public.pem)
-    except FileExistsError as error:
-        raise PathUnusable(
-            path=str(target),
-            reason=f"it is there already, and a key is not overwritten; its public one: loractl key public {target}",
-        ) from error
     except OSError as error:
         raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+    try:
+        public.write_text(made.public.pem)
+    except OSError as error:
+        reason = f"{error.strerror or error}; {target} was made, {its_public_one}"
+        raise PathUnusable(path=str(public), reason=reason) from error
     document = {"private": str(target), "public": str(public), "fingerprint": made.public.fingerprint}
     out.emit(document, lambda: fields(document))
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import multiprocessing
 from dataclasses import asdict, replace
@@ -80,6 +81,60 @@ def test_the_published_way_by_heads_finds_heads_that_changed_places() -> None:
             whole = whole.unflatten(0, (4, -1))[order].flatten(0, 1)
         torch.testing.assert_close(dense(moved[name]), whole, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(dense(patch).norm(), dense(adapter.patches[name]).norm())
+
+
+def test_the_published_way_by_heads_is_its_formula_written_out() -> None:
+    old = factories.llama(num_attention_heads=4, num_key_value_heads=2)
+    new = factories.llama(num_attention_heads=4, num_key_value_heads=2, hidden_size=48, intermediate_size=96)
+    adapter = random_adapter(old)
+    same = [(token, token) for token in range(3, old.config.vocab_size)]
+    found = published.lorasuite(old, new, adapter, same)
+    w1, w2 = ({name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
+              for model in (old, new))  # fmt: skip
+    t = torch.linalg.pinv(w1["model.embed_tokens"][3:]) @ w2["model.embed_tokens"][3:]
+    at = "model.layers.1.self_attn"
+
+    def head(weights: dict[str, Any], part: str, number: int) -> torch.Tensor:
+        """d rows, of o d columns."""
+        weight = weights[f"{at}.{part}"]
+        size = weights[f"{at}.q_proj"].shape[0] // 4
+        number = number // 2 if part in ("k_proj", "v_proj") else number
+        rows = slice(number * size, (number + 1) * size)
+        found: torch.Tensor = weight[:, rows] if part == "o_proj" else weight[rows]
+        return found.detach()
+
+    delta = {f"{at}.{part}": dense(adapter.patches[f"{at}.{part}"]) for part in ("q_proj", "k_proj", "o_proj")}
+
+    def alike(a: int, b: int) -> float:
+        q1, k1, v1, o1 = (head(w1, part, a) for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        q2, k2, v2, o2 = (head(w2, part, b) for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        was = torch.cat([(t.T @ q1.T @ k1 @ t).flatten(), (t.T @ v1.T @ o1.T @ t).flatten()])
+        now = torch.cat([(q2.T @ k2).flatten(), (v2.T @ o2.T).flatten()])
+        return float(torch.cosine_similarity(was, now, dim=0))
+
+    best = max(itertools.permutations(range(4)), key=lambda order: sum(alike(a, b) for a, b in enumerate(order)))
+    moved_q, moved_k, moved_o = torch.zeros(48, 48), torch.zeros(24, 48), torch.zeros(48, 48)
+    for a, b in enumerate(best):
+        rows, group = slice(12 * b, 12 * b + 12), slice(12 * (b // 2), 12 * (b // 2) + 12)
+        between_q = head(w1, "q_proj", a) @ t @ head(w2, "q_proj", b).T
+        between_k = head(w1, "k_proj", a) @ t @ head(w2, "k_proj", b).T
+        between_o = head(w1, "o_proj", a).T @ t @ head(w2, "o_proj", b)
+        moved_q[rows] = between_q.T @ head(delta, "q_proj", a) @ t
+        moved_k[group] += between_k.T @ head(delta, "k_proj", a) @ t / 2
+        moved_o[:, rows] = t.T @ head(delta, "o_proj", a) @ between_o
+    for part, moved in (("q_proj", moved_q), ("k_proj", moved_k), ("o_proj", moved_o)):
+        u, s, vt = torch.linalg.svd(moved)
+        like(found[f"{at}.{part}"], u[:, :4] @ torch.diag(s[:4]) @ vt[:4])
+    up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+    t_back = torch.linalg.pinv(t)
+    like(found[up], w2[up] @ t_back @ torch.linalg.pinv(w1[up]) @ dense(adapter.patches[up]) @ t)
+    like(found[down], t_back @ dense(adapter.patches[down]) @ torch.linalg.pinv(w1[down]) @ t @ w2[down])
+
+
+def like(patch: Patch, delta: torch.Tensor) -> None:
+    """The same but for its size."""
+    found = dense(patch)
+    torch.testing.assert_close(found / found.norm(), (delta / delta.norm()).detach(), atol=1e-4, rtol=1e-3)
 
 
 def random_adapter(model: Any) -> Adapter:

@@ -31,7 +31,7 @@ from workers.compute.lora import Adapter, restarted
 from workers.compute.model import Model, Tokenizer, load
 from workers.compute.rebase.carry import carry
 from workers.compute.rebase.distil import read_lesson, steps_of, write_lesson
-from workers.compute.rebase.starts import PULL
+from workers.compute.rebase.warm_start import PULL
 from workers.compute.weights import read_adapter
 
 from ..run import machine

@@ -8,7 +8,9 @@ each wrong with probability α, a criterion "at least b" is
     UNRESOLVED  otherwise    this suite cannot tell; nothing moves
 
 A verdict passes when every criterion does (an intersection-union test: each at α, all together at α), and
-fails when one of them fails. The tiers that an upgrade may try share the policy's α (`shares`).
+fails when one of them fails. Two criteria are limits on what was seen, not tests: negative flips and the parse rate
+(docs/adr/0030); what they count is in the first difference. The tiers that an upgrade may try share the policy's
+α (`shares`).
 
 Right-or-wrong metrics: the score interval for paired proportions (Tango 1998, Stat. Med. 17:891), kept from
 excluding zero where the exact sign test does not. It never collapses: without a single discordant pair

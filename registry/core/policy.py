@@ -63,6 +63,7 @@ class Policy(Frozen):
     aliases: tuple[str, ...] = ("prod",)
     """The gated aliases."""
     max_negative_flips: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the items seen that may have been right and be wrong now."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """One-sided error of all tiers together."""
     evidence: Evidence | None = None

@@ -197,6 +197,10 @@ class Merge(Frozen):
     """Run base and adapter, and the result, on the same tokens, and report how far their logits are apart."""
 
 
+TEXTS = 512
+"""That a teacher writes where nobody says how many."""
+
+
 class Distil(Steps):
     """How the new base is taught what the old one says with its adapter (tier distil)."""
 
@@ -206,9 +210,9 @@ class Distil(Steps):
     on one side, and where all are equal, on both."""
     quantised: Quantisation | None = None
     """Hold both bases' linear weights in 8 or 4 bits."""
-    pull: Annotated[float, Field(ge=0)] = 0.0
-    """As in a training with ``start``; 0: a hundredth. A fresh adapter is held to nothing."""
-    texts: Annotated[int, Field(ge=2)] = 512
+    pull: Annotated[float, Field(ge=0)] = 0.01
+    """As in a training with ``start``; a fresh adapter is held to nothing."""
+    texts: Annotated[int, Field(ge=2)] = TEXTS
     """That the teacher writes: to each of ``inputs`` one, or several where it has fewer and a temperature."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Of a text, at most."""

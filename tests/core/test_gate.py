@@ -445,11 +445,10 @@ def test_the_tiers_together_spend_alpha_and_the_first_has_most(alpha: float, tie
     assert shares(alpha, tiers[:1]) == {tiers[0]: alpha}
 
 
-@given(st.floats(0.005, 0.2), st.floats(0.001, 0.1), st.floats(0.02, 1))
-def test_from_the_smallest_n_on_a_twin_passes_and_below_it_does_not(margin: float, alpha: float, limit: float) -> None:
+@given(st.floats(0.005, 0.2), st.floats(0.001, 0.1))
+def test_from_the_smallest_n_on_a_twin_passes_and_below_it_does_not(margin: float, alpha: float) -> None:
     gate = Gate(suite="s", metric="accuracy", margin=Margin(value=margin))
-    policy = Policy(gates=(gate,), max_negative_flips=limit)
-    needed = smallest_n(gate, policy, alpha=alpha)
+    needed = smallest_n(gate, Policy(gates=(gate,)), alpha=alpha)
     assert needed is not None
     for n, enough in ((needed, True), (needed - 1, False)):
         if n >= 1:
@@ -462,6 +461,15 @@ def test_more_disagreement_needs_more_items_and_too_much_is_never_enough() -> No
     assert needed == sorted(needed, key=lambda n: n or 0)
     assert smallest_n(ACCURACY, POLICY, discordance=0.11) is None
     assert smallest_n(LIKELIHOOD, POLICY) == MIN_CONTINUOUS
+
+
+def test_who_allows_no_flip_can_still_have_none() -> None:
+    strict = POLICY.model_copy(update={"max_negative_flips": 0.0})
+    assert verdict(right(900, 1000), right(900, 1000), right(500, 1000), policy=strict).zone is Zone.PASS
+    one_turned = [0.0, *right(901, 1000)[1:]]
+    assert verdict(one_turned, right(900, 1000), right(500, 1000), policy=strict).criteria[2].zone is not Zone.PASS
+    assert smallest_n(ACCURACY, strict) == smallest_n(ACCURACY, POLICY)
+    assert smallest_n(ACCURACY, strict, discordance=0.01) is None
 
 
 def test_a_suite_that_can_never_pass_is_refused_with_the_number_it_needs() -> None:

@@ -365,9 +365,15 @@ def test_a_distillation_is_asked_as_the_adapter_was_trained_on_the_inputs_that_i
     gate = Gate(suite="team/answers", metric="exact-match", margin=Margin(value=0.3))
     right = policy.model_copy(update={"gates": (gate,), "max_negative_flips": 0.3})
     small.do(lambda s: policies.put(s, ADMIN, "team", "bot", right, small.world.now))
-    surely = [small.asked(asked | more, adapter="team/bot").recipe["distil"]["temperature"]
-              for more in ({}, {"distil": {"temperature": 0.7}})]  # fmt: skip
-    assert surely == [0, 0.7]
+    many = b"".join(b'{"prompt": "q%d", "completion": " s"}\n' % number for number in range(9))
+    small.world.push_rows("dataset", "team/many", many)
+    ways = [{"texts": 9}, {"texts": 10}, {"texts": 9, "temperature": 0.7}]
+    found = [small.asked(asked | {"inputs": "team/many", "distil": way}, adapter="team/bot").recipe for way in ways]
+    assert [one["distil"]["temperature"] for one in found] == [0, 1, 0.7]
+    likely = right.model_copy(update={"gates": (gate.model_copy(update={"metric": "likelihood"}), gate)})
+    small.do(lambda s: policies.put(s, ADMIN, "team", "bot", likely, small.world.now))
+    first = asked | {"inputs": "team/many", "distil": {"texts": 9, "seed": 1}}
+    assert small.asked(first, adapter="team/bot").recipe["distil"]["temperature"] == 1
 
 
 def test_recorded_datasets_are_trained_on_by_those_who_may_read_them(small: Shop, tmp_path: Path) -> None:

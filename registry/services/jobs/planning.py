@@ -10,9 +10,9 @@ from sqlmodel import Session, select
 from registry.core.errors import BadRequest, NotRunnable
 from registry.core.metrics import is_binary
 from registry.core.names import Reference
-from registry.core.recipes import BASE_ROLES, TRAINED, UNLABELLED, AnyRecipe, FineTune, parse_recipe
+from registry.core.recipes import BASE_ROLES, TEXTS, TRAINED, UNLABELLED, AnyRecipe, FineTune, parse_recipe
 from registry.db import queries
-from registry.db.models import Adapter, Base, StoredManifest, Version
+from registry.db.models import Adapter, Base, DatasetVersion, StoredManifest, Version
 
 from .. import bases, standing
 from ..adapters import resolve
@@ -143,15 +143,19 @@ def _distillation(session: Session, caller: Caller, plan: dict[str, Any]) -> dic
     """How to distil: as asked, else as the adapter was trained.
 
     Where what counts is right or wrong, the teacher answers with what it finds likeliest: that is what is asked of it.
+    To few inputs it draws several answers each all the same.
     """
+    asked = _words(plan.get("distil"))
     version = meant(session, caller, str(plan["adapter"]), None)
     recorded = training_of(session, version, str(plan.get("base")))
     found = recorded.model_dump(mode="json", include=_TAUGHT_AS_TRAINED) if recorded else {}
     adapter = session.get_one(Adapter, version.adapter_id)
     gates = effective(session, adapter.namespace, adapter.name).gates
-    if plan.get("inputs") and gates and is_binary(gates[0].metric):
-        found["temperature"] = 0.0
-    return found | _words(plan.get("distil"))
+    inputs, texts = plan.get("inputs"), asked.get("texts", TEXTS)
+    if gates and is_binary(gates[0].metric) and isinstance(inputs, str) and isinstance(texts, int):
+        rows = session.exec(select(DatasetVersion.rows).where(DatasetVersion.digest == inputs)).first() or 0
+        found |= {"temperature": 0.0} if rows >= texts else {}
+    return found | asked
 
 
 def _written(session: Session, caller: Caller, plan: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from ..model import Model, Tokenizer, check_tokens
 from ..panel import BARE, Panel
 from ..weights import read_metadata, read_tensors, write_file, write_tensors
 from .race import Entrant, Race
-from .starts import PULL, SCRATCH, Starts, best_of, fitting, scratch
+from .starts import SCRATCH, Starts, best_of, fitting, scratch
 
 _TEXTS, _TENSORS = "lesson.jsonl", "lesson.safetensors"
 _BATCH_TOKENS = 2048
@@ -199,8 +199,7 @@ def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, sta
 
     entrants = {}
     if (best := best_of(told)) != SCRATCH:
-        held_to_it = training.model_copy(update={"pull": training.pull or PULL})
-        entrants[best] = Entrant(best, Task(held_to_it, kept, starts.adapters[best]))
+        entrants[best] = Entrant(best, Task(training, kept, starts.adapters[best]))
     free = training.model_copy(update={"pull": 0.0})
     entrants[SCRATCH] = Entrant(SCRATCH, Task(free, kept, scratch(model, training, starts)))
     source = "inputs" if recipe.inputs else "texts of the teacher's own"

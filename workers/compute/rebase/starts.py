@@ -27,8 +27,6 @@ from .carry import carry
 from .transport import transport
 
 SCRATCH = "scratch"
-PULL = 0.01
-"""To a start that is trained on from, where the recipe names none."""
 _LOOKED_AT = 64
 """Rows of the training by which starts are compared where there is no suite."""
 

@@ -33,8 +33,10 @@ from ..metrics import difference
 from ..model import Model, Tokenizer
 from ..rate import rate_of, with_rate
 from .race import Entrant, Measure, Race
-from .starts import PULL, SCRATCH, Starts, best_of, calibration_of, fitting, score_of, scratch, standing
+from .starts import SCRATCH, Starts, best_of, calibration_of, fitting, score_of, scratch, standing
 
+PULL = 0.01
+"""Where the recipe names none."""
 FEW = 50
 """Rows below which only the core of a start is trained."""
 GENTLE = {"{}, a third of the rate": 3, "{}, a tenth of the rate": 10}

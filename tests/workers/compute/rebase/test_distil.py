@@ -14,7 +14,7 @@ from workers.compute.lora import Adapter
 from workers.compute.model import Tokenizer
 from workers.compute.rebase.distil import distil, is_written, read_lesson, write_lesson
 from workers.compute.rebase.race import Chosen, as_raced, raced
-from workers.compute.rebase.starts import PULL, SCRATCH, Starts
+from workers.compute.rebase.starts import SCRATCH, Starts
 from workers.compute.rebase.warm_start import warm_start
 
 TOKENIZER = factories.tokenizer()
@@ -77,10 +77,10 @@ def test_on_the_same_base_the_teacher_itself_is_the_student(lesson: Path, teache
 
 
 def test_a_start_is_held_to_where_it_began_and_a_fresh_adapter_is_not(lesson: Path, teacher: Adapter) -> None:
-    for asked, held in ((0.0, PULL), (0.5, 0.5)):
-        race = distil(factories.llama(), TOKENIZER, recipe(pull=asked), lesson, starts(carry=teacher))
+    for asked in ({}, {"pull": 0.5}):
+        race = distil(factories.llama(), TOKENIZER, recipe(**asked), lesson, starts(carry=teacher))
         pulls = {name: entrant.task.recipe.pull for name, entrant in race.entrants.items()}
-        assert pulls == {"carry": held, SCRATCH: 0}
+        assert pulls == {"carry": asked.get("pull", 0.01), SCRATCH: 0}
 
 
 def test_labels_are_not_read(teacher: Adapter, lesson: Path, tmp_path: Path) -> None:
