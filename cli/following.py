@@ -11,7 +11,7 @@ from registry.core.errors import LoractlError, WorkFailed
 
 from . import config
 from .output import Bar, Output, ago, number, plot, sparkline, table
-from .results import job_lines, took
+from .results import job_lines, result_of, took
 from .searches import show_search
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _submitted(out: Output, client: "RegistryClient", requests: Sequence["JobReq
 
 
 def _goal(job: "JobInfo") -> str:
-    return str(job.output.get("adapter") or job.output.get("line") or job.id)
+    return result_of(job) or job.id
 
 
 def _follow_all(

@@ -16,7 +16,7 @@ from benchmarks import house, run
 from benchmarks.rebase import exactness, gate, labelfree, published, widths
 from benchmarks.table import Row, at_least, at_most
 from tests.workers import factories
-from workers.compute.lora import Adapter, Patch, fresh
+from workers.compute.lora import Patch
 
 TINY = 0.002
 
@@ -69,24 +69,24 @@ def test_the_published_way_by_heads_finds_heads_that_changed_places() -> None:
                 weight.copy_(weight.unflatten(0, (4, -1))[order].flatten(0, 1))
             weight = layer.self_attn.o_proj.weight
             weight.copy_(weight.unflatten(1, (4, -1))[:, order].flatten(1))
-    adapter = random_adapter(old)
+    adapter = factories.random_adapter(old, 1, rank=4, targets=("all-linear",))
     same = [(token, token) for token in range(old.config.vocab_size)]
     kept, moved = (published.lorasuite(old, base, adapter, same) for base in (old, new))
     assert kept.keys() == moved.keys() == adapter.patches.keys()
     for name, patch in kept.items():
-        whole: Any = dense(patch)
+        whole: Any = patch.update.dense()
         if name.endswith("o_proj"):
             whole = whole.unflatten(1, (4, -1))[:, order].flatten(1)
         elif "self_attn" in name:
             whole = whole.unflatten(0, (4, -1))[order].flatten(0, 1)
-        torch.testing.assert_close(dense(moved[name]), whole, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(dense(patch).norm(), dense(adapter.patches[name]).norm())
+        torch.testing.assert_close(moved[name].update.dense(), whole, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(patch.update.dense().norm(), adapter.patches[name].update.dense().norm())
 
 
 def test_the_published_way_by_heads_is_its_formula_written_out() -> None:
     old = factories.llama(num_attention_heads=4, num_key_value_heads=2)
     new = factories.llama(num_attention_heads=4, num_key_value_heads=2, hidden_size=48, intermediate_size=96)
-    adapter = random_adapter(old)
+    adapter = factories.random_adapter(old, 1, rank=4, targets=("all-linear",))
     same = [(token, token) for token in range(3, old.config.vocab_size)]
     found = published.lorasuite(old, new, adapter, same)
     w1, w2 = ({name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
@@ -103,7 +103,7 @@ def test_the_published_way_by_heads_is_its_formula_written_out() -> None:
         found: torch.Tensor = weight[:, rows] if part == "o_proj" else weight[rows]
         return found.detach()
 
-    delta = {f"{at}.{part}": dense(adapter.patches[f"{at}.{part}"]) for part in ("q_proj", "k_proj", "o_proj")}
+    delta = {f"{at}.{part}": adapter.patches[f"{at}.{part}"].update.dense() for part in ("q_proj", "k_proj", "o_proj")}
 
     def alike(a: int, b: int) -> float:
         q1, k1, v1, o1 = (head(w1, part, a) for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -127,29 +127,14 @@ def test_the_published_way_by_heads_is_its_formula_written_out() -> None:
         like(found[f"{at}.{part}"], u[:, :4] @ torch.diag(s[:4]) @ vt[:4])
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     t_back = torch.linalg.pinv(t)
-    like(found[up], w2[up] @ t_back @ torch.linalg.pinv(w1[up]) @ dense(adapter.patches[up]) @ t)
-    like(found[down], t_back @ dense(adapter.patches[down]) @ torch.linalg.pinv(w1[down]) @ t @ w2[down])
+    like(found[up], w2[up] @ t_back @ torch.linalg.pinv(w1[up]) @ adapter.patches[up].update.dense() @ t)
+    like(found[down], t_back @ adapter.patches[down].update.dense() @ torch.linalg.pinv(w1[down]) @ t @ w2[down])
 
 
 def like(patch: Patch, delta: torch.Tensor) -> None:
     """The same but for its size."""
-    found = dense(patch)
+    found = patch.update.dense()
     torch.testing.assert_close(found / found.norm(), (delta / delta.norm()).detach(), atol=1e-4, rtol=1e-3)
-
-
-def random_adapter(model: Any) -> Adapter:
-    """All linear modules, of rank 4."""
-    made = fresh(model, factories.recipe(rank=4, alpha=8.0, targets=("all-linear",)))
-    chance = torch.Generator().manual_seed(1)
-    patches = {name: replace(patch, b_OR=torch.randn(patch.b_OR.shape, generator=chance))
-               for name, patch in made.patches.items()}  # fmt: skip
-    return replace(made, patches=patches)
-
-
-def dense(patch: Patch) -> torch.Tensor:
-    """ΔW."""
-    update = patch.update
-    return update.b_OR @ update.a_RI
 
 
 @pytest.mark.parametrize("cell", [gate.WORSE[1], gate.WORSE[5], *gate.AS_GOOD[1:]])

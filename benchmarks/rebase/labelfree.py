@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.tasks import Task, made, stories
-from registry.core.metrics import is_binary
-from registry.core.recipes import Distil, FineTune, FullFineTune, Rebase
+from registry.core.recipes import Distil, FineTune, FullFineTune, Rebase, temperature_of
 from tests.workers import factories
 from workers.compute.evaluate import Suite, evaluate
 from workers.compute.finetune import Task as Training
@@ -70,7 +69,7 @@ def cells(scale: float = 1.0, upgrades: Mapping[str, int] = UPGRADES) -> Iterato
             learning_rate=4e-3, batch_tokens=512, max_length=192, precision="fp32",
         )  # fmt: skip
         for task, teacher in zip(tasks, teachers, strict=True):
-            surely = asked.model_copy(update={"temperature": 0.0}) if is_binary(task.metric) else asked
+            surely = asked.model_copy(update={"temperature": temperature_of(task.metric)})
             for way, rows, how in (("inputs", task.train, surely), ("texts", [], asked)):
                 write_lesson(model, tokenizer, how, teacher, rows, folder / way / task.name)
         for upgrade, steps in upgrades.items():

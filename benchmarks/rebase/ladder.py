@@ -37,9 +37,8 @@ import transformers
 from registry.core.digest import Digest
 from registry.core.errors import LoractlError
 from registry.core.gate import Zone, judge, mean_gain, shares
-from registry.core.metrics import is_binary
 from registry.core.policy import Gate, Margin, Policy
-from registry.core.recipes import Distil, FineTune, Rebase, Tier
+from registry.core.recipes import Distil, FineTune, Rebase, Tier, temperature_of
 from registry.core.records import Record, item_id
 from workers.compute.data import Row
 from workers.compute.evaluate import Suite, evaluate
@@ -338,7 +337,7 @@ def _few(recorded: FineTune) -> int:
 def distilled(recorded: FineTune, metric: str) -> Distil:
     """How an adapter by this recipe is taught, as a job would plan it."""
     return Distil(
-        temperature=0.0 if is_binary(metric) else 1.0,
+        temperature=temperature_of(metric),
         steps=max(4, min(100, recorded.steps * 2 // 3)), learning_rate=recorded.learning_rate, batch_tokens=512,
         max_length=256, max_new_tokens=64, precision="fp32",
     )  # fmt: skip

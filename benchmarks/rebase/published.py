@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workers.compute.data import Row
-from workers.compute.lora import Adapter, Patch
+from workers.compute.lora import Adapter, Patch, dense
+from workers.compute.lowrank import LowRank
 from workers.compute.model import Model, Tokenizer, load
 from workers.compute.plain import plain
 from workers.compute.rebase.activations import Shared, completed, shared, surprise, with_asked
@@ -119,7 +120,8 @@ def _procrustes(x1_NI: Tensor, x2_NJ: Tensor) -> Tensor:
 def lorasuite(old: Model, new: Model, adapter: Adapter, same: Sequence[tuple[int, int]]) -> Patches:
     """LoRASuite without its fine-tuning, between bases of one depth and family (Llama's names)."""
     ours, theirs = (list(some) for some in zip(*same, strict=True))
-    t_HJ = torch.linalg.pinv(_weight(old, "model.embed_tokens")[ours]) @ _weight(new, "model.embed_tokens")[theirs]
+    was_HV, is_JV = (_weight(model, "model.embed_tokens") for model in (old, new))
+    t_HJ = torch.linalg.pinv(was_HV.T[ours]) @ is_JV.T[theirs]
     back_JH = torch.linalg.pinv(t_HJ)
     found: dict[str, Patch] = {}
     for layer in range(old.config.num_hidden_layers):
@@ -149,8 +151,7 @@ def _attention(old: Model, new: Model, adapter: Adapter, at: str, t_HJ: Tensor) 
         name = f"{at}.{part}"
         if (patch := adapter.patches.get(name)) is None:
             continue
-        update = patch.update
-        delta_hdI = _heads(old, name, update.b_OR @ update.a_RI)
+        delta_hdI = _heads(old, name, patch.update.dense())
         moved_hdJ = torch.zeros_like(w2[part])
         for a, b in pairs:
             between_dd = w1[part][a] @ t_HJ @ w2[part][b].T
@@ -188,8 +189,8 @@ def _doing(parts: Mapping[str, Tensor], t_HJ: Tensor | None) -> Tensor:
 
 
 def _truncated(delta_OI: Tensor, rank: int) -> Patch:
-    u_OR, s_R, vt_RI = torch.linalg.svd(delta_OI, full_matrices=False)
-    return Patch(s_R[:rank].sqrt()[:, None] * vt_RI[:rank], u_OR[:, :rank] * s_R[:rank].sqrt(), 1.0)
+    cut = LowRank.cut(torch.linalg.svd(delta_OI, full_matrices=False), rank, delta_OI.dtype)
+    return Patch(cut.a_RI, cut.b_OR, 1.0)
 
 
 def _sized(patch: Patch, was: Patch, old: Model, new: Model, name: str) -> Patch:
@@ -200,5 +201,4 @@ def _sized(patch: Patch, was: Patch, old: Model, new: Model, name: str) -> Patch
 
 
 def _weight(model: Model, name: str) -> Tensor:
-    weight: Tensor = model.get_submodule(name).weight.float()
-    return weight
+    return dense(model.get_submodule(name))

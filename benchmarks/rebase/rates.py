@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from registry.core.recipes import Rebase
+from registry.core.recipes import PULL, Rebase
 from registry.core.records import item_id, split_of
 from workers.compute.evaluate import evaluate
 from workers.compute.finetune import Task as Training
@@ -31,7 +31,6 @@ from workers.compute.lora import Adapter, restarted
 from workers.compute.model import Model, Tokenizer, load
 from workers.compute.rebase.carry import carry
 from workers.compute.rebase.distil import read_lesson, steps_of, write_lesson
-from workers.compute.rebase.warm_start import PULL
 from workers.compute.weights import read_adapter
 
 from ..run import machine

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 from .digest import Digest
 from .errors import BadRequest
 from .manifest import BaseDigest, Frozen, Sha256, canonical_json
-from .metrics import Metric
+from .metrics import Metric, is_binary
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
@@ -199,6 +199,13 @@ class Merge(Frozen):
 
 TEXTS = 512
 """That a teacher writes where nobody says how many."""
+PULL = 0.01
+"""To a start that is trained on from for a few steps, where nobody says how strong."""
+
+
+def temperature_of(metric: str) -> float:
+    """At which a teacher answers inputs (docs/adr/0029): its likeliest answers where they are right or wrong."""
+    return 0.0 if is_binary(metric) else 1.0
 
 
 class Distil(Steps):
@@ -210,7 +217,7 @@ class Distil(Steps):
     on one side, and where all are equal, on both."""
     quantised: Quantisation | None = None
     """Hold both bases' linear weights in 8 or 4 bits."""
-    pull: Annotated[float, Field(ge=0)] = 0.01
+    pull: Annotated[float, Field(ge=0)] = PULL
     """As in a training with ``start``; a fresh adapter is held to nothing."""
     texts: Annotated[int, Field(ge=2)] = TEXTS
     """That the teacher writes: to each of ``inputs`` one, or several where it has fewer and a temperature."""

@@ -8,9 +8,17 @@ from pydantic import TypeAdapter, ValidationError
 from sqlmodel import Session, select
 
 from registry.core.errors import BadRequest, NotRunnable
-from registry.core.metrics import is_binary
 from registry.core.names import Reference
-from registry.core.recipes import BASE_ROLES, TEXTS, TRAINED, UNLABELLED, AnyRecipe, FineTune, parse_recipe
+from registry.core.recipes import (
+    BASE_ROLES,
+    TEXTS,
+    TRAINED,
+    UNLABELLED,
+    AnyRecipe,
+    FineTune,
+    parse_recipe,
+    temperature_of,
+)
 from registry.db import queries
 from registry.db.models import Adapter, Base, DatasetVersion, StoredManifest, Version
 
@@ -152,9 +160,9 @@ def _distillation(session: Session, caller: Caller, plan: dict[str, Any]) -> dic
     adapter = session.get_one(Adapter, version.adapter_id)
     gates = effective(session, adapter.namespace, adapter.name).gates
     inputs, texts = plan.get("inputs"), asked.get("texts", TEXTS)
-    if gates and is_binary(gates[0].metric) and isinstance(inputs, str) and isinstance(texts, int):
+    if gates and isinstance(inputs, str) and isinstance(texts, int):
         rows = session.exec(select(DatasetVersion.rows).where(DatasetVersion.digest == inputs)).first() or 0
-        found |= {"temperature": 0.0} if rows >= texts else {}
+        found |= {"temperature": temperature_of(gates[0].metric)} if rows >= texts else {}
     return found | asked
 
 

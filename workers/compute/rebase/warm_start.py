@@ -23,7 +23,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from registry.core.recipes import FineTune
+from registry.core.recipes import PULL, FineTune
 
 from ..data import Row
 from ..evaluate import Suite, evaluate
@@ -35,8 +35,6 @@ from ..rate import rate_of, with_rate
 from .race import Entrant, Measure, Race
 from .starts import SCRATCH, Starts, best_of, calibration_of, fitting, score_of, scratch, standing
 
-PULL = 0.01
-"""Where the recipe names none."""
 FEW = 50
 """Rows below which only the core of a start is trained."""
 GENTLE = {"{}, a third of the rate": 3, "{}, a tenth of the rate": 10}
