@@ -82,7 +82,7 @@ def breaches(town: Town, seen: set[str]) -> list[str]:
     promised = list(journals(town.place.folder))
     parts = Parts.of(town.settings)
     try:
-        with parts.database.read() as session:
+        with parts.database.snapshot() as connection, Session(connection) as session:  # daemons go on meanwhile
             found = [told for law in LAWS for told in law(session, promised)]
             found += _blobs_are_there(session, parts)
             found += _nothing_is_left(session, parts)
