@@ -69,7 +69,7 @@ def run(scale: float = 1.0) -> list[Row]:
         def crowd(mix: dict[str, int], *, pause_s: float, seconds: float) -> Told:
             return apart(visit, registry.url, tokens, filled.names, mix, pause_s=pause_s, seconds=seconds)
 
-        crowd(MIX, pause_s=PAUSE_S, seconds=seconds / 3)  # what is remembered is remembered
+        crowd(MIX, pause_s=0.0, seconds=seconds)  # what is remembered is remembered
         before = resident(registry.api)
         empty = crowd({"empty": 1}, pause_s=0.0, seconds=seconds / 3)
         busy = crowd(MIX, pause_s=0.0, seconds=seconds)

@@ -19,7 +19,6 @@ from registry.core.pool import Answered, input_id
 from registry.core.pool import to_jsonl as to_answers
 from registry.core.recipes import FineTune
 from registry.core.records import Record, Split, item_id, split_of, to_jsonl
-from registry.db import queries
 from registry.db.models import Campaign, CampaignItem, Job
 from registry.files import scan_folder
 from registry.schemas import (
@@ -31,7 +30,7 @@ from registry.schemas import (
     ScoredInfo,
     UpgradeRequest,
 )
-from registry.services import aliases, campaigns, jobs, policies
+from registry.services import adapters, aliases, campaigns, jobs, policies
 from registry.services.references import find_adapter, find_version
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
@@ -273,9 +272,9 @@ class Upgrade:
         """What made the version that serves on ``base``: a tier, ``serving``, or None."""
         with self.world.database.read() as session:
             adapter = find_adapter(session, ADMIN, Reference.parse(name).series)
-            for row, _, version, on in queries.aliases_of(session, [adapter.id or 0]):
-                if (row.name, on.digest) == (alias, base):
-                    return self.tiers[version.digest]
+            for found in adapters.describe_aliases(session, adapter):
+                if (found.alias, found.base) == (alias, base):
+                    return self.tiers[found.digest]
         return None
 
     def jobs(self, state: str | None = None) -> list[Job]:

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from sqlmodel import Session
 from starlette.concurrency import run_in_threadpool
 
-from registry.core.errors import BadRequest
+from registry.core.errors import AdapterNotFound, BadRequest
 from registry.core.fit import FitClass
 from registry.core.names import Reference, SeriesName
 from registry.core.policy import Evidence
 from registry.db import queries
-from registry.db.models import Adapter, Base, Version
+from registry.db.models import Adapter, Version
 from registry.schemas import (
     AdapterInfo,
     AliasInfo,
@@ -30,14 +30,15 @@ from registry.schemas import (
     StandingRequest,
     VersionInfo,
 )
-from registry.services import adapters, aliases, bases, downloads, evaluations, signatures, withdrawals
+from registry.services import adapters, aliases, bases, evaluations, signatures, withdrawals
 from registry.services.adapters import BY_DEFAULT, Filter
-from registry.services.references import find_adapter, find_version, parse_version
+from registry.services.references import adapter_not_found, find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
 
-from .deps import AppParts, Parts, User
+from .deps import AppParts, Parts, Reading, User
 from .deps import parts as here
 from .pages import Limit, behind, cursor
+from .reads import Named, Question, SeriesPage, VersionsPage
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 _PATH = ("namespace", "name", "version")
@@ -88,39 +89,13 @@ async def resolve(request: Request, caller: User) -> Response:
 
     An answer is given again while nothing that it depends on has changed, and while its URLs are young.
     """
-    parts, asked = here(request), request.query_params
+    asked = request.query_params
     if "ref" not in asked:
         raise BadRequest(problems="query.ref: Field required")
-    choices = base, engine, fit = tuple(asked.get(name) for name in _CHOICES)
-    reference = Reference.parse(asked["ref"])
-    pointer = adapters.pointer(caller, reference, base)
-    pointed = None if pointer is None else await parts.pointed(pointer)
-    key = (reference, *choices, pointed)
-    body = None if pointed is None else parts.resolutions.get(key)
-    if body is None:
-        body = await run_in_threadpool(_resolved, parts, caller, reference, base, engine, fit)
-        if pointer is not None and pointed is not None and pointed == await parts.pointed(pointer):
-            parts.resolutions.keep(key, body, life_s=parts.settings.url_ttl_s / 4)
+    base, engine, fit = (asked.get(name) for name in _CHOICES)
+    question = Question(Reference.parse(asked["ref"]), base, _classes(fit), engine)
+    body = await here(request).reads.resolution(caller, question)
     return Response(body, media_type="application/json")
-
-
-def _resolved(
-    parts: AppParts, caller: Caller, reference: Reference, base: str | None, engine: str | None, fit: str | None
-) -> bytes:
-    with parts.database.read() as session:
-        row = bases.find(session, base) if base is not None else None
-        found = adapters.resolve(session, caller, reference, row, classes=_classes(fit), engine=engine)
-        digest = found.version.digest
-        answer = Resolution(
-            version=adapters.describe(session, [(found.version, found.adapter)])[0],
-            fit=found.fit,
-            base=found.base.digest,
-            base_assumed=found.assumed,
-            manifest=digest,
-            files=downloads.files(session, parts.store, parts.settings, [digest])[digest],
-            signature_required=signatures.is_required(session, found.adapter.namespace),
-        )
-    return answer.model_dump_json(by_alias=True).encode()
 
 
 @router.get(
@@ -131,10 +106,12 @@ def _resolved(
 async def show_manifest(request: Request, caller: User) -> Response:
     """The canonical bytes of the manifest; immutable where the version is named by its digest."""
     house, (namespace, name, version) = here(request), (request.path_params[part] for part in _PATH)
-    body = house.manifests.get((namespace, name, version)) if caller.can("read", namespace) else None
-    digest = version
+    reference = parse_version(SeriesName.parse(f"{namespace}/{name}"), version)
+    digest, body = version, None
+    if reference.digest is not None and caller.can("read", namespace):
+        body = await house.reads.manifest(Named(namespace, name, digest))
     if body is None:
-        digest, body = await run_in_threadpool(_manifest, house, caller, namespace, name, version)
+        digest, body = await run_in_threadpool(_manifest, house, caller, reference)
     etag = f'"{digest}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
     if request.headers.get("if-none-match") == etag:
@@ -142,18 +119,16 @@ async def show_manifest(request: Request, caller: User) -> Response:
     return Response(body, media_type="application/json", headers=headers)
 
 
-def _manifest(parts: AppParts, caller: Caller, namespace: str, name: str, version: str) -> tuple[str, bytes]:
-    """Digest and bytes; remembered under the digest, by which they never change."""
+def _manifest(parts: AppParts, caller: Caller, reference: Reference) -> tuple[str, bytes]:
+    """Digest and bytes of what is named otherwise than by its digest, or the refusal."""
     with parts.database.read() as session:
-        row, _ = _version(session, caller, namespace, name, version)
-        body = adapters.manifest_body(session, row.digest)
-    parts.manifests.keep((namespace, name, row.digest), body)
-    return row.digest, body
+        row = find_version(session, find_adapter(session, caller, reference.series), reference)
+        return row.digest, adapters.manifest_body(session, row.digest)
 
 
 @router.get("/adapters")
-def list_adapters(
-    parts: Parts,
+async def list_adapters(
+    request: Request,
     caller: User,
     q: str | None = None,
     namespace: str | None = None,
@@ -166,46 +141,55 @@ def list_adapters(
     namespaces = caller.readable()
     if namespace is not None:
         namespaces = [namespace] if namespaces is None or namespace in namespaces else []
-    with parts.database.read() as session:
-        rows = adapters.page(session, namespaces=namespaces, text=q, task=task, after=key, limit=limit)
-        more = cursor(rows[-1].namespace, rows[-1].name) if len(rows) == limit else None
-        return Page(items=adapters.describe_adapters(session, rows), cursor=more)
+    found = await here(request).reads.series_page(SeriesPage(namespaces, q, task, key, limit))
+    more = cursor(found[-1][0].namespace, found[-1][0].name) if len(found) == limit else None
+    return Page(items=[info for _, info in found], cursor=more)
 
 
 @router.get("/adapters/{namespace}/{name}")
-def show_adapter(namespace: str, name: str, parts: Parts, caller: User) -> AdapterInfo:
+async def show_adapter(request: Request, namespace: str, name: str, caller: User) -> AdapterInfo:
     """One adapter with its newest version and its aliases on every base."""
+    series = SeriesName.parse(f"{namespace}/{name}")
+    found = await here(request).reads.series(series) if caller.can("read", namespace) else None
+    if found is None:
+        raise await run_in_threadpool(_missing, here(request), caller, series)
+    return found
+
+
+def _missing(parts: AppParts, caller: Caller, series: SeriesName) -> AdapterNotFound:
     with parts.database.read() as session:
-        return adapters.describe_adapters(session, [_series(session, caller, namespace, name)])[0]
+        return adapter_not_found(session, caller, series)
 
 
 @router.get("/adapters/{namespace}/{name}/versions")
-def list_versions(
+async def list_versions(
+    request: Request,
     namespace: str,
     name: str,
-    parts: Parts,
     caller: User,
     limit: Limit = 50,
     after: Annotated[str | None, Query(alias="cursor")] = None,
 ) -> Page[VersionInfo]:
     """Versions, newest first."""
     (before,) = behind(after, (1 << 30,))
-    with parts.database.read() as session:
-        adapter = _series(session, caller, namespace, name)
-        rows = adapters.versions_page(session, adapter, before=before, limit=limit)
-        more = cursor(rows[-1].number) if len(rows) == limit else None
-        return Page(items=adapters.describe(session, [(row, adapter) for row in rows]), cursor=more)
+    series = SeriesName.parse(f"{namespace}/{name}")
+    reads = here(request).reads
+    found = await reads.versions_page(VersionsPage(series, before, limit)) if caller.can("read", namespace) else None
+    if found is None:
+        raise await run_in_threadpool(_missing, here(request), caller, series)
+    more = cursor(found[-1][0].number) if len(found) == limit else None
+    return Page(items=[info for _, info in found], cursor=more)
 
 
 @router.get("/adapters/{namespace}/{name}/versions/{version}")
-def show_version(namespace: str, name: str, version: str, parts: Parts, caller: User) -> VersionInfo:
+def show_version(namespace: str, name: str, version: str, parts: Reading, caller: User) -> VersionInfo:
     """One version: ``vN`` or its digest."""
     with parts.database.read() as session:
         return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
 
 
 @router.get("/adapters/{namespace}/{name}/versions/{version}/signatures")
-def list_signatures(namespace: str, name: str, version: str, parts: Parts, caller: User) -> SignaturesInfo:
+def list_signatures(namespace: str, name: str, version: str, parts: Reading, caller: User) -> SignaturesInfo:
     """Every signature of the version, those by revoked keys too."""
     with parts.database.read() as session:
         row, adapter = _version(session, caller, namespace, name, version)
@@ -248,7 +232,7 @@ def change_standing(
 def show_log(
     namespace: str,
     name: str,
-    parts: Parts,
+    parts: Reading,
     caller: User,
     limit: Limit = 100,
     after: Annotated[str | None, Query(alias="cursor")] = None,
@@ -263,7 +247,7 @@ def show_log(
 
 
 @router.get("/adapters/{namespace}/{name}/lineage")
-def show_lineage(namespace: str, name: str, parts: Parts, caller: User, version: str | None = None) -> LineageInfo:
+def show_lineage(namespace: str, name: str, parts: Reading, caller: User, version: str | None = None) -> LineageInfo:
     """What a version (the newest by default) was made from."""
     with parts.database.read() as session:
         if version is not None:
@@ -278,7 +262,7 @@ def show_lineage(namespace: str, name: str, parts: Parts, caller: User, version:
 def list_evaluations(
     namespace: str,
     name: str,
-    parts: Parts,
+    parts: Reading,
     caller: User,
     limit: Limit = 100,
     after: Annotated[str | None, Query(alias="cursor")] = None,
@@ -293,16 +277,11 @@ def list_evaluations(
 
 
 @router.get("/adapters/{namespace}/{name}/aliases")
-def list_aliases(namespace: str, name: str, parts: Parts, caller: User) -> list[AliasInfo]:
+def list_aliases(namespace: str, name: str, parts: Reading, caller: User) -> list[AliasInfo]:
     """Aliases on every base."""
     with parts.database.read() as session:
         adapter = _series(session, caller, namespace, name)
-        return adapters.describe_aliases(session, [adapter.id or 0]).get(adapter.id or 0, [])
-
-
-def _alias_info(session: Session, adapter: Adapter, base: Base, alias: str) -> AliasInfo:
-    found = adapters.describe_aliases(session, [adapter.id or 0])[adapter.id or 0]
-    return next(info for info in found if info.alias == alias and info.base == base.digest)
+        return adapters.describe_aliases(session, adapter)
 
 
 @router.put("/adapters/{namespace}/{name}/aliases/{alias}")
@@ -322,7 +301,7 @@ def set_alias(
     expected = _generation(if_match)
     with parts.database.write() as session:
         version, adapter = _version(session, caller, namespace, name, request.version)
-        aliases.set_alias(
+        moved = aliases.set_alias(
             session,
             parts.store,
             caller,
@@ -334,8 +313,7 @@ def set_alias(
             reason=request.reason,
             now=parts.clock(),
         )
-        base = session.get_one(Base, version.base_id)
-        return _alias_info(session, adapter, base, alias)
+        return adapters.describe_alias(session, moved)
 
 
 def _generation(if_match: str | None) -> int:
@@ -356,16 +334,16 @@ def roll_back(namespace: str, name: str, alias: str, request: RollbackRequest, p
             base = bases.find(session, request.base)
         else:
             base = adapters.resolve(session, caller, Reference(SeriesName(namespace, name), alias=alias), None).base
-        aliases.roll_back(
+        moved = aliases.roll_back(
             session, caller, adapter=adapter, base=base, alias=alias, reason=request.reason, now=parts.clock()
         )
-        return _alias_info(session, adapter, base, alias)
+        return adapters.describe_alias(session, moved)
 
 
 @router.get("/bases/{base}/adapters")
 def list_compatible(
     base: str,
-    parts: Parts,
+    parts: Reading,
     caller: User,
     fit: str | None = None,
     engine: str | None = None,

@@ -1,14 +1,15 @@
 """What a route needs: the app's parts, the caller behind the token, and who may use which route.
 
-Routes take `Parts` and `User` (or `Worker`), open ``parts.database.read()`` or ``.write()`` themselves
+Routes take `Parts` (or `Reading`) and `User` (or `Worker`), open ``parts.database.read()`` or ``.write()`` themselves
 and call one service in it: the end of the write block is the commit. What must follow a commit (waking
 workers) comes after the block.
 """
 
+import asyncio
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,19 +31,20 @@ from registry.core.errors import (
     Unavailable,
     WriteConflict,
 )
-from registry.db import queries
 from registry.oidc import Provider, is_jwt
 from registry.services import tokens
 from registry.services.jobs import Origin
-from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate, note_use
+from registry.services.tokens import LAST_USE_EVERY, Caller, authenticate_all, note_use
 
-from .answers import Answers
 from .limits import Limits, Rate
 from .metrics import Meters
+from .reads import Reads
 from .together import Together
 
 _TOKEN_TTL_S = 0.8
 _TOKENS_KEPT = 4096
+READS_AT_ONCE = 4
+"""More threads than a few spend their time on taking the interpreter from each other."""
 _NOBODY: tuple[float, Caller | None] = (0.0, None)
 
 
@@ -51,41 +53,50 @@ class AppParts(house.Parts):
     """The parts of one API process, and the callers it remembers for a moment."""
 
     callers: OrderedDict[str, tuple[float, Caller]] = field(default_factory=OrderedDict)
-    manifests: Answers = field(default_factory=Answers)
-    """Bodies of manifests by namespace, name and digest."""
-    resolutions: Answers = field(default_factory=Answers)
-    """Bodies of `resolve` by the question and all facts that may change."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READS_AT_ONCE))
+    """Of those who want `Reading`, in the order of asking."""
     limits: Limits = field(init=False)
     meters: Meters = field(init=False)
+    reads: Reads = field(init=False)
     oidc: Provider | None = field(init=False, default=None)
     _noted: dict[str, datetime] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """What is asked together is asked of the database once."""
-        self._pointed = Together(self._all_pointed_at)
+        """What is made of the other parts."""
+        self.reads = Reads(self)
+        self._authentications = Together(self._authenticated)
         self.meters = Meters(self.database, self.clock)
         if self.settings.oidc is not None:
             self.oidc = Provider(self.settings.oidc, self.clock)
         broker = self.settings.broker_url
         self.limits = Limits(broker if broker.startswith(("redis://", "rediss://", "unix://")) else None)
 
-    async def pointed(self, pointer: queries.Pointer) -> queries.Pointed | None:
-        """What an alias means now."""
-        return await self._pointed.ask(pointer)
-
-    def _all_pointed_at(self, pointers: Sequence[queries.Pointer]) -> list[queries.Pointed | None]:
-        with self.database.read() as session:
-            return queries.pointed_at(session, pointers)
-
     def caller(self, token: str) -> Caller:
         """The caller behind ``token``, remembered for less than a second: a revocation holds within one."""
         if known := self.known(token):
             return known
         now = monotonic()
-        caller = self._signed_in(self.oidc, token) if self.oidc and is_jwt(token) else self._authenticated(token)
+        if self.oidc and is_jwt(token):
+            return self._remember(token, self._signed_in(self.oidc, token), now)
+        [found] = self._authenticated([token])
+        if isinstance(found, TokenRefused):
+            raise found
+        return self._remember(token, found, now)
+
+    async def _caller(self, token: str) -> Caller:
+        """As `caller`, asked together with all who come at the same moment."""
+        if self.oidc and is_jwt(token):
+            return await run_in_threadpool(self.caller, token)
+        now = monotonic()
+        found = await self._authentications.ask(token)
+        if isinstance(found, TokenRefused):
+            raise found
+        return self._remember(token, found, now)
+
+    def _remember(self, token: str, caller: Caller, now: float) -> Caller:
         with self._lock:
             self.callers[token] = (now + _TOKEN_TTL_S, caller)
             self.callers.move_to_end(token)
@@ -94,9 +105,9 @@ class AppParts(house.Parts):
         self._note_use(caller)
         return caller
 
-    def _authenticated(self, token: str) -> Caller:
+    def _authenticated(self, asked: Sequence[str]) -> list[Caller | TokenRefused]:
         with self.database.read() as session:
-            return authenticate(session, token, self.clock())
+            return authenticate_all(session, asked, self.clock())
 
     def _signed_in(self, provider: Provider, token: str) -> Caller:
         """Who signed in at the identity provider; written down when they are new, or their claims changed."""
@@ -138,7 +149,7 @@ class AppParts(house.Parts):
         """
         most = self.settings.failed_sign_ins
         if not most:
-            return await run_in_threadpool(self.caller, token)
+            return await self._caller(token)
         one = max(1, most // 6)
         public = "_".join(token.split("_")[:2])[:21]
         of_address = f"refused:{address}"
@@ -146,7 +157,7 @@ class AppParts(house.Parts):
         if wait := max([await self.limits.wait(key, rate) for key, rate in rates.items()]):
             raise SignInsLimited(address=address, retry_after=math.ceil(wait))
         try:
-            return await run_in_threadpool(self.caller, token)
+            return await self._caller(token)
         except TokenRefused:
             for key, rate in rates.items():
                 await self.limits.take(key, rate)
@@ -204,6 +215,12 @@ async def _parts(request: Request) -> AppParts:
     return parts(request)
 
 
+async def _reading(request: Request) -> AsyncIterator[AppParts]:
+    found = parts(request)
+    async with found.turns:
+        yield found
+
+
 async def known_caller(request: Request) -> Caller:
     """`anyone`, without a thread for who is remembered; each request is counted once."""
     if (counted := request.scope.get("caller")) is not None:
@@ -239,6 +256,8 @@ async def _origin(request: Request) -> Origin:
 
 Asked = Annotated[Origin, Depends(_origin)]
 Parts = Annotated[AppParts, Depends(_parts)]
+Reading = Annotated[AppParts, Depends(_reading, scope="function")]
+"""The parts in a turn of few: for routes that read the database and wait for nothing else."""
 Anyone = Annotated[Caller, Depends(known_caller)]
 User = Annotated[Caller, Depends(_user)]
 Worker = Annotated[Caller, Depends(_worker)]

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from registry.core.errors import BadRequest
+
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
@@ -14,12 +16,16 @@ class Together(Generic[Question, Answer]):
     """One call at a time; what is asked while it runs waits for it and goes into the next one.
 
     So a lone question is asked at once, and under load a call is shared by all who would have queued for one. The
-    call begins after the question came, never before: nobody is told what was true before they asked.
+    call begins after the question came, never before: nobody is told what was true before they asked. Where a call is
+    refused for what is in one of its questions, each is asked alone: nobody is told of another's mistake.
     """
 
-    def __init__(self, ask: Callable[[Sequence[Question]], Sequence[Answer]]) -> None:
-        """``ask`` gives one answer per question, in order; it runs in a thread, and its error is everybody's."""
-        self._ask = ask
+    def __init__(self, ask: Callable[[Sequence[Question]], Sequence[Answer]], most: int = 256) -> None:
+        """``ask`` gives one answer per question, in order, of at most ``most``.
+
+        It runs in a thread, and its error is everybody's.
+        """
+        self._ask, self._most = ask, most
         self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
         self._calls: asyncio.Task[None] | None = None
 
@@ -35,7 +41,7 @@ class Together(Generic[Question, Answer]):
     async def _call(self) -> None:
         try:
             while self._waiting:
-                asked, self._waiting = self._waiting, []
+                asked, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
                 await self._answer(asked)
         finally:
             self._calls = None
@@ -45,6 +51,12 @@ class Together(Generic[Question, Answer]):
         answers: Sequence[Answer] = ()
         try:
             answers = await run_in_threadpool(self._ask, [question for question, _ in asked])
+        except BadRequest as raised:
+            if len(asked) > 1:
+                for one in asked:
+                    await self._answer([one])
+                return
+            error = raised
         except Exception as raised:  # noqa: BLE001  # theirs to handle
             error = raised
         for place, (_, future) in enumerate(asked):

@@ -5,6 +5,7 @@ pagination: the last id seen is the cursor.
 """
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sqlalchemy import (
     column,
     or_,
     true,
+    tuple_,
     union_all,
 )
 from sqlalchemy import select as columns
@@ -39,6 +41,7 @@ from .models import (
     Revision,
     Signature,
     SigningKey,
+    StoredManifest,
     StoredPolicy,
     TargetFit,
     Version,
@@ -112,6 +115,12 @@ def adapter_by_name(session: Session, namespace: str, name: str) -> Adapter | No
     return session.exec(select(Adapter).where(Adapter.namespace == namespace, Adapter.name == name)).first()
 
 
+def adapters_by_name(session: Session, names: Iterable[tuple[str, str]]) -> Sequence[Adapter]:
+    """Those of the series (namespace, name) that are there."""
+    named = tuple_(col(Adapter.namespace), col(Adapter.name)).in_(list(names))
+    return session.exec(select(Adapter).where(named)).all()
+
+
 def adapter_names(session: Session, namespaces: Sequence[str] | None) -> list[str]:
     """Names of the series in ``namespaces`` (None: all), for suggestions."""
     query = select(Adapter.namespace, Adapter.name).limit(5000)
@@ -150,6 +159,17 @@ def namespaces_of_version(session: Session, digest: str) -> Sequence[str]:
     return session.exec(query).all()
 
 
+def manifests_of_versions(session: Session, digests: Iterable[str]) -> dict[tuple[str, str, str], bytes]:
+    """(namespace, name, digest) of every version with one of these manifests that is not deleted -> the manifest."""
+    query = (
+        select(Adapter.namespace, Adapter.name, Version.digest, StoredManifest.body)
+        .join(Version)
+        .join(StoredManifest, col(StoredManifest.digest) == Version.digest)
+        .where(col(Version.digest).in_(set(digests)), Version.status != VersionState.DELETED)
+    )
+    return {(namespace, name, digest): body for namespace, name, digest, body in session.exec(query)}
+
+
 # ── aliases ──────────────────────────────────────────────────────────────────
 
 
@@ -160,25 +180,39 @@ def alias_row(session: Session, adapter_id: int, base_id: int, name: str) -> Ali
     ).first()
 
 
-def aliases_of(session: Session, adapter_ids: Iterable[int]) -> Sequence[tuple[Alias, AliasMove, Version, Base]]:
-    """Aliases of these series with their last move, target and base, by base and name."""
-    query = (
-        select(Alias, AliasMove, Version, Base)
-        .join(
-            AliasMove,
-            and_(
-                col(AliasMove.adapter_id) == Alias.adapter_id,
-                col(AliasMove.base_id) == Alias.base_id,
-                col(AliasMove.name) == Alias.name,
-                col(AliasMove.generation) == Alias.generation,
-            ),
-        )
-        .join(Version, col(Version.id) == Alias.version_id)
-        .join(Base, col(Base.id) == Alias.base_id)
-        .where(col(Alias.adapter_id).in_(set(adapter_ids)))
-        .order_by(col(Alias.adapter_id), col(Alias.base_id).desc(), Alias.name)
+class Pointing(NamedTuple):
+    """An alias on a base, the version that it points to, and its last move."""
+
+    adapter_id: int
+    base_id: int
+    name: str
+    generation: int
+    version_id: int
+    number: int
+    digest: str
+    moved_at: datetime
+    actor: str
+    reason: str
+
+
+def aliases_of(session: Session, adapter_ids: Iterable[int]) -> list[Pointing]:
+    """Aliases of these series, by base and name."""
+    last = and_(
+        col(AliasMove.adapter_id) == Alias.adapter_id,
+        col(AliasMove.base_id) == Alias.base_id,
+        col(AliasMove.name) == Alias.name,
+        col(AliasMove.generation) == Alias.generation,
     )
-    return session.exec(query).all()
+    query = (
+        columns(col(Alias.adapter_id), col(Alias.base_id), col(Alias.name), col(Alias.generation))
+        .add_columns(col(Alias.version_id), col(Version.number), col(Version.digest))
+        .add_columns(col(AliasMove.at), col(AliasMove.actor), col(AliasMove.reason))
+        .join(AliasMove, last)
+        .join(Version, col(Version.id) == Alias.version_id)
+        .where(col(Alias.adapter_id).in_(set(adapter_ids)))
+        .order_by(col(Alias.adapter_id), col(Alias.base_id).desc(), col(Alias.name))
+    )
+    return [Pointing(*row) for row in session.execute(query)]
 
 
 def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dict[int, list[str]]:
@@ -213,6 +247,14 @@ class Pointed(NamedTuple):
     """Those of them whose key is not revoked; with the number of all it tells whether another counts now."""
     signature_required: bool | None
     """None: the namespace has no row."""
+    engines: int
+    """Of the version: a bit for each engine that loads it."""
+
+    def given(self, *, exact: bool, engine_bit: int | None) -> bool:
+        """Whether that version is what `resolve` gives for this alias and base; if not, it refuses."""
+        signed = not self.signature_required or self.living > 0
+        loads = engine_bit is None or self.engines & engine_bit != 0
+        return exact and loads and signed and self.status == VersionState.LIVE
 
 
 class Pointer(NamedTuple):
@@ -261,6 +303,7 @@ def _pointed_at(
     signing = (signed.scalar_subquery(), living.scalar_subquery(), required.scalar_subquery())
     return (
         columns(col(Version.id), col(Version.evidence), *histories, col(Version.status), *signing)
+        .add_columns(col(Version.engines))
         .join_from(Adapter, Alias, col(Alias.adapter_id) == Adapter.id)
         .join(Base, col(Base.id) == Alias.base_id)
         .join(Version, col(Version.id) == Alias.version_id)
@@ -368,12 +411,12 @@ def dataset_names(session: Session, kind: str, namespaces: Sequence[str] | None)
     return [f"{namespace}/{name}" for namespace, name in session.exec(query)]
 
 
-def newest_policy(session: Session, namespace: str, name: str) -> StoredPolicy | None:
-    """The newest policy of a series, or of the namespace where ``name`` is empty."""
+def newest_policy(session: Session, namespace: str, *names: str) -> StoredPolicy | None:
+    """The newest policy of a series, or of the namespace for ``""``; of two, a series' own goes before ``""``."""
     return session.exec(
         select(StoredPolicy)
-        .where(StoredPolicy.namespace == namespace, StoredPolicy.name == name)
-        .order_by(col(StoredPolicy.revision).desc())
+        .where(StoredPolicy.namespace == namespace, col(StoredPolicy.name).in_(names))
+        .order_by(col(StoredPolicy.name).desc(), col(StoredPolicy.revision).desc())
         .limit(1)
     ).first()
 

@@ -7,7 +7,7 @@ Fit is never computed adapter by adapter: it is stored per (base, base, target s
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlmodel import Session, col, select
@@ -60,9 +60,18 @@ BY_DEFAULT = (FitClass.EXACT, FitClass.DERIVED)
 
 def describe(session: Session, rows: Sequence[tuple[Version, Adapter]]) -> list[VersionInfo]:
     """Versions in the words of the wire, with aliases, signers and newest evaluations; four queries for any number."""
-    ids = [version.id for version, _ in rows if version.id is not None]
     called = bases.named(session, {version.base_id for version, _ in rows})
-    aliases = queries.alias_names_of_versions(session, ids)
+    aliases = queries.alias_names_of_versions(session, [version.id or 0 for version, _ in rows])
+    return _described(session, rows, called, aliases)
+
+
+def _described(
+    session: Session,
+    rows: Sequence[tuple[Version, Adapter]],
+    called: Mapping[int, tuple[str, str]],
+    aliases: Mapping[int, list[str]],
+) -> list[VersionInfo]:
+    ids = [version.id for version, _ in rows if version.id is not None]
     signers = signatures.signers(session, ids)
     found = queries.newest_evaluations_of(session, ids)
     scored: defaultdict[int | None, list[EvaluationInfo]] = defaultdict(list)
@@ -104,44 +113,56 @@ def _info(version: Version, adapter: Adapter, base: tuple[str, str]) -> VersionI
     )
 
 
-def describe_aliases(session: Session, adapter_ids: Iterable[int]) -> dict[int, list[AliasInfo]]:
-    """adapter id -> its aliases on every base."""
-    rows = queries.aliases_of(session, adapter_ids)
-    called = bases.named(session, {base.id for *_, base in rows if base.id is not None})
-    found: dict[int, list[AliasInfo]] = {}
-    for alias, last, version, base in rows:
-        found.setdefault(alias.adapter_id, []).append(
-            AliasInfo(
-                alias=alias.name,
-                base=base.digest,
-                base_ref=called[base.id or 0][1],
-                version=version.number,
-                digest=version.digest,
-                generation=alias.generation,
-                moved_at=last.at,
-                actor=last.actor,
-                reason=last.reason,
-            )
-        )
-    return found
+def describe_aliases(session: Session, adapter: Adapter) -> list[AliasInfo]:
+    """The aliases of a series on every base."""
+    return _alias_infos(session, queries.aliases_of(session, [adapter.id or 0]))
+
+
+def describe_alias(session: Session, row: Alias) -> AliasInfo:
+    """One alias."""
+    all_ = queries.aliases_of(session, [row.adapter_id])
+    return _alias_infos(session, [one for one in all_ if (one.base_id, one.name) == (row.base_id, row.name)])[0]
+
+
+def _alias_infos(session: Session, pointing: Sequence[queries.Pointing]) -> list[AliasInfo]:
+    called = bases.named(session, {alias.base_id for alias in pointing})
+    return [_alias_info(alias, called) for alias in pointing]
+
+
+def _alias_info(alias: queries.Pointing, called: Mapping[int, tuple[str, str]]) -> AliasInfo:
+    base, base_ref = called[alias.base_id]
+    return AliasInfo(
+        alias=alias.name,
+        base=base,
+        base_ref=base_ref,
+        version=alias.number,
+        digest=alias.digest,
+        generation=alias.generation,
+        moved_at=alias.moved_at,
+        actor=alias.actor,
+        reason=alias.reason,
+    )
 
 
 def describe_adapters(session: Session, rows: Sequence[Adapter]) -> list[AdapterInfo]:
-    """Series with their newest version and aliases."""
-    ids = [row.id for row in rows if row.id is not None]
-    newest = session.exec(
-        select(Version, Adapter)
-        .join(Adapter)
-        .where(col(Version.id).in_(queries.newest_versions_of(ids)))
-    ).all()
-    latest = {version.adapter_id: info for (version, _), info in zip(newest, describe(session, newest), strict=True)}
-    aliases = describe_aliases(session, ids)
+    """Series with their newest version and aliases; five queries for any number."""
+    ids = {row.id: row for row in rows if row.id is not None}
+    newest = session.exec(select(Version).where(col(Version.id).in_(queries.newest_versions_of(ids)))).all()
+    pointing = queries.aliases_of(session, ids)
+    called = bases.named(session, {version.base_id for version in newest} | {alias.base_id for alias in pointing})
+    aliases: defaultdict[int, list[AliasInfo]] = defaultdict(list)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for alias in pointing:
+        aliases[alias.adapter_id].append(_alias_info(alias, called))
+        names[alias.version_id] = sorted([*names[alias.version_id], alias.name])
+    described = _described(session, [(version, ids[version.adapter_id]) for version in newest], called, names)
+    latest = {version.adapter_id: info for version, info in zip(newest, described, strict=True)}
     return [
         AdapterInfo(
             name=f"{row.namespace}/{row.name}",
             task=row.task,
             latest=latest.get(row.id or 0),
-            aliases=aliases.get(row.id or 0, []),
+            aliases=aliases[row.id or 0],
             created_at=row.created_at,
         )
         for row in rows
@@ -297,6 +318,16 @@ def resolve(
         nearest=_nearest(session, graded[:3], engine, bit),
         candidates=[{"version": version.number, "fit": fit.model_dump()} for fit, version in graded[:10]],
     )
+
+
+def exact(session: Session, version_ids: Iterable[int]) -> dict[int, Resolved]:
+    """version id -> what `resolve` gives where an alias points to it on its own base."""
+    query = select(Version, Adapter, Base).join(Adapter).join(Base, col(Base.id) == Version.base_id)
+    rows = session.exec(query.where(col(Version.id).in_(set(version_ids)))).all()
+    return {
+        version.id or 0: Resolved(version, adapter, base, _fit_info(version, base, None), assumed=False)
+        for version, adapter, base in rows
+    }
 
 
 def pointer(caller: Caller, reference: Reference, base: str | None) -> queries.Pointer | None:

@@ -27,8 +27,7 @@ def effective(session: Session, namespace: str, name: str) -> Policy:
 
 def stored(session: Session, namespace: str, name: str) -> StoredPolicy | None:
     """The row that is in force for a series (``name`` empty: for the namespace)."""
-    own = queries.newest_policy(session, namespace, name) if name else None
-    return own or queries.newest_policy(session, namespace, "")
+    return queries.newest_policy(session, namespace, *{name, ""})
 
 
 def show(session: Session, caller: Caller, namespace: str, name: str) -> StoredPolicy:

@@ -28,9 +28,14 @@ def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapte
     """The series, `AdapterNotFound` when it is not there or not the caller's to read."""
     row = queries.adapter_by_name(session, series.namespace, series.name)
     if row is None or not caller.can("read", series.namespace):
-        known = queries.adapter_names(session, caller.readable())
-        raise AdapterNotFound(name=str(series), nearest=nearest(str(series), known))
+        raise adapter_not_found(session, caller, series)
     return row
+
+
+def adapter_not_found(session: Session, caller: Caller, series: SeriesName) -> AdapterNotFound:
+    """What to say to who asked for a series that is not there, or not theirs to read."""
+    known = queries.adapter_names(session, caller.readable())
+    return AdapterNotFound(name=str(series), nearest=nearest(str(series), known))
 
 
 def find_version(session: Session, adapter: Adapter, reference: Reference, *, gone: bool = False) -> Version:

@@ -147,6 +147,12 @@ def is_required(session: Session, namespace: str) -> bool:
     return row is not None and row.require_signature
 
 
+def required_in(session: Session, namespaces: Iterable[str]) -> set[str]:
+    """Those of the namespaces that require signatures."""
+    wanted = col(Namespace.name).in_(set(namespaces))
+    return set(session.exec(select(Namespace.name).where(wanted, col(Namespace.require_signature))))
+
+
 def signing(session: Session, caller: Caller, namespace: str) -> SigningInfo:
     """Whether the namespace requires signatures, for whoever reads there."""
     check_name(namespace, "namespace")

@@ -9,10 +9,10 @@ queues in place of scopes, and may touch only the jobs they claimed (`registry.s
 import hashlib
 import hmac
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, TypeVar, TypeVarTuple
 
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select, update
@@ -23,6 +23,9 @@ from registry.db.models import Token
 from registry.schemas import SCOPES, Scope
 
 from . import audit
+
+Texts = TypeVarTuple("Texts")
+Result = TypeVar("Result")
 
 _PREFIX = "lora"
 _NO_SECRET = "oidc:"  # noqa: S105  # it is none
@@ -94,11 +97,32 @@ def make_text() -> str:
 
 def authenticate(session: Session, text: str, now: datetime) -> Caller:
     """The caller behind a bearer token; `TokenRefused` when it is unknown, revoked or expired."""
-    identity, secret = split(text)
-    token = session.get(Token, identity)
-    if token is None or not _opens(token, _hash(secret), now):
-        raise TokenRefused(reason="it is unknown here")
-    return _caller(token, now)
+    [found] = authenticate_all(session, [text], now)
+    if isinstance(found, TokenRefused):
+        raise found
+    return found
+
+
+def authenticate_all(session: Session, texts: Sequence[str], now: datetime) -> list[Caller | TokenRefused]:
+    """The caller behind each bearer token, or why it is refused; one query for any number."""
+    asked = [_or_refusal(split, text) for text in texts]
+    wanted = {one[0] for one in asked if not isinstance(one, TokenRefused)}
+    known = {token.id: token for token in session.exec(select(Token).where(col(Token.id).in_(wanted)))}
+
+    def opened(identity: str, secret: str) -> Caller:
+        token = known.get(identity)
+        if token is None or not _opens(token, _hash(secret), now):
+            raise TokenRefused(reason="it is unknown here")
+        return _caller(token, now)
+
+    return [one if isinstance(one, TokenRefused) else _or_refusal(opened, *one) for one in asked]
+
+
+def _or_refusal(work: Callable[[*Texts], Result], *texts: *Texts) -> Result | TokenRefused:
+    try:
+        return work(*texts)
+    except TokenRefused as refusal:
+        return refusal
 
 
 def _opens(token: Token, hashed: str, now: datetime) -> bool:

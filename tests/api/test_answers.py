@@ -60,7 +60,7 @@ def test_an_answer_is_given_again_until_a_fact_changes(
     first = api.get("/v1/resolve", params=asked)
     assert first.json()["version"]["version"] == 1
     assert api.get("/v1/resolve", params=asked).content == first.content
-    assert len(parts.resolutions._bodies) == 1
+    assert len(parts.reads.resolutions._bodies) == 1
 
     world.push_adapter(tiny_adapter(tmp_path / "two", base, seed=2), "team/bot", base, aliases=["prod"])
     assert api.get("/v1/resolve", params=asked).json()["version"]["version"] == 2

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from registry.api.together import Together
+from registry.core.errors import BadRequest
 
 
 def test_what_is_asked_during_a_call_goes_into_the_next_one() -> None:
@@ -61,3 +62,37 @@ def test_who_has_gone_is_no_trouble_for_the_others() -> None:
         return answer
 
     assert asyncio.run(ask()) == 2
+
+
+def test_what_is_wrong_with_one_question_is_told_to_who_asked_it() -> None:
+    calls: list[list[str]] = []
+
+    def read(questions: Sequence[str]) -> list[str]:
+        calls.append(list(questions))
+        if "\0" in questions:
+            raise BadRequest(problems="NUL")
+        return [question.upper() for question in questions]
+
+    async def ask() -> list[str | BaseException]:
+        together = Together(read)
+        return await asyncio.gather(*map(together.ask, ("a", "\0", "b")), return_exceptions=True)
+
+    first, wrong, last = asyncio.run(ask())
+    assert (first, last) == ("A", "B")
+    assert isinstance(wrong, BadRequest)
+    assert calls == [["a", "\0", "b"], ["a"], ["\0"], ["b"]]
+
+
+def test_a_call_takes_no_more_questions_than_it_may() -> None:
+    calls: list[list[int]] = []
+
+    def same(questions: Sequence[int]) -> list[int]:
+        calls.append(list(questions))
+        return list(questions)
+
+    async def ask() -> list[int]:
+        together = Together(same, most=2)
+        return await asyncio.gather(*map(together.ask, range(5)))
+
+    assert asyncio.run(ask()) == [0, 1, 2, 3, 4]
+    assert calls == [[0, 1], [2, 3], [4]]
