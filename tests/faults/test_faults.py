@@ -1,9 +1,10 @@
 """A minute or two of misfortune: a few kinds of it, in the smallest town, in the largest, and in one with a workshop.
 
-The long run, with every kind in every town, is `python -m tests.faults.run` (`make soak`).
+Here they are the same each time, as far as processes can be held to a seed, so that a change is tried by what the one
+before it was tried by. The long run, with every kind in every town and seeds that nobody chose, is
+`python -m tests.faults.run` (`make soak`).
 """
 
-import random
 import subprocess
 import sys
 import time
@@ -23,16 +24,32 @@ from registry.services.blobs import blob_key
 from registry.transfer import push_adapter
 from tests.factories import tiny_adapter
 from tests.faults import laws, machines, people, record, run
-from tests.faults.faults import SERVERS, faults_of
+from tests.faults.faults import (
+    Fault,
+    api_dies,
+    broker_forgets,
+    child_dies,
+    client_dies,
+    connections_break,
+    daemons_die,
+    database_dies,
+    store_dies,
+    two_at_once,
+)
 from tests.faults.town import Town, town
 
+SEED = 20_261_127
+SHORT: dict[str, list[Fault]] = {
+    "sqlite+folder": [client_dies, daemons_die, api_dies, two_at_once],
+    "postgres+s3": [database_dies, store_dies, broker_forgets, connections_break],
+}
 
-@pytest.mark.parametrize("setup", ["sqlite+folder", "postgres+s3"])
+
+@pytest.mark.parametrize("setup", SHORT)
 def test_no_law_is_broken_whatever_goes_wrong(setup: str, tmp_path: Path) -> None:
-    seed, seen = random.SystemRandom().randrange(1 << 30), set[str]()
+    seen = set[str]()
     with town(setup, tmp_path / "town") as here:
-        some = random.Random(seed).sample(faults_of(here), 4)
-        told = [run.episode(here, fault, seed + number, seen) for number, fault in enumerate(some)]
+        told = [run.episode(here, fault, SEED + number, seen) for number, fault in enumerate(SHORT[setup])]
     print("\n".join(map(run.line, told)))
     assert not [run.line(one) for one in told if one.breaches]
     assert sum(one.did["pushed"] for one in told) > 0
@@ -40,9 +57,8 @@ def test_no_law_is_broken_whatever_goes_wrong(setup: str, tmp_path: Path) -> Non
 
 
 def test_no_work_is_lost_or_done_twice_whatever_happens_to_workers(tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
     with town("sqlite+folder+work", tmp_path / "town") as here:
-        told = run.episode(here, random.Random(seed).choice(SERVERS["worker-1"]), seed, set())
+        told = run.episode(here, child_dies, SEED, set())
     print(run.line(told))
     assert not told.breaches, run.line(told)
     assert told.did["upgrades"] > 0
