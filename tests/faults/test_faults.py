@@ -34,13 +34,13 @@ from tests.faults.faults import (
     daemons_die,
     database_dies,
     store_dies,
-    two_at_once,
+    wire_is_cut,
 )
 from tests.faults.town import Town, town
 
 SEED = 20_261_127
 SHORT: dict[str, list[Fault]] = {
-    "sqlite+folder": [client_dies, daemons_die, api_dies, two_at_once],
+    "sqlite+folder": [client_dies, daemons_die, api_dies, wire_is_cut],
     "postgres+s3": [database_dies, store_dies, broker_forgets, connections_break],
 }
 
