@@ -81,10 +81,8 @@ class AppParts(house.Parts):
         now = monotonic()
         if self.oidc and is_jwt(token):
             return self._remember(token, self._signed_in(self.oidc, token), now)
-        [found] = self._authenticated([token])
-        if isinstance(found, TokenRefused):
-            raise found
-        return self._remember(token, found, now)
+        with self.database.read() as session:
+            return self._remember(token, tokens.authenticate(session, token, self.clock()), now)
 
     async def _caller(self, token: str) -> Caller:
         """As `caller`, asked together with all who come at the same moment."""

@@ -2,20 +2,19 @@
 
 import asyncio
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import event
 
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
 from registry.services import tokens
+from tests.api.test_access import statements
 from tests.factories import base_of, tiny_adapter, tiny_base
 from tests.world import SETTINGS, World
 
@@ -102,20 +101,6 @@ def test_who_asks_among_others_is_told_what_they_would_be_told_alone(
     assert {status for status, _ in alone} == {200, 400, 404, 409}
 
 
-@contextmanager
-def statements(world: World) -> Iterator[list[str]]:
-    said: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        said.append(statement)
-
-    event.listen(world.database.engine, "before_cursor_execute", note)
-    try:
-        yield said
-    finally:
-        event.remove(world.database.engine, "before_cursor_execute", note)
-
-
 @pytest.mark.parametrize("kind", ["resolve", "show", "manifest"])
 def test_many_who_ask_at_once_cost_a_part_of_the_statements(world: World, questions: list[str], kind: str) -> None:
     asked = {
@@ -125,22 +110,19 @@ def test_many_who_ask_at_once_cost_a_part_of_the_statements(world: World, questi
     }
     paths = [path for path in questions if re.fullmatch(asked[kind], path)]
     assert len(paths) == len(NAMES)
-    with statements(world) as for_one:
+    with statements(world.database) as for_one:
         assert [status for status, _ in answers(parts_of(world), paths[:1], ADMIN, at_once=True)] == [200]
-    with statements(world) as for_all:
+    with statements(world.database) as for_all:
         assert {status for status, _ in answers(parts_of(world), paths * 5, ADMIN, at_once=True)} == {200}
     assert len(for_all) <= len(paths) * len(for_one)  # a fifth of what they cost alone
 
 
 def test_what_is_taken_out_of_use_is_refused_at_once(world: World, questions: list[str]) -> None:
-    parts = parts_of(world)
     path = next(path for path in questions if path.startswith("/v1/resolve"))
-    assert [status for status, _ in answers(parts, [path], ADMIN, at_once=True)] == [200]
-    parts = parts_of(world)
     move = "/v1/adapters/team/bot-0/versions/v2/yank"
 
     async def yank_and_ask() -> tuple[int, str]:
-        app = create_app(parts)
+        app = create_app(parts_of(world))
         head = {"authorization": f"Bearer {ADMIN}"}
         transport = httpx.ASGITransport(app)
         async with (
