@@ -7,11 +7,11 @@ import pytest
 
 from benchmarks.rebase import ladder, rates
 
-ABOUT = {"machine": "a machine", "date": "2026-01-01", "seeds": 1, "model": "a model", "scale": 0.02}
+ABOUT = {"machine": "a machine", "date": "2026-01-01", "seeds": 1, "scale": 0.02}
 
 
 def test_the_ladder_carries_an_adapter_by_every_tier_and_decides_by_the_gate(tmp_path: Path) -> None:
-    setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, most=1)
+    setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, named=["kinds"])
     cells = ladder.upgraded("short training", setup)
     assert {(cell.task, cell.seed) for cell in cells} == {(setup.tasks[0].name, 1)}
     assert {cell.tier for cell in cells} == {*ladder.SAME_SHAPE, *ladder.PEERS}
@@ -28,7 +28,7 @@ def test_the_ladder_carries_an_adapter_by_every_tier_and_decides_by_the_gate(tmp
     assert ladder.ended(ladder.WAYS["freeze"], told).recovery == 0.0
     elsewhere = [replace(cell, refused="another shape") if cell.tier == "carry" else cell for cell in told]
     assert ladder.ended(ladder.copied, elsewhere).tier == ladder.REFERENCE
-    page = ladder.table({"short training": ABOUT | {"cells": [asdict(cell) for cell in told]}})
+    page = ladder.table({"a model": {"short training": ABOUT | {"cells": [asdict(cell) for cell in told]}}})
     assert "| related | the gate, tier by tier | 1 of 1 | 1.00 (1.00) | 1.00 |" in page
 
 
@@ -43,7 +43,7 @@ def test_flips_that_may_be_too_many_keep_a_gate_shut_that_asks_for_certainty() -
 def test_what_each_rate_makes_of_a_start_is_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "STEPS", (2,))
     monkeypatch.setattr(rates, "TEACHERS", {"likeliest": 0.0})
-    setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, most=1)
+    setup = ladder.prepared(tmp_path, seeds=1, scale=0.02, named=["kinds"])
     many = (len(rates.SHARES) + 1, len(rates.TAUGHT))
     for found, columns in zip(rates.rows(setup, "short training"), many, strict=True):
         [(upgrade, task, *scores)] = found

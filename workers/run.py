@@ -472,7 +472,8 @@ def _bout(recipe: Rebase, inputs: Inputs) -> _Bout:
     assert training is not None
     adapter = normalised(inputs["adapter"], inputs["old"])
     rows = _unlabelled(recipe, inputs) if recipe.distil else inputs.rows()
-    starts = starts_of(adapter, inputs["old"], inputs["base"], rows)
+    given: dict[str, Adapter] = {tier: read_adapter(inputs[f"made.{tier}"]) for tier in recipe.made}
+    starts = starts_of(adapter, inputs["old"], inputs["base"], rows, given)
     suite = inputs.suite() if recipe.suite else None
     return _Bout(recipe, training, inputs["old"], adapter, starts, rows, suite)
 

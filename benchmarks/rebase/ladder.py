@@ -1,9 +1,9 @@
 """`python -m benchmarks.rebase.ladder`: adapters carried over to successors of their base by every tier of the cascade.
 
 Each cell is one upgrade, one task and one seed: an adapter trained on the old base, and what every tier makes of it on
-the new one, by the very recipes that a campaign runs. The retrained reference is the best of `RATES` on the new base,
-at the recorded steps with a rate that ends at zero; cells in which it gains next to nothing are left out. Quoted, on a
-split that nothing was chosen by, is
+the new one, by the very recipes that a campaign runs. The retrained reference is the best of three rates on the new
+base, at the recorded steps with a rate that ends at zero; cells in which it gains next to nothing are left out. Quoted,
+on a split that nothing was chosen by, is
 
     recovery  R = (S(W2 + x) − S(W2)) ⁄ (S(W2 + retrained) − S(W2))
 
@@ -11,8 +11,9 @@ and what the gate says, on a split of its own. What was decided is the first tie
 an adapter that nothing passes for stays frozen, and counts with what then serves on the new base: nothing. The same is
 told of other ways of deciding. Costs are seconds of a processor, which whoever else works on it does not lengthen.
 
-Model and tasks are those of `benchmarks.tasks`. Upgrades that are done are kept in docs/ladder.json; the table and the
-plot of docs/rebase.md are made from all of them. Peers: what is carried as it is is PortLLM (arXiv:2410.10870).
+Model and tasks are those of `benchmarks.tasks`. Upgrades that are done are kept in docs/ladder.json, by model; the
+tables and the plot of docs/rebase.md are made from all of them. Peers: what is carried as it is is PortLLM
+(arXiv:2410.10870).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from registry.core.digest import Digest
 from registry.core.errors import LoractlError
 from registry.core.gate import Zone, judge, mean_gain, shares
 from registry.core.policy import Gate, Margin, Policy
-from registry.core.recipes import Distil, FineTune, Rebase, Tier, temperature_of
+from registry.core.recipes import UNTRAINED, Distil, FineTune, Rebase, Tier, temperature_of
 from registry.core.records import Record, item_id
 from workers.compute.data import Row
 from workers.compute.evaluate import Suite, evaluate
@@ -48,6 +50,7 @@ from workers.compute.lora import Adapter
 from workers.compute.model import load
 from workers.compute.rebase.distil import steps_of
 from workers.compute.rebase.signals import compare
+from workers.compute.rebase.starts import equal
 from workers.compute.weights import read_adapter, write_adapter
 from workers.run import run as run_recipe
 from workers.run import run_together
@@ -60,7 +63,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "rebase.md"
 STORE = PAGE.with_name("ladder.json")
 PLOT = PAGE.with_name("ladder.svg")
 STEPS, RANK, ITEMS = 300, 8, 2400
-RATES = (2e-3, 4e-3, 8e-3)
 OLD, NEW = "b3:" + "1" * 64, "b3:" + "2" * 64
 SOME = "sha256:" + "3" * 64
 SAME_SHAPE: tuple[Tier, ...] = ("carry", "align", "warm-start", "distil", "retrain")
@@ -114,6 +116,29 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What suits a model of some size."""
+
+    rates: tuple[float, ...]
+    """Of adapters, to take the best of."""
+    gently: float
+    """What the rates of its successors' training are multiplied by."""
+    ends: bool
+    """Whether it has seen where texts end: one that never did answers rightly and goes on, and is never right."""
+
+
+SMALL = Size((2e-3, 4e-3, 8e-3), 1.0, ends=False)
+LARGE = Size((5e-4, 1e-3, 2e-3), 0.1, ends=True)
+_IS_LARGE = 50 << 20
+"""Bytes of a base's weights."""
+
+
+def size_of(base: Path) -> Size:
+    """By the size of its files."""
+    return LARGE if sum(file.stat().st_size for file in base.glob("*.safetensors")) > _IS_LARGE else SMALL
+
+
+@dataclass(frozen=True)
 class Setup:
     """What all upgrades start from."""
 
@@ -122,6 +147,8 @@ class Setup:
     folder: Path
     seeds: int
     scale: float
+    size: Size = SMALL
+    threads: int = 1
 
     def suite(self, task: Task) -> Suite:
         """All items of a task; words that are chosen from are written: a pass an item, not a pass a word."""
@@ -147,43 +174,59 @@ def _written(row: Row) -> dict[str, Any]:
 # ── the old base ─────────────────────────────────────────────────────────────
 
 
-def prepared(folder: Path, seeds: int, scale: float, most: int | None = None) -> Setup:
-    """Base, tasks (at ``most`` so many), and their adapters on it, each at the best of its rates."""
-    found = given(ITEMS, more=True)
+def prepared(
+    folder: Path, seeds: int, scale: float, named: Sequence[str] = (), items: int = ITEMS, threads: int = 1
+) -> Setup:
+    """Base, tasks (those whose names hold one of the words, or all), and their adapters, each at the best of its rates.
+
+    ``threads``: of each upgrade.
+    """
+    found = given(items, more=True)
     base, tasks = found or made(folder / "made", scale)
-    if found:
+    tasks = [task for task in tasks if any(word in task.name for word in named) or not named]
+    if not tasks:
+        raise SystemExit(f"No task is called by {', '.join(named)}.")
+    size = size_of(base)
+    if found and not size.ends:
         base = _ending(base, folder / "old" / base.name, scale)
-    setup = Setup(base, tasks[:most], folder, seeds, scale)
-    model, tokenizer = load(setup.base, "fp32")
-    rates = _best_rates(setup, setup.base)
-    for task, rate in zip(setup.tasks, rates, strict=True):
-        runs = _trained(model, tokenizer, setup, [(task, rate, seed) for seed in range(1, seeds + 1)])
-        for seed, adapter in enumerate(runs, start=1):
+    setup = Setup(base, tasks, folder, seeds, scale, size, threads)
+    rates, adapters, _ = _at_their_best(setup, setup.base)
+    for number, task in enumerate(tasks):
+        for seed, adapter in enumerate(adapters[number], start=1):
             write_adapter(adapter, setup.adapter(task, seed), base=OLD, recipe=SOME)
-        _write_rows(folder / f"suite-{setup.tasks.index(task)}", setup.suite(task).rows, metric_of(task))
-        _write_rows(folder / f"rows-{setup.tasks.index(task)}", task.train)
+        _write_rows(folder / f"suite-{number}", setup.suite(task).rows, metric_of(task))
+        _write_rows(folder / f"rows-{number}", task.train)
     (folder / "rates.json").write_text(json.dumps(rates))
     return setup
 
 
 def _ending(base: Path, folder: Path, scale: float) -> Path:
-    """A base that has seen where texts end: one that never did answers rightly and goes on, and is never right."""
+    """A base that has seen where texts end."""
     folder.parent.mkdir()
     trained_on(100, 1e-3, seed=9)(base, Texts(*texts()), folder, scale)
     return folder
 
 
-def _best_rates(setup: Setup, base: Path) -> list[float]:
+def _at_their_best(setup: Setup, base: Path) -> tuple[list[float], list[list[Adapter]], float]:
+    """By task the rate that does best on rows aside with the first seed, and an adapter a seed at it; the seconds of
+    one."""
     model, tokenizer = load(base, "fp32")
-    asked = [(task, rate, 0) for task in setup.tasks for rate in RATES]
-    adapters = _trained(model, tokenizer, setup, asked)
-    best = []
+    rates = setup.size.rates
+    began = time.process_time()
+    tried = _trained(model, tokenizer, setup, [(task, rate, 1) for task in setup.tasks for rate in rates])
+    seconds = (time.process_time() - began) / len(tried)
+    best, first = [], []
     for number, task in enumerate(setup.tasks):
         rows = rows_of([_written(row) for row in task.calibration])
-        some = dict(zip(map(str, RATES), adapters[number * len(RATES) :], strict=False))
-        records = evaluate(model, tokenizer, Suite(rows, (metric_of(task),), max_new_tokens=12), some, bare=False)
-        best.append(max(RATES, key=lambda rate: _mean(records[str(rate)], metric_of(task))))
-    return best
+        some = dict(zip(rates, tried[number * len(rates) :], strict=False))
+        named = {str(rate): adapter for rate, adapter in some.items()}
+        records = evaluate(model, tokenizer, Suite(rows, (metric_of(task),), max_new_tokens=12), named, bare=False)
+        best.append(max(rates, key=lambda rate: _mean(records[str(rate)], metric_of(task))))
+        first.append(some[best[-1]])
+    more = range(2, setup.seeds + 1)
+    asked = [(task, rate, seed) for task, rate in zip(setup.tasks, best, strict=True) for seed in more]
+    others = iter(_trained(model, tokenizer, setup, asked) if asked else [])
+    return best, [[one, *islice(others, len(more))] for one in first], seconds
 
 
 def chosen_rates(setup: Setup) -> list[float]:
@@ -222,18 +265,15 @@ def _write_rows(folder: Path, rows: Sequence[Row], metric: str | None = None) ->
 
 def upgraded(name: str, setup: Setup) -> list[Cell]:
     """Every cell of one upgrade."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(setup.threads)
     torch.set_grad_enabled(True)
     quiet()
     new = setup.folder / name.replace(" ", "-")
-    upgrades(setup.base)[name](setup.base, Texts(*texts()), new, setup.scale)
+    upgrades(setup.base, setup.size.gently)[name](setup.base, Texts(*texts()), new, setup.scale)
     drift = compare(setup.base, new).median
-    rates = _best_rates(setup, new)
+    rates, reference, each = _at_their_best(setup, new)
     model, tokenizer = load(new, "fp32")
     asked = [(task, rate, s) for task, rate in zip(setup.tasks, rates, strict=True) for s in range(1, setup.seeds + 1)]
-    began = time.process_time()
-    reference = _trained(model, tokenizer, setup, asked)
-    each = (time.process_time() - began) / len(asked)
     began = time.process_time()
     few = _few(recipe(setup, 1.0, 0))
     scratch = _trained(model, tokenizer, setup, asked, few)
@@ -243,13 +283,15 @@ def upgraded(name: str, setup: Setup) -> list[Cell]:
     for number, task in enumerate(setup.tasks):
         mine = slice(number * setup.seeds, (number + 1) * setup.seeds)
         told = [made[number, seed] for seed in range(1, setup.seeds + 1)]
-        candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(reference[mine], start=1)}
+        candidates = {f"{seed} {REFERENCE}": adapter for seed, adapter in enumerate(reference[number], start=1)}
         candidates |= {f"{seed} {SCRATCH}": adapter for seed, adapter in enumerate(scratch[mine], start=1)}
         for seed, own in enumerate(told, start=1):
             candidates |= {f"{seed} {tier}": adapter for tier, adapter in own.adapters.items()}
         began = time.process_time()
-        records = evaluate(model, tokenizer, setup.suite(task), candidates)
-        gate = (time.process_time() - began) / len(records)
+        same = {name: _first_of(candidates, adapter) for name, adapter in candidates.items()}
+        found = evaluate(model, tokenizer, setup.suite(task), {name: candidates[name] for name in same.values()})
+        gate = (time.process_time() - began) / len(found)
+        records = found | {name: found[first] for name, first in same.items()}
         served = _served(setup, task)
         retrained = statistics.fmean(_mean(records[f"{s} {REFERENCE}"], metric_of(task), "report")
                                      for s in range(1, setup.seeds + 1))  # fmt: skip
@@ -262,11 +304,16 @@ def upgraded(name: str, setup: Setup) -> list[Cell]:
             alone = dict.fromkeys((REFERENCE, SCRATCH), Policy().alpha)
             alphas = dict[str, float](shares(Policy().alpha, list(own.adapters)).items()) | alone
             for tier, alpha in alphas.items():
-                found = _judged(task, alpha, records[f"{seed} {tier}"], served[str(seed)], served["bare"],
-                                records["bare"])  # fmt: skip
-                cells.append(Cell(**common, tier=tier, steps=costs[tier][0], seconds=costs[tier][1], **found))
+                told_of = _judged(task, alpha, records[f"{seed} {tier}"], served[str(seed)], served["bare"],
+                                  records["bare"])  # fmt: skip
+                cells.append(Cell(**common, tier=tier, steps=costs[tier][0], seconds=costs[tier][1], **told_of))
             cells += [Cell(**common, tier=tier, refused=why) for tier, why in own.refused.items()]
     return cells
+
+
+def _first_of(candidates: Mapping[str, Adapter], adapter: Adapter) -> str:
+    """The first that is the same as ``adapter``: what aligning leaves as it was is carrying, and is scored once."""
+    return next(name for name, other in candidates.items() if equal(other, adapter))
 
 
 @dataclass(frozen=True)
@@ -279,7 +326,8 @@ class Made:
 
 
 def _made(setup: Setup, new: Path) -> dict[tuple[int, int], Made]:
-    """By task and seed what every tier makes of the adapter, by the recipes of jobs; those that train, train together.
+    """By task and seed what every tier makes of the adapter, by the recipes of jobs; those that train, train together,
+    and begin at what those before made without.
 
     What is done together costs each an equal share.
     """
@@ -290,20 +338,23 @@ def _made(setup: Setup, new: Path) -> dict[tuple[int, int], Made]:
          "inputs": setup.folder / f"rows-{number}", "suite": setup.folder / f"suite-{number}",
          "dataset.0": setup.folder / f"rows-{number}"} for number, seed in found
     ]  # fmt: skip
-    for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
-        recipes = [
-            _asked(tier, recipe(setup, rates[number], seed, NEW), _name(number, seed), metric_of(setup.tasks[number]))
-            for number, seed in found
-        ]
-        with tempfile.TemporaryDirectory(dir=setup.folder) as out:
-            outs = [Path(out) / str(place) for place in range(len(found))]
+    with tempfile.TemporaryDirectory(dir=setup.folder) as out:
+        for tier in OTHER_SHAPE if new.name.replace("-", " ") in SHAPES else SAME_SHAPE:
+            recipes = [
+                _asked(tier, recipe(setup, rates[number], seed, NEW), _name(number, seed),
+                       metric_of(setup.tasks[number]), given)
+                for (number, seed), given in zip(found, inputs, strict=True)
+            ]  # fmt: skip
+            outs = [Path(out) / f"{tier}-{place}" for place in range(len(found))]
             seconds = _run(recipes, inputs, outs)
-            for made, folder, took in zip(found.values(), outs, seconds, strict=True):
+            for made, given, folder, took in zip(found.values(), inputs, outs, seconds, strict=True):
                 if (refusal := folder / "error.json").exists():
                     made.refused[tier] = json.loads(refusal.read_text())["detail"]
                     continue
                 made.adapters[tier] = read_adapter(folder / "adapter")
                 made.costs[tier] = (json.loads((folder / "result.json").read_text())["steps"], took)
+                if tier in UNTRAINED:
+                    given[f"made.{tier}"] = folder / "adapter"
     return found
 
 
@@ -343,7 +394,8 @@ def distilled(recorded: FineTune, metric: str) -> Distil:
     )  # fmt: skip
 
 
-def _asked(tier: Tier, recorded: FineTune, adapter: str, metric: str) -> Rebase:
+def _asked(tier: Tier, recorded: FineTune, adapter: str, metric: str, given: Mapping[str, Path]) -> Rebase:
+    made = dict.fromkeys((role.removeprefix("made.") for role in given if role.startswith("made.")), SOME)
     warm = recorded.model_copy(update={"steps": _few(recorded)})
     training = {"warm-start": warm, "retrain": recorded}.get(tier)
     return Rebase(
@@ -351,6 +403,7 @@ def _asked(tier: Tier, recorded: FineTune, adapter: str, metric: str) -> Rebase:
         candidates=Policy().warm_start(recorded.steps)[1] if tier == "warm-start" else 3,
         distil=distilled(recorded, metric) if tier == "distil" else None,
         inputs=SOME if tier in ("distil", "transport") else None,
+        made=made if tier not in UNTRAINED else {},
     )  # fmt: skip
 
 
@@ -472,10 +525,16 @@ def ended(way: Way, cells: Sequence[Cell]) -> End:
     )  # fmt: skip
 
 
-def table(stored: Mapping[str, Any]) -> str:
-    """Markdown: a row an upgrade, a column a tier, then what was decided."""
+def table(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: of each model a row an upgrade, a column a tier, then what was decided."""
+    return "\n\n".join(_of_model(model, upgraded) for model, upgraded in stored.items())
+
+
+def _of_model(model: str, stored: Mapping[str, Any]) -> str:
     tiers = [*dict.fromkeys([*SAME_SHAPE, *OTHER_SHAPE]), SCRATCH]
     lines = [
+        f"### {model}",
+        "",
         "| upgrade | drift ρ | " + " | ".join(f"{tier}: R (steps)" for tier in tiers)
         + " | promoted | R of what was decided |",
         "|" + "---|" * (len(tiers) + 4),
@@ -492,8 +551,8 @@ def table(stored: Mapping[str, Any]) -> str:
             f"{statistics.median(end.recovery for end in ends):.2f}" if ends else "–",
         ]
         lines.append("| " + " | ".join(shown) + " |")
-    told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, steps × {entry['scale']}, "
-                   f"{entry['model']}" for entry in stored.values()})  # fmt: skip
+    told = sorted({f"{entry['machine']}, {entry['date']}, {entry['seeds']} seeds, steps × {entry['scale']}"
+                   for entry in stored.values()})  # fmt: skip
     count = f"{len(stored)} of {len(set().union(*KINDS.values()))} upgrades on record."
     return "\n".join([*lines, "", *_ways(stored), "", count, *(f"Measured: {line}." for line in told)])
 
@@ -540,7 +599,7 @@ def _by_adapter(cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[Cell]]
     return found
 
 
-def plot(stored: Mapping[str, Any], path: Path) -> None:
+def plot(stored: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Recovery against steps as a share of retraining's, a point a tier and upgrade (medians over its cells)."""
     import matplotlib as mpl
 
@@ -548,22 +607,26 @@ def plot(stored: Mapping[str, Any], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "ladder"  # equal figures, equal bytes
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for tier in dict.fromkeys(cell["tier"] for entry in stored.values() for cell in entry["cells"]):
-        points = []
-        for entry in stored.values():
-            cells = [cell for cell in map(_cell, entry["cells"]) if cell.tells and not cell.refused]
-            some = [cell for cell in cells if cell.tier == tier]
-            if some:
-                whole = next(c["steps"] for c in entry["cells"] if c["tier"] == REFERENCE)
-                points.append((some[0].steps / whole, statistics.median(cell.recovery for cell in some)))
-        if points:
-            shares, recoveries = zip(*points, strict=True)
-            axes.scatter(shares, recoveries, label=tier, s=28)
-    axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xlabel="steps, as a share of a retraining's", ylabel="recovery", ylim=(-1, 1.3))
-    axes.legend(frameon=False)
+    every = [cell["tier"] for upgraded in stored.values() for entry in upgraded.values() for cell in entry["cells"]]
+    tiers = list(dict.fromkeys(every))
+    figure, panels = plt.subplots(1, len(stored), figsize=(1 + 6 * len(stored), 4.5), sharey=True, squeeze=False)
+    for axes, (model, upgraded) in zip(panels[0], stored.items(), strict=True):
+        for number, tier in enumerate(tiers):
+            points = [point for entry in upgraded.values() if (point := _point(entry["cells"], tier))]
+            if points:
+                axes.scatter(*zip(*points, strict=True), label=tier, s=28, color=f"C{number}")
+        axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+        axes.set(title=model, xlabel="steps, as a share of a retraining's", ylim=(-1, 1.3))
+    panels[0][0].set(ylabel="recovery")
+    panels[0][0].legend(frameon=False)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+def _point(stored: Sequence[Mapping[str, Any]], tier: str) -> tuple[float, float] | None:
+    """Of one upgrade: a tier's share of the steps, and its recovery."""
+    whole = next(cell["steps"] for cell in stored if cell["tier"] == REFERENCE)
+    some = [cell for cell in map(_cell, stored) if cell.tier == tier and cell.tells and not cell.refused]
+    return (some[0].steps / whole, statistics.median(cell.recovery for cell in some)) if some else None
 
 
 def _cell(stored: Mapping[str, Any]) -> Cell:
@@ -580,31 +643,35 @@ def main() -> None:
     """Measure what was asked for, and write the page from all that is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="upgrades; without a name all of them")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="WORD", help="those with one of these in their names")
+    parser.add_argument("--items", type=int, default=ITEMS, help="of a task, at most")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of steps and items, for a quick look")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a quick look")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="upgrades side by side")
     parser.add_argument("--store", type=Path, default=STORE, help="where results are kept")
     asked = parser.parse_args()
     quiet()
-    stored: dict[str, Any] = json.loads(asked.store.read_text()) if asked.store.exists() else {}
+    stored: dict[str, dict[str, Any]] = json.loads(asked.store.read_text()) if asked.store.exists() else {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORACTL_BENCH_DIR")) as scratch:
-        setup = prepared(Path(scratch), asked.seeds, asked.scale)
-        names = asked.names or list(upgrades(setup.base))
+        threads = max(1, (os.cpu_count() or 1) // asked.jobs)
+        setup = prepared(Path(scratch), asked.seeds, asked.scale, asked.tasks, asked.items, threads)
+        order = list(upgrades(setup.base))
         about = {"machine": machine(), "date": dt.datetime.now(dt.UTC).date().isoformat(), "seeds": asked.seeds,
-                 "model": setup.base.name, "scale": asked.scale}  # fmt: skip
+                 "scale": asked.scale}  # fmt: skip
+        own = stored.setdefault(setup.base.name, {})
         with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(upgraded, name, setup): name for name in names}
+            running = {pool.submit(upgraded, name, setup): name for name in asked.names or order}
             for done in as_completed(running):
-                stored[running[done]] = about | {"cells": [asdict(cell) for cell in done.result()]}
-                ordered = {name: stored[name] for name in upgrades(setup.base) if name in stored}
-                asked.store.write_text(json.dumps(ordered, indent=1) + "\n")
-                print(table({running[done]: stored[running[done]]}), flush=True)
+                own[running[done]] = about | {"cells": [asdict(cell) for cell in done.result()]}
+                stored[setup.base.name] = {name: own[name] for name in order if name in own}
+                asked.store.write_text(json.dumps(stored, indent=1) + "\n")
+                print(table({setup.base.name: {running[done]: own[running[done]]}}), flush=True)
     if asked.store == STORE:
-        write_page(ordered)
+        write_page(stored)
 
 
-def write_page(stored: Mapping[str, Any]) -> None:
-    """The table and the plot of docs/rebase.md."""
+def write_page(stored: Mapping[str, Mapping[str, Any]]) -> None:
+    """The tables and the plot of docs/rebase.md."""
     before, _, rest = PAGE.read_text().partition("<!-- ladder -->\n")
     _, _, after = rest.partition("<!-- /ladder -->")
     shown = f"{table(stored)}\n\n![Recovery against steps, a point a tier and upgrade]({PLOT.name})"

@@ -56,7 +56,7 @@ def rows(setup: Setup, upgrade: str) -> tuple[Rows, Rows]:
     quiet()
     torch.set_num_threads(1)
     new = setup.folder / upgrade.replace(" ", "-")
-    upgrades(setup.base)[upgrade](setup.base, Texts(*texts()), new, setup.scale)
+    upgrades(setup.base, setup.size.gently)[upgrade](setup.base, Texts(*texts()), new, setup.scale)
     starts = [carry(read_adapter(setup.adapter(task, 1)), setup.base, new) for task in setup.tasks]
     asked = [_trainings(setup, place, starts[place]) for place in range(len(setup.tasks))]
     lessons = [_lessons(setup, place, starts[place], new) for place in range(len(setup.tasks))]

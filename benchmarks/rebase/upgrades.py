@@ -52,19 +52,27 @@ def trained_on(steps: int, rate: float, seed: int = 0) -> Make:
     return make
 
 
-def merged(old: Path, texts: Texts, new: Path, scale: float) -> None:
+def merged(rate: float) -> Make:
     """An adapter of another domain, merged."""
-    recipe = FineTune(
-        **_common(max(4, round(300 * scale))), targets=("all-linear",), rank=16, alpha=32.0, learning_rate=4e-3
-    )
-    made = finetune(*load(old, "fp32"), recipe, _told(texts.plain[: len(texts.plain) // 3]))
-    merge(old, made.adapter, new)
+
+    def make(old: Path, texts: Texts, new: Path, scale: float) -> None:
+        recipe = FineTune(
+            **_common(max(4, round(300 * scale))), targets=("all-linear",), rank=16, alpha=32.0, learning_rate=rate
+        )
+        made = finetune(*load(old, "fp32"), recipe, _told(texts.plain[: len(texts.plain) // 3]))
+        merge(old, made.adapter, new)
+
+    return make
 
 
-def instructed(old: Path, texts: Texts, new: Path, scale: float) -> None:
+def instructed(rate: float) -> Make:
     """Trained to answer."""
-    rows = rows_of([{"prompt": asked, "completion": answer} for asked, answer in texts.answered])
-    _tuned(old, rows, new, round(300 * scale), 1e-3)
+
+    def make(old: Path, texts: Texts, new: Path, scale: float) -> None:
+        rows = rows_of([{"prompt": asked, "completion": answer} for asked, answer in texts.answered])
+        _tuned(old, rows, new, round(300 * scale), rate)
+
+    return make
 
 
 def anew(seed: int, **shape: Any) -> Make:
@@ -86,28 +94,32 @@ def anew(seed: int, **shape: Any) -> Make:
     return make
 
 
-def renamed(old: Path, texts: Texts, new: Path, scale: float) -> None:
+def renamed(rate: float) -> Make:
     """Tokens in another order, and some new ones; then a little training."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(old), AutoTokenizer.from_pretrained(old)
-    order = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(5)).tolist()
-    vocabulary(model, order, more=16, seed=7)
-    raw = new.with_name(f"{new.name}-raw")
-    model.save_pretrained(raw)
-    renumbered(tokenizer, order).save_pretrained(raw)
-    _tuned(raw, _told(texts.plain), new, round(30 * scale), 1e-3)
+
+    def make(old: Path, texts: Texts, new: Path, scale: float) -> None:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(old), AutoTokenizer.from_pretrained(old)
+        order = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(5)).tolist()
+        vocabulary(model, order, more=16, seed=7)
+        raw = new.with_name(f"{new.name}-raw")
+        model.save_pretrained(raw)
+        renumbered(tokenizer, order).save_pretrained(raw)
+        _tuned(raw, _told(texts.plain), new, round(30 * scale), rate)
+
+    return make
 
 
-def upgrades(old: Path) -> dict[str, Make]:
-    """Name -> how it is made; the related ones come first."""
+def upgrades(old: Path, gently: float = 1.0) -> dict[str, Make]:
+    """Name -> how it is made; the related ones come first. ``gently``: what the rates of trained ones are times."""
     config = AutoConfig.from_pretrained(old)
     wider = {"hidden_size": config.hidden_size * 3 // 2, "intermediate_size": config.intermediate_size * 3 // 2}
     return {
-        "short training": trained_on(30, 1e-3),
-        "medium training": trained_on(200, 2e-3),
-        "long training": trained_on(1500, 4e-3),
-        "domain merged in": merged,
-        "made to answer": instructed,
-        "vocabulary renumbered and extended": renamed,
+        "short training": trained_on(30, 1e-3 * gently),
+        "medium training": trained_on(200, 2e-3 * gently),
+        "long training": trained_on(1500, 4e-3 * gently),
+        "domain merged in": merged(4e-3 * gently),
+        "made to answer": instructed(1e-3 * gently),
+        "vocabulary renumbered and extended": renamed(1e-3 * gently),
         "independent seed": anew(1),
         "other width": anew(2, **wider),
         "other depth": anew(3, num_hidden_layers=config.num_hidden_layers + 3),

@@ -17,7 +17,8 @@ from .metrics import Metric, is_binary
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
-Tier = Literal["carry", "align", "transport", "warm-start", "distil", "retrain"]
+Untrained = Literal["carry", "align", "transport"]
+Tier = Untrained | Literal["warm-start", "distil", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
 Variant = Literal["plain", "dora", "three-factor"]
@@ -26,6 +27,8 @@ TIERS: tuple[Tier, ...] = ("carry", "warm-start", "retrain")
 """Those that an upgrade tries where nobody names others."""
 TRAINED: frozenset[Tier] = frozenset({"warm-start", "retrain"})
 """Those that take steps, and so a training recipe."""
+UNTRAINED: frozenset[Tier] = frozenset(get_args(Untrained))
+"""Those that take no step; the others begin at the best of what they make."""
 RESHAPES: frozenset[Tier] = frozenset({"transport", "warm-start", "distil"})
 """Those that bring an adapter to a base of other shapes."""
 UNLABELLED: frozenset[Tier] = frozenset({"transport", "distil"})
@@ -248,6 +251,9 @@ class Rebase(Frozen):
     """warm-start: how many are trained; of two the start is tried at one rate alone, scratch beside it."""
     distil: Distil | None = None
     """distil: how; the old base with the adapter completes ``inputs``, or writes texts from nothing."""
+    made: dict[Untrained, Sha256] = Field(default_factory=dict)
+    """Tiers that train: what those without training have made of ``adapter`` on ``base`` already, to begin at. What is
+    not here is made anew."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -257,6 +263,8 @@ class Rebase(Frozen):
             raise ValueError("the training recipe is for another base")
         if (self.tier == "distil") != (self.distil is not None):
             raise ValueError(f"tier '{self.tier}' {'takes no' if self.distil else 'needs a'} 'distil'")
+        if self.made and self.tier in UNTRAINED:
+            raise ValueError(f"tier '{self.tier}' begins at nothing that others made; leave 'made' out")
         return self
 
 
@@ -484,7 +492,7 @@ def _what(dumped: dict[str, Any]) -> dict[str, Any]:
 def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
     """What a worker must have on disk before it runs ``recipe``: role -> digest.
 
-    Roles are the names of `workers.run --in`: ``base``, ``old``, ``tuned``, ``adapter``, ``adapter.N``,
+    Roles are the names of `workers.run --in`: ``base``, ``old``, ``tuned``, ``adapter``, ``adapter.N``, ``made.TIER``,
     ``dataset.N``, ``suite``, ``inputs``, ``start``. Combining and compressing read no base: factors are all there is to
     them.
     """
@@ -510,6 +518,7 @@ def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
                 found["suite"] = recipe.suite
             if recipe.inputs is not None:
                 found["inputs"] = recipe.inputs
+            found |= {f"made.{tier}": digest for tier, digest in recipe.made.items()}
         case Combine():
             return {f"adapter.{i}": digest for i, digest in enumerate(recipe.adapters)}
         case Compress():

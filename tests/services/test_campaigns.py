@@ -21,6 +21,7 @@ from registry.core.errors import (
     ScopeMissing,
     Unavailable,
 )
+from registry.core.lifecycle import VersionState
 from registry.core.manifest import Lineage
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
@@ -523,6 +524,25 @@ def test_two_gated_aliases_share_their_work(upgrade: Upgrade) -> None:
     upgrade.run()
     assert {item.state for item in upgrade.items()} == {State.PROMOTED}
     assert len([job for job in upgrade.jobs() if job.kind == "rebase"]) == 1
+
+
+@pytest.mark.parametrize("status", [VersionState.LIVE, VersionState.QUARANTINED])
+def test_what_was_carried_is_where_a_training_begins_if_it_is_still_there(
+    upgrade: Upgrade, status: VersionState
+) -> None:
+    upgrade.skills |= {"carry": 0.3, "warm-start": 1.0}
+    upgrade.begin()
+    while not (carried := [digest for digest, tier in upgrade.tiers.items() if tier == "carry"]):
+        upgrade.tick()
+        upgrade.work_one()
+    with upgrade.world.database.write() as session:
+        version = session.exec(select(Version).where(Version.digest == carried[0])).one()
+        version.status = status
+        session.add(version)
+    upgrade.run()
+    assert upgrade.item().tier == "warm-start"
+    [asked] = [job.recipe for job in upgrade.jobs() if job.recipe.get("tier") == "warm-start"]
+    assert asked["made"] == ({"carry": carried[0]} if status == VersionState.LIVE else {})
 
 
 def test_a_carried_version_is_rebased_from_its_original(upgrade: Upgrade, tmp_path: Path) -> None:

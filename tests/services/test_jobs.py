@@ -424,6 +424,26 @@ def test_an_adapter_is_merged_into_its_own_base_and_rebased_from_it(small: Shop,
     small.asked({"kind": "merge", "base": "demo@r1", "adapter": "team/bot@v1"}, line="merged")
 
 
+def test_only_what_a_tier_made_of_the_adapter_is_a_start_for_another(small: Shop, tmp_path: Path) -> None:
+    version = small.world.push_adapter(small.adapter, "team/bot", small.base)
+    new = tiny_base(tmp_path / "next", seed=2)
+    small.world.push_base(new, line="demo")
+    carried = {"kind": "rebase", "tier": "carry", "adapter": version["digest"], "old": str(base_of(small.base).digest),
+               "base": str(base_of(new).digest)}  # fmt: skip
+    folder = tiny_adapter(tmp_path / "made", new, seed=7)
+    scan = scan_folder("adapter", folder, base=base_of(new).digest, lineage=Lineage(recipe=carried))
+    made = small.world.push("adapter", "team/bot", *request_of(scan))
+    asked = {"kind": "rebase", "tier": "distil", "adapter": "team/bot@v1", "base": "demo@r2"}
+    job = small.asked(asked | {"made": {"carry": "team/bot@v2"}}, adapter="team/bot")
+    assert job.recipe["made"] == {"carry": made["digest"]}
+    assert "made.carry" in small.do(lambda s: jobs.inputs(s, job))
+    for wrong in ({"align": "team/bot@v2"}, {"carry": "team/bot@v1"}):
+        with pytest.raises(BadRequest, match="is not what that tier makes of the adapter on this base"):
+            small.asked(asked | {"made": wrong}, adapter="team/bot")
+    with pytest.raises(BadRequest, match="begins at nothing that others made"):
+        small.asked(asked | {"tier": "align", "made": {"carry": "team/bot@v2"}}, adapter="team/bot")
+
+
 def test_adapters_are_combined_and_compressed_on_their_own_base_which_needs_no_weights(
     small: Shop, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from workers.compute import snapshot
 from workers.compute.bank import attached
 from workers.compute.data import Row
 from workers.compute.model import load
+from workers.compute.rebase import starts
 from workers.compute.weights import read_adapter, read_metadata, write_adapter
 from workers.run import main, run
 
@@ -284,6 +285,35 @@ def test_the_trained_tiers_say_what_they_tried(
     if suite or tier == "warm-start":
         assert {"carry", "bare"} == found["starts"].keys()
     assert read_adapter(tmp_path / "out" / "adapter").patches
+
+
+@pytest.mark.parametrize("tier", ["warm-start", "distil"])
+def test_what_a_tier_made_already_is_where_others_begin_and_is_not_made_again(
+    tier: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"training": factories.recipe(steps=3)} if tier == "warm-start" else {"distil": DISTIL}
+    run(rebase("carry"), folders, tmp_path / "carry", silent)
+    anew = run(rebase(tier, **how), folders, tmp_path / "anew", silent).facts
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was made again")
+
+    monkeypatch.setattr(starts, "carry", never)
+    given = folders | {"made.carry": tmp_path / "carry" / "adapter"}
+    onward = run(rebase(tier, **how, made={"carry": factories.ADAPTER}), given, tmp_path / "onward", silent).facts
+    assert (onward["starts"], onward["candidates"]) == (anew["starts"], anew["candidates"])
+    one, other = (read_adapter(tmp_path / name / "adapter") for name in ("anew", "onward"))
+    assert starts.equal(one, other)
+
+
+def test_a_transport_is_read_where_it_was_made_already(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["base"] = factories.saved(factories.llama(3, hidden_size=48, num_hidden_layers=3), tmp_path / "wide")
+    run(rebase("transport"), folders, tmp_path / "moved", silent)
+    given = folders | {"made.transport": tmp_path / "moved" / "adapter"}
+    asked = rebase("warm-start", training=factories.recipe(steps=2), made={"transport": factories.ADAPTER})
+    found = run(asked, given, tmp_path / "out", silent).facts["starts"]
+    assert "score" in found["transport"]
+    assert "refused" in found["align"]
 
 
 DISTIL = {"texts": 24, "max_new_tokens": 4, "steps": 6, "precision": "fp32", "max_length": 64, "checkpoint_every": 2}

@@ -81,10 +81,11 @@ class Suite:
             rows, questions = read_rows(folder, data), ()
         return cls(rows, None if names is None else tuple(names), length, form, questions)
 
-    def only(self, split: str) -> "Suite":
-        """The suite's rows of one split."""
-        rows = [row for row in self.rows if split_of(item_id(row.value)) == split]
-        return replace(self, rows=rows)
+    def only(self, split: str, most: int | None = None) -> "Suite":
+        """The suite's rows of one split; at ``most`` so many of them, by their hashes, wherever they stand."""
+        items = [item_id(row.value) for row in self.rows]
+        kept = set(sorted({item for item in items if split_of(item) == split})[:most])
+        return replace(self, rows=[row for item, row in zip(items, self.rows, strict=True) if item in kept])
 
     def metrics_of(self, example: Example) -> tuple[Metric, ...]:
         """What this row is scored by."""

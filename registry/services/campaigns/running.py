@@ -21,10 +21,10 @@ from registry.core.errors import (
     WorkFailed,
 )
 from registry.core.gate import Quoted, Verdict
-from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState
+from registry.core.lifecycle import CAMPAIGN, CampaignState, JobState, VersionState
 from registry.core.policy import variants_pay
 from registry.core.pool import gate_of
-from registry.core.recipes import TRAINED
+from registry.core.recipes import TRAINED, UNTRAINED
 from registry.core.route import AS_THEY_WERE
 from registry.db import queries
 from registry.db.models import Adapter, Base, Campaign, CampaignItem, DatasetVersion, Job, Version
@@ -230,6 +230,8 @@ class Work:
         }
         if action.tier in TRAINED:
             recipe["suite"] = suite_of(self.session, facts.policy.gates[0]).digest
+        if action.tier not in UNTRAINED:
+            recipe["made"] = self._made_before(facts)
         if action.tier == "carry" and facts.signals.lineage not in AS_THEY_WERE:
             recipe |= self._chosen_by(facts, action.adapter)
         if not facts.starts:  # nothing to begin from: the recorded recipe, from scratch
@@ -256,6 +258,11 @@ class Work:
         if facts.policy.retained and facts.retained:
             found["inputs"] = facts.policy.retained
         return found
+
+    def _made_before(self, facts: Facts) -> dict[str, str]:
+        """What the tiers without training made, as far as it is there to begin at: it need not be made again."""
+        made = {mine.tier: mine.version for mine in facts.tiers if mine.tier in UNTRAINED and mine.version}
+        return {tier: v for tier, v in made.items() if self._version(v).status == VersionState.LIVE}
 
     def _anew(self, adapter: str) -> dict[str, Any]:
         training = jobs.training_of(self.session, self._version(adapter), self.new.digest)

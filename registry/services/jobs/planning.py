@@ -54,6 +54,8 @@ def planned(session: Session, caller: Caller, words: dict[str, Any], suites: Col
             plan[field] = meant(session, caller, plan[field], on).digest
     if isinstance(listed, list):
         plan["adapters"] = [meant(session, caller, str(text), on).digest for text in listed]
+    if kind == "rebase" and isinstance(plan.get("made"), dict):
+        plan["made"] = {tier: _made(session, caller, plan, tier, str(text)) for tier, text in plan["made"].items()}
     for field in ("datasets", "apart"):
         if isinstance(plan.get(field), list):
             plan[field] = [find_data(session, caller, "dataset", str(text)).digest for text in plan[field]]
@@ -115,6 +117,16 @@ def recorded_recipe(session: Session, version: Version) -> dict[str, Any]:
 
 def _words(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _made(session: Session, caller: Caller, plan: dict[str, Any], tier: str, text: str) -> str:
+    """The version that ``text`` names, if ``tier`` made it of the plan's adapter for the plan's base."""
+    version = meant(session, caller, text, queries.base_by_digest(session, str(plan.get("base"))))
+    recipe, asked = recorded_recipe(session, version), {"kind": "rebase", "tier": tier}
+    asked |= {name: str(plan.get(name)) for name in ("adapter", "old", "base")}
+    if any(recipe.get(name) != value for name, value in asked.items()):
+        raise BadRequest(problems=f"made.{tier}: {text[:80]} is not what that tier makes of the adapter on this base")
+    return version.digest
 
 
 def _training(session: Session, caller: Caller, plan: dict[str, Any]) -> dict[str, Any]:

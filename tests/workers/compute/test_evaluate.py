@@ -117,6 +117,12 @@ def test_a_split_holds_its_own_items_only() -> None:
     parts = [suite.only(split).rows for split in ("calibration", "gate", "report")]
     assert sum(map(len, parts)) == 60
     assert len(parts[1]) > len(parts[0]) > 0
+    some = suite.only("gate", 5).rows
+    assert len(some) == 5
+    assert all(row in parts[1] for row in some)
+    assert suite.only("gate", 99).rows == parts[1]
+    turned = Suite(suite.rows[::-1]).only("gate", 5).rows
+    assert turned == some[::-1], "which ones follows from their hashes"
 
 
 def test_a_metric_that_no_row_can_have_is_refused_with_the_row() -> None:

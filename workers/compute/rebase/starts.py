@@ -1,7 +1,7 @@
 """What tiers 0 to 2 make of an adapter, as places for tiers 3 to 5 to start from, and which of them stands best.
 
-Without steps, each is scored beside the bare base on the calibration split of the suite; without a suite, or where that
-split is empty, by the likelihood of some of the rows that are going to be trained on.
+Without steps, each is scored beside the bare base on some of the calibration split of the suite; without a suite, or
+where that split is empty, by the likelihood of some of the rows that are going to be trained on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,9 @@ from .carry import carry
 from .transport import transport
 
 SCRATCH = "scratch"
+BY_ITEMS = 128
+"""Items of the calibration split by which starts are compared, at most: they lie far apart, and all of a large suite
+would cost more than the training that begins there."""
 _LOOKED_AT = 64
 """Rows of the training by which starts are compared where there is no suite."""
 
@@ -39,12 +42,15 @@ class Starts:
     refused: Mapping[str, str]
 
 
-def starts_of(adapter: Adapter, old: Path, base: Path, unlabelled: Sequence[Row] = ()) -> Starts:
+def starts_of(
+    adapter: Adapter, old: Path, base: Path, unlabelled: Sequence[Row] = (), given: Mapping[str, Adapter] | None = None
+) -> Starts:
     """``adapter``, made on the base in folder ``old``, as a start on the base in folder ``base``.
 
     What aligning leaves as it was is carrying, and comes once. Where it cannot be aligned it is transported, with what
-    both bases make of the prompts of ``unlabelled`` rows.
+    both bases make of the prompts of ``unlabelled`` rows. Tiers that made theirs already are ``given``.
     """
+    given = given or {}
     made: dict[str, Adapter] = {}
     refused: dict[str, str] = {}
     for tier, make in {
@@ -52,19 +58,20 @@ def starts_of(adapter: Adapter, old: Path, base: Path, unlabelled: Sequence[Row]
         "align": lambda: align(adapter, old, base).adapter,
         "transport": lambda: transport(adapter, old, base, unlabelled or None).adapter,
     }.items():
-        if tier == "transport" and "align" not in refused:
+        if tier == "transport" and tier not in given and "align" not in refused:
             continue
         try:
-            found = make()
+            found = given[tier] if tier in given else make()
         except NotRunnable as error:
             refused[tier] = error.message
             continue
-        if not any(_equal(found, other) for other in made.values()):
+        if not any(equal(found, other) for other in made.values()):
             made[tier] = found
     return Starts(made, refused)
 
 
-def _equal(one: Adapter, other: Adapter) -> bool:
+def equal(one: Adapter, other: Adapter) -> bool:
+    """Whether both have the same parts, to the bit."""
     mine, theirs = parts_of(one), parts_of(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -88,9 +95,9 @@ def scratch(model: Model, recipe: FineTune, starts: Starts) -> Adapter:
     return fresh(model, recipe) if first is None else restarted(first, recipe.seed)
 
 
-def calibration_of(suite: Suite | None) -> Suite | None:
-    """The split that chooses among candidates; None when there is no row of it."""
-    calibration = None if suite is None else suite.only("calibration")
+def calibration_of(suite: Suite | None, most: int = BY_ITEMS) -> Suite | None:
+    """Of the split that chooses among candidates at ``most`` so many items; None when there is none."""
+    calibration = None if suite is None else suite.only("calibration", most)
     return calibration if calibration is not None and calibration.rows else None
 
 

@@ -35,6 +35,8 @@ from ..rate import rate_of, with_rate
 from .race import Entrant, Measure, Race
 from .starts import SCRATCH, Starts, best_of, calibration_of, fitting, score_of, scratch, standing
 
+BY_ITEMS = 256
+"""Items of the calibration split by which candidates are compared, at most."""
 FEW = 50
 """Rows below which only the core of a start is trained."""
 GENTLE = {"{}, a third of the rate": 3, "{}, a tenth of the rate": 10}
@@ -87,7 +89,7 @@ def with_core(adapter: Adapter) -> Adapter:
 
 def by_score(model: Model, tokenizer: Tokenizer, suite: Suite | None) -> Measure:
     """The suite's main metric on its calibration split, with the paired difference from scratch; else the loss."""
-    calibration = calibration_of(suite)
+    calibration = calibration_of(suite, BY_ITEMS)
     return by_loss if calibration is None else partial(_scored, model, tokenizer, calibration)
 
 
