@@ -26,6 +26,8 @@ from registry.services.tokens import Caller
 from .answers import Answers
 from .together import Together
 
+_MANIFEST_S = 1.0
+"""Seconds that a manifest is given on without a look whether its version was deleted."""
 _PAGES = 16
 """Pages of one call, each of up to 500 rows."""
 
@@ -81,7 +83,7 @@ class Reads:
         self.resolutions = Answers()
         """Bodies by all facts that may change; they live as long as their signed URLs are young."""
         self.manifests = Answers()
-        """Bodies by `Named`."""
+        """Bodies by `Named`, for a moment."""
         self._looks = Together(self._look)
         self._makes = Together(self._make)
         self._bodies_of = Together(self._manifests)
@@ -133,7 +135,7 @@ class Reads:
             found = queries.manifests_of_versions(session, {named.digest for named in asked})
         for named in asked:
             if named in found:
-                self.manifests.keep(named, found[named])
+                self.manifests.keep(named, found[named], life_s=_MANIFEST_S)
         return [found.get(named) for named in asked]
 
     def _shown(self, names: Sequence[SeriesName]) -> list[AdapterInfo | None]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from registry.api import reads
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
@@ -121,17 +122,42 @@ def test_what_is_taken_out_of_use_is_refused_at_once(world: World, questions: li
     path = next(path for path in questions if path.startswith("/v1/resolve"))
     move = "/v1/adapters/team/bot-0/versions/v2/yank"
 
-    async def yank_and_ask() -> tuple[int, str]:
+    async def yank_and_ask(client: httpx.AsyncClient) -> tuple[int, str]:
+        assert (await client.get(path)).status_code == 200
+        (await client.post(move, json={"reason": "wrong", "force": True})).raise_for_status()
+        answer = await client.get(path)
+        return answer.status_code, answer.json()["code"]
+
+    assert asking(world, yank_and_ask) == (409, "version-yanked")
+
+
+def test_the_manifest_of_a_deleted_version_is_given_no_longer_than_a_moment(
+    world: World, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "_MANIFEST_S", 0.05)
+    path = next(path for path in questions if re.search(r"bot-0/versions/sha256:\w{64}/manifest", path))
+
+    async def delete_and_ask(client: httpx.AsyncClient) -> tuple[int, str]:
+        assert (await client.get(path)).status_code == 200
+        move = path.replace("/manifest", "/delete")
+        (await client.post(move, json={"reason": "wrong", "force": True})).raise_for_status()
+        await asyncio.sleep(0.1)
+        answer = await client.get(path)
+        return answer.status_code, answer.json()["code"]
+
+    assert asking(world, delete_and_ask) == (410, "version-deleted")
+
+
+def asking(world: World, what: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+    """What comes of it on an API process of its own."""
+
+    async def ask() -> Any:
         app = create_app(parts_of(world))
-        head = {"authorization": f"Bearer {ADMIN}"}
-        transport = httpx.ASGITransport(app)
+        transport, head = httpx.ASGITransport(app), {"authorization": f"Bearer {ADMIN}"}
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://registry", headers=head) as client,
         ):
-            assert (await client.get(path)).status_code == 200
-            (await client.post(move, json={"reason": "wrong", "force": True})).raise_for_status()
-            answer = await client.get(path)
-            return answer.status_code, answer.json()["code"]
+            return await what(client)
 
-    assert asyncio.run(yank_and_ask()) == (409, "version-yanked")
+    return asyncio.run(ask())
