@@ -35,7 +35,9 @@ from workers.compute.weights import read_adapter
 
 from ..run import machine
 from ..tasks import texts
-from .ladder import NEW, OLD, PAGE, SOME, Setup, chosen_rates, distilled, metric_of, prepared, quiet, recipe
+from .decided import PAGE
+from .ladder import distilled
+from .setting import NEW, OLD, SOME, Setup, chosen_rates, metric_of, prepared, quiet, recipe
 from .upgrades import Texts, upgrades
 
 UPGRADES = ("medium training", "domain merged in")
