@@ -9,7 +9,7 @@ What reads the residual stream reads it through a norm x ↦ g·x̂ + b, whose g
 Legend: D residual, V vocabulary, R rank, I inputs, O outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from registry.core.errors import NotRunnable
 
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted
-from .anatomy import READERS, Anatomy, Base
-from .symmetries import Maps, Match, layer_maps, likeness, rotation, taken
+from .anatomy import ATTENTION, READERS, Anatomy, Base, Role
+from .symmetries import Maps, Match, Sides, layer_maps, likeness, rotation, taken
 from .tokens import shared_tokens, tokenizer_of
 
 _TOKENS = 16384
 """Tokens that the rotation is found from, at most; spread over the vocabulary."""
+_WIDE, _CHANNELS = 1024, 512
+"""Residual streams above the first are compared on so many of their channels, where these can tell."""
 _FLAT = 1e-6
 """A gain below this share of the largest lets nothing through, and nothing is put through it."""
 
@@ -103,15 +105,39 @@ class _Bases:
     turned: bool
 
     def maps(self, layer: int) -> tuple[Maps, dict[str, Match]]:
-        """The maps of a layer."""
+        """The maps of a layer, where streams are wide by some of their channels as far as these suffice."""
         parts = self.old.parts
-        one, two = ({role: base.normal(layer, role) for role in parts.family.modules} for base in (self.old, self.new))
-        for role, x in one.items():
-            reads = role in READERS
-            one[role] = torch.cat([x[:, :-1] @ self.residual_DD.T, x[:, -1:]], 1) if reads else self.residual_DD @ x
-        return layer_maps(parts, one, two, self.residual_DD)
+        wide = parts.residual > _WIDE
+        channels = _some(parts.residual, layer) if wide else None
+        sides = self._sides(layer, list(parts.family.modules), channels)
+        return layer_maps(
+            parts, sides, self.residual_DD, lambda: self._sides(layer, list(ATTENTION)) if wide else sides
+        )
 
-    def through(self, norm: str, a_RI: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _sides(self, layer: int, roles: Sequence[Role], channels: Tensor | None = None) -> Sides:
+        """Parts of both bases in normal form, in the new one's coordinates of the residual stream."""
+        new = {role: self.new.normal(layer, role, channels) for role in roles}
+        return {role: self._turned(layer, role, channels) for role in roles}, new
+
+    def _turned(self, layer: int, role: Role, channels: Tensor | None) -> Tensor:
+        if not self.turned:
+            return self.old.normal(layer, role, channels)
+        to_ND = self.residual_DD if channels is None else self.residual_DD[channels]
+        x = self.old.normal(layer, role)
+        return torch.cat([x[:, :-1] @ to_ND.T, x[:, -1:]], 1) if role in READERS else to_ND @ x
+
+    def pairs(self, layer: int, roles: Sequence[Role], maps: Maps) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights of both bases, the old ones with their outputs mapped; of wide ones that stay, some outputs."""
+        for role in roles:
+            outputs = None
+            if self.old.parts.residual > _WIDE and maps.keeps(role):
+                outputs = _some(self.old.parts.outputs[role], layer)
+            one, two = (base.weight(layer, role, outputs) for base in (self.old, self.new))
+            yield (maps.out(role, one) if outputs is None else one), two
+
+    def through(
+        self, norm: str, a_RI: Tensor, pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    ) -> tuple[Tensor, Tensor]:
         """A′ for what reads through ``norm``, and A·b₁ − A′·b₂.
 
         ``pairs`` are weights that read through it, old ones with their outputs mapped and new ones: where the streams
@@ -121,16 +147,23 @@ class _Bases:
         through_D = torch.where(g2_D.abs() > _FLAT * g2_D.abs().max(), 1 / g2_D, 0.0)
 
         def folded(x_ND: Tensor) -> Tensor:
-            return (self.old.centred(x_ND * g1_D) @ self.residual_DD.T) * through_D
+            through_ND = self.old.centred(x_ND * g1_D)
+            return (through_ND @ self.residual_DD.T if self.turned else through_ND) * through_D
 
-        def like(move: Callable[[Tensor], Tensor]) -> float:
-            one, two = (torch.cat(side) for side in zip(*((move(w1), w2) for w1, w2 in pairs), strict=True))
-            return likeness(*(self.new.centred(side * g2_D) for side in (one, two)))
+        def gains() -> Match:
+            one, two = (torch.cat(side) for side in zip(*pairs(), strict=True))
+            to_D = [self.new.centred(side * g2_D) for side in (one, folded(one), two)]
+            return taken(likeness(to_D[0], to_D[2]), likeness(to_D[1], to_D[2]))
 
-        if not self.turned and not taken(like(lambda x: x), like(folded)).moved:
+        if not self.turned and not gains().moved:
             return a_RI, torch.zeros(len(a_RI), dtype=a_RI.dtype)
         moved_RI = folded(a_RI)
         return moved_RI, a_RI @ b1_D - moved_RI @ b2_D
+
+
+def _some(many: int, seed: int) -> Tensor:
+    """`_CHANNELS` places in their order."""
+    return torch.randperm(many, generator=torch.Generator().manual_seed(seed))[:_CHANNELS].sort().values
 
 
 def _inside(bases: _Bases, maps: Maps, layer: int, name: str, patch: Patch) -> tuple[Patch, Tensor | None]:
@@ -154,8 +187,7 @@ def _inside(bases: _Bases, maps: Maps, layer: int, name: str, patch: Patch) -> t
     if norm is None:
         a_RI = maps.into(roles[0], a_RI)
     else:
-        pairs = [(maps.out(role, bases.old.weight(layer, role)), bases.new.weight(layer, role)) for role in roles]
-        a_RI, constant_R = bases.through(norm, a_RI, pairs)
+        a_RI, constant_R = bases.through(norm, a_RI, lambda: bases.pairs(layer, roles, maps))
         constant_O = patch.scale * (b_OR @ constant_R)
     moved = replace(patch, a_RI=a_RI.to(patch.a_RI.dtype), b_OR=b_OR.to(patch.b_OR.dtype), bias_O=extra_O)
     if constant_O is None or not constant_O.any():
@@ -178,10 +210,8 @@ def _end(bases: _Bases, name: str, patch: Patch, tokens: Sequence[tuple[int, int
         return replace(patch, a_RI=a_RV, b_OR=b_DR.to(patch.b_OR.dtype))
     if module is not bases.old.model.get_output_embeddings():
         raise NotRunnable(what="Aligning", reason=f"'{name}' is neither in a layer nor the embedding or the head")
-    heads = [
-        (bases.old.rows(module, old[:_TOKENS]), bases.new.rows(bases.new.model.get_submodule(name), new[:_TOKENS]))
-    ]
-    a_RI, constant_R = bases.through(bases.old.parts.family.final_norm, patch.a_RI.double(), heads)
+    heads = bases.old.rows(module, old[:_TOKENS]), bases.new.rows(bases.new.model.get_submodule(name), new[:_TOKENS])
+    a_RI, constant_R = bases.through(bases.old.parts.family.final_norm, patch.a_RI.double(), lambda: [heads])
     if constant_R.any():
         raise NotRunnable(what="Aligning", reason="the head has no bias to take up what the old norm's bias brought")
     b_VR = torch.zeros(size, patch.b_OR.shape[1], dtype=patch.b_OR.dtype)

@@ -36,6 +36,7 @@ from ..shards import Stored, stored_name, stored_tensors
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 READERS: tuple[Role, ...] = ("q", "k", "v", "gate", "up")
 """Parts that read the residual stream through a norm."""
+ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
 Fused = Literal["blocks", "heads"]
 """q, k and v in one module: one behind the other, or head by head."""
 
@@ -131,6 +132,13 @@ class Anatomy:
             "width of a head": self.width, "rotary planes": len(self.planes_P2), "neurons": self.neurons,
         }  # fmt: skip
 
+    @property
+    def outputs(self) -> dict[Role, int]:
+        """How many every part has."""
+        shared, every = self.groups * self.width, self.groups * self.heads * self.width
+        return {"q": every, "k": shared, "v": shared, "o": self.residual, "gate": self.neurons, "up": self.neurons,
+                "down": self.residual}  # fmt: skip
+
     def layer_of(self, module: str) -> int | None:
         """The layer that a module lies in; None for the embedding, the head and the like."""
         inside, _, rest = module.partition(f"{self.family.layers}.")
@@ -149,13 +157,11 @@ class Anatomy:
         return Part(f"{self.family.layers}.{layer}.{module}", rows, norm)
 
     def _rows(self, role: Role, together: list[Role]) -> Tensor:
-        sizes = {"q": self.groups * self.heads * self.width, "k": self.groups * self.width,
-                 "v": self.groups * self.width, "gate": self.neurons, "up": self.neurons}  # fmt: skip
         if self.family.fused == "heads":
-            all_HXK = torch.arange(3 * sizes["q"]).view(-1, 3, self.width)
+            all_HXK = torch.arange(3 * self.outputs["q"]).view(-1, 3, self.width)
             return all_HXK[:, together.index(role)].reshape(-1)
-        before = sum(sizes[other] for other in together[: together.index(role)])
-        return torch.arange(before, before + sizes[role])
+        before = sum(self.outputs[other] for other in together[: together.index(role)])
+        return torch.arange(before, before + self.outputs[role])
 
 
 def anatomy(model: Model) -> Anatomy:
@@ -209,12 +215,20 @@ class Base:
 
     def parameter(self, name: str) -> Tensor | None:
         """One parameter as outputs × inputs; None where there is none."""
+        value = self._as_stored(name)
+        return None if value is None else value.double()
+
+    def _as_stored(self, name: str, outputs: Tensor | None = None) -> Tensor | None:
+        """`parameter` in the type that it is stored in; some ``outputs`` alone."""
         here = stored_name(self.model, name, self.stored)
         if here is None:
             return None
-        value = self.stored[here].read().double()
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        return value.T if value.ndim == 2 and is_transposed(owner) and not isinstance(owner, nn.Embedding) else value
+        stored, owner = self.stored[here], self.model.get_submodule(name.rpartition(".")[0])
+        turned = len(stored.shape) == 2 and is_transposed(owner) and not isinstance(owner, nn.Embedding)
+        if outputs is not None and not turned:
+            return stored.rows(outputs.tolist())
+        value = stored.read().T if turned else stored.read()
+        return value if outputs is None else value[outputs]
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
         """Gain and bias of a norm."""
@@ -247,21 +261,40 @@ class Base:
         """Without what a LayerNorm takes out of every row."""
         return x_ND - x_ND.mean(1, keepdim=True) if self.parts.family.centred else x_ND
 
-    def weight(self, layer: int, role: Role) -> Tensor:
-        """A part of a layer as it is, outputs × inputs."""
-        part = self.parts.part(layer, role)
-        whole_OI = self.parameter(f"{part.module}.weight")
-        if whole_OI is None:
-            raise NotRunnable(what="Aligning", reason=f"the base has no '{part.module}.weight'")
-        return whole_OI[part.rows]
+    def weight(self, layer: int, role: Role, outputs: Tensor | None = None) -> Tensor:
+        """A part of a layer as it is, outputs × inputs; some ``outputs`` alone."""
+        return self._part(layer, role, outputs).double()
 
-    def normal(self, layer: int, role: Role) -> Tensor:
-        """A part of a layer in normal form: readers with their norm folded in and their bias as a last column."""
+    def _part(self, layer: int, role: Role, outputs: Tensor | None = None) -> Tensor:
+        """`weight` in the type that it is stored in."""
         part = self.parts.part(layer, role)
-        weight_OI = self.weight(layer, role)
-        bias_O = self.parameter(f"{part.module}.bias")
+        wanted = outputs if outputs is None or isinstance(part.rows, slice) else part.rows[outputs]
+        found_OI = self._as_stored(f"{part.module}.weight", wanted)
+        if found_OI is None:
+            raise NotRunnable(what="Aligning", reason=f"the base has no '{part.module}.weight'")
+        return found_OI[part.rows] if outputs is None else found_OI
+
+    def normal(self, layer: int, role: Role, channels: Tensor | None = None) -> Tensor:
+        """A part of a layer in normal form: readers with their norm folded in and their bias as a last column.
+
+        ``channels``: of the residual stream, which it reads or writes, these alone.
+        """
+        part = self.parts.part(layer, role)
+        if part.norm is None and channels is not None and not self.parts.family.centred:
+            return self.weight(layer, role, channels)
         if part.norm is None:
-            return self.centred(weight_OI.T).T
+            whole_DI = self.centred(self.weight(layer, role).T).T
+            return whole_DI if channels is None else whole_DI[channels]
         gain_D, shift_D = self.norm(part.norm)
-        constant_O = weight_OI @ shift_D + (0.0 if bias_O is None else bias_O[part.rows])
-        return torch.cat([self.centred(weight_OI * gain_D), constant_O[:, None]], dim=1)
+        bias_O = self.parameter(f"{part.module}.bias")
+        stored_OD = self._part(layer, role)
+        if channels is not None and not self.parts.family.centred and not shift_D.any():
+            folded_ON = stored_OD[:, channels].double() * gain_D[channels]
+            constant_O = torch.zeros(len(folded_ON), dtype=folded_ON.dtype)
+        else:
+            weight_OD = stored_OD.double()
+            constant_O = weight_OD @ shift_D
+            folded_ON = self.centred(weight_OD * gain_D)[:, slice(None) if channels is None else channels]
+        if bias_O is not None:
+            constant_O = constant_O + bias_O[part.rows]
+        return torch.cat([folded_ON, constant_O[:, None]], dim=1)

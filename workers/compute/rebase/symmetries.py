@@ -13,12 +13,11 @@ bases that moved apart by training alone it would only follow the noise. Legend:
 H heads of a group, K width of a head, P rotary planes, F neurons.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from scipy.linalg import solve_sylvester
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -31,9 +30,13 @@ _EQUAL = 1e-6
 _SOUND = 1e6
 """A basis of a higher condition is none."""
 _SAMPLE = 256
-"""Neurons that are asked first whether they are where they were."""
+"""Tokens, or neurons, that are asked first whether they are where they were."""
 _STAYS = 0.9
 """The share of them that must be most like themselves."""
+_ASSIGNED = 4096
+"""Neurons that are assigned all at once, at most."""
+_BLOCK = 1024
+"""Old neurons that are held against all new ones at once, where there are more."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,20 @@ class Maps:
                 moved = self.residual_DD @ x_ON
         return moved.reshape(x_ON.shape)
 
+    def keeps(self, role: Role) -> bool:
+        """Whether what a reader of the stream writes stays as it is."""
+        heads = _is_order(self.groups_G) and all(map(_is_order, self.heads_GH))
+        match role:
+            case "q" | "k":
+                return heads and _is_identity(self.qk_GKK)
+            case "v":
+                return heads and _is_identity(self.vo_GKK)
+            case "gate":
+                return _is_order(self.neurons_F)
+            case "up":
+                return _is_order(self.neurons_F) and bool((self.scale_F == 1).all())
+        return False
+
     def into(self, role: Role, a_RI: Tensor) -> Tensor:
         """A·M_in⁻¹, for what o and down read; what reads through a norm needs its gains as well."""
         if role == "down":
@@ -87,6 +104,14 @@ class Maps:
         a_RGHK = a_RI.reshape(-1, groups, heads, width)[:, self.groups_G[:, None], self.heads_GH]
         moved: Tensor = a_RGHK @ torch.linalg.inv(self.vo_GKK)
         return moved.reshape(a_RI.shape)
+
+
+def _is_order(places_N: Tensor) -> bool:
+    return torch.equal(places_N, torch.arange(len(places_N)))
+
+
+def _is_identity(m_GKK: Tensor) -> bool:
+    return torch.equal(m_GKK, torch.eye(m_GKK.shape[1], dtype=m_GKK.dtype).expand_as(m_GKK))
 
 
 def taken(before: float, after: float) -> Match:
@@ -102,29 +127,55 @@ def likeness(x: Tensor, y: Tensor) -> float:
 
 
 def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False) -> tuple[Tensor, Match]:
-    """Q of the residual stream; ``centred``: of those that keep the all-ones direction, along which E has nothing."""
+    """Q of the residual stream; ``centred``: of those that keep the all-ones direction, along which E has nothing.
+
+    Where tokens are most like themselves the stream did not turn.
+    """
+    before = likeness(e1_ND, e2_ND)
+    u1_ND, u2_ND = (unit(e_ND[_some(len(e_ND))]) for e_ND in (e1_ND, e2_ND))
+    if _stays(u1_ND @ u2_ND.T):
+        return torch.eye(e1_ND.shape[1], dtype=e1_ND.dtype), Match(before, before, moved=False)
     cross_DD = e2_ND.T @ e1_ND
     if centred:
         cross_DD = cross_DD + torch.full_like(cross_DD, float(cross_DD.norm()) / len(cross_DD))
     u, _, vt = torch.linalg.svd(cross_DD)
     q_DD = u @ vt
-    match = taken(likeness(e1_ND, e2_ND), likeness(e1_ND @ q_DD.T, e2_ND))
+    match = taken(before, likeness(e1_ND @ q_DD.T, e2_ND))
     return (q_DD if match.moved else torch.eye(len(q_DD), dtype=q_DD.dtype)), match
 
 
+def _some(many: int) -> Tensor:
+    return torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+
+
+def _stays(like_NN: Tensor) -> bool:
+    """Whether nearly all are most like themselves."""
+    return float((like_NN.argmax(0) == torch.arange(len(like_NN))).double().mean()) > _STAYS
+
+
+Sides = tuple[Mapping[Role, Tensor], Mapping[Role, Tensor]]
+"""A layer's parts in normal form, of both bases, the old ones turned by Q already."""
+
+
 def layer_maps(
-    parts: Anatomy, old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], residual_DD: Tensor
+    parts: Anatomy, some: Sides, residual_DD: Tensor, whole_attention: Callable[[], Sides]
 ) -> tuple[Maps, dict[str, Match]]:
-    """The maps of a layer from its parts in normal form, the old ones turned by Q already; matches by space."""
-    groups_G, heads_GH, qk_GKK, vo_GKK, found = _attention(parts, old, new)
-    neurons_F, found["neurons"] = _neurons(old, new)
-    scale_F, found["scales"] = _scales(old, new, neurons_F)
-    return Maps(residual_DD, groups_G, heads_GH, qk_GKK, vo_GKK, neurons_F, scale_F), found
+    """The maps of a layer, and matches by space.
+
+    What is compared may be ``some`` channels of the residual stream: they tell what stays, and where neurons went.
+    Maps of heads are found from ``whole_attention``, if they are needed.
+    """
+    heads, found = _attention(parts, *some)
+    if any(match.moved for match in found.values()):
+        heads, found = _attention(parts, *whole_attention())
+    neurons_F, found["neurons"] = _neurons(*some)
+    scale_F, found["scales"] = _scales(*some, neurons_F)
+    return Maps(residual_DD, *heads, neurons_F, scale_F), found
 
 
 def _attention(
     parts: Anatomy, old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Match]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Match]]:
     """Order of groups and of heads within them, M of q and k and of v and o by group, and how alike all this is."""
     g, h, k = parts.groups, parts.heads, parts.width
     q1, q2 = (side["q"].reshape(g, h, k, -1) for side in (old, new))
@@ -142,7 +193,8 @@ def _attention(
         maps_qk.append(basis(parts, (*q_pair, k1[a], k2[b]), turning=True))
         maps_vo.append(basis(parts, (v1[a], v2[b], *o_pair), turning=False))
     found = {"heads": order, "qk": mean(match for _, match in maps_qk), "vo": mean(match for _, match in maps_vo)}
-    return groups_G, heads_GH, torch.stack([m for m, _ in maps_qk]), torch.stack([m for m, _ in maps_vo]), found
+    qk_GKK, vo_GKK = (torch.stack([m_KK for m_KK, _ in maps]) for maps in (maps_qk, maps_vo))
+    return (groups_G, heads_GH, qk_GKK, vo_GKK), found
 
 
 def _order(heads_GGHH: Tensor, shared_GG: Tensor) -> tuple[Tensor, Tensor, Match]:
@@ -184,9 +236,10 @@ def mean(matches: Iterable[Match]) -> Match:
 
 
 def _dual(x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
-    """M of a dual pair: any basis of K dimensions."""
-    left, right = (y2_KN @ y2_KN.T).numpy(), (x1_KN @ x1_KN.T).numpy()
-    return torch.from_numpy(solve_sylvester(left, right, (x2_KN @ x1_KN.T + y2_KN @ y1_KN.T).numpy()))
+    """M of a dual pair: any basis of K dimensions. Both Gram matrices are symmetric, so their own bases solve it."""
+    (left_K, u_KK), (right_K, v_KK) = (torch.linalg.eigh(side_KN @ side_KN.T) for side_KN in (y2_KN, x1_KN))
+    both_KK = x2_KN @ x1_KN.T + y2_KN @ y1_KN.T
+    return u_KK @ ((u_KK.T @ both_KK @ v_KK) / (left_K[:, None] + right_K)) @ v_KK.T
 
 
 def _dual_planes(parts: Anatomy, x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
@@ -223,23 +276,50 @@ def spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
 
 def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Tensor, Match]:
     """Which old neuron every new one is: by gate, up and down together; up and down may have changed sign."""
-    sides = [[unit(side["gate"]), *(unit(x) for x in scaled(side))] for side in (old, new)]
+    one, two = ([unit(side["gate"]), *(unit(x) for x in scaled(side))] for side in (old, new))
 
-    def alike(some: Tensor | slice) -> Tensor:
-        gate_FF, *scaled_FF = (one[some] @ two[some].T for one, two in zip(*sides, strict=True))
-        like_FF: Tensor = (gate_FF + signless(scaled_FF)) / len(sides[0])
-        return like_FF
+    def alike(some: Tensor | slice, others: Tensor | slice) -> Tensor:
+        gate_NN, *scaled_NN = (x[some] @ y[others].T for x, y in zip(one, two, strict=True))
+        like_NN: Tensor = (gate_NN + signless(scaled_NN)) / len(one)
+        return like_NN
 
-    gate_F, *scaled_F = ((one * two).sum(1) for one, two in zip(*sides, strict=True))
-    before = float((gate_F + signless(scaled_F)).mean()) / len(sides[0])
-    everyone_F = torch.arange(len(gate_F))
-    sample = torch.randperm(len(gate_F), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
-    if float((alike(sample).argmax(0) == torch.arange(len(sample))).double().mean()) > _STAYS:
-        return everyone_F, Match(before, before, moved=False)
-    like_FF = alike(slice(None))
-    order_F = torch.from_numpy(linear_sum_assignment(-like_FF.numpy().T)[1])
-    match = taken(before, float(like_FF[order_F, everyone_F].mean()))
-    return (order_F if match.moved else everyone_F), match
+    def as_they_lie(order_F: Tensor | slice) -> float:
+        gate_F, *scaled_F = ((x[order_F] * y).sum(1) for x, y in zip(one, two, strict=True))
+        return float((gate_F + signless(scaled_F)).mean()) / len(one)
+
+    many = len(one[0])
+    before = as_they_lie(slice(None))
+    if _stays(alike(_some(many), _some(many))):
+        return torch.arange(many), Match(before, before, moved=False)
+    order_F = _assigned(alike, many)
+    match = taken(before, as_they_lie(order_F))
+    return (order_F if match.moved else torch.arange(many)), match
+
+
+def _assigned(alike: Callable[[Tensor | slice, Tensor | slice], Tensor], many: int) -> Tensor:
+    """Old neuron of every new one. Of many, two that are each other's likest are a pair; the others are assigned."""
+    if many <= _ASSIGNED:
+        return _best(alike(slice(None), slice(None)))
+    everyone = torch.arange(many)
+    likest_F, like_F, old_F = everyone.clone(), torch.full((many,), -torch.inf).double(), everyone.clone()
+    for some in everyone.split(_BLOCK):
+        like_BF = alike(some, slice(None))
+        likest_F[some] = like_BF.argmax(1)
+        top_F, place_F = like_BF.max(0)
+        better_F = top_F > like_F
+        like_F, old_F = torch.where(better_F, top_F, like_F), torch.where(better_F, some[place_F], old_F)
+    paired_F = old_F[likest_F] == everyone
+    order_F = torch.full((many,), -1)
+    order_F[likest_F[paired_F]] = everyone[paired_F]
+    left_N, free_N = everyone[~paired_F], everyone[order_F < 0]
+    few = len(left_N) <= _ASSIGNED  # else nothing is like anything, and the map will not be taken
+    order_F[free_N] = left_N[_best(alike(left_N, free_N))] if few else left_N
+    return order_F
+
+
+def _best(like_NN: Tensor) -> Tensor:
+    """The old one of every new one by assignment."""
+    return torch.from_numpy(linear_sum_assignment(-like_NN.numpy().T)[1])
 
 
 def scaled(side: Mapping[Role, Tensor]) -> list[Tensor]:

@@ -15,6 +15,8 @@ from tests.workers import factories
 from workers.compute.bank import attached
 from workers.compute.lora import Adapter, Patch
 from workers.compute.model import Model
+from workers.compute.rebase import align as tier
+from workers.compute.rebase import symmetries
 from workers.compute.rebase.align import align
 from workers.compute.rebase.carry import carry
 from workers.compute.rebase.symmetries import rotation
@@ -70,6 +72,17 @@ def answers(model: Model, adapter: Adapter) -> torch.Tensor:
         return factories.logits(model)
 
 
+@pytest.fixture(params=["all of it", "some channels"])
+def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small bases are compared on all there is, those of wide streams on some channels, and by blocks of neurons."""
+    if request.param == "some channels":
+        for name, value in {"_WIDE": 16, "_CHANNELS": 20}.items():
+            monkeypatch.setattr(tier, name, value)
+        for name, value in {"_ASSIGNED": 16, "_BLOCK": 24}.items():
+            monkeypatch.setattr(symmetries, name, value)
+
+
+@pytest.mark.usefixtures("seen")
 @pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_a_rewritten_base_gives_the_adapter_its_logits_back(
@@ -129,6 +142,7 @@ def test_rows_of_the_vocabulary_go_where_their_tokens_are(
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("seen")
 def test_a_base_that_only_trained_on_keeps_its_coordinates(tmp_path: Path) -> None:
     model = factories.llama()
     adapter = factories.random_adapter(model, targets=("all-linear",))
@@ -143,6 +157,7 @@ def test_a_base_that_only_trained_on_keeps_its_coordinates(tmp_path: Path) -> No
         assert torch.equal(found.adapter.patches[name].b_OR, patch.b_OR)
 
 
+@pytest.mark.usefixtures("seen")
 def test_rewriting_is_found_under_training(tmp_path: Path) -> None:
     model = lively(factories.llama())
     adapter = factories.random_adapter(model, targets=("all-linear",))
@@ -161,6 +176,7 @@ def test_rewriting_is_found_under_training(tmp_path: Path) -> None:
     assert aligned < 0.2 * naive
 
 
+@pytest.mark.usefixtures("seen")
 def test_unrelated_bases_stay_as_they_are(tmp_path: Path) -> None:
     model = factories.llama()
     adapter = factories.random_adapter(model, targets=("all-linear",))
