@@ -93,6 +93,11 @@ class Stored:
             blocks = [block for _, block in self.blocks(file.fileno())]
         return torch.cat(blocks).reshape(self.shape) if blocks else torch.empty(self.shape, dtype=DTYPES[self.dtype])
 
+    def columns(self, places: Tensor) -> Tensor:
+        """Some columns of a matrix, of which a block is in memory at a time."""
+        with self.path.open("rb") as file:
+            return torch.cat([block[:, places] for _, block in self.blocks(file.fileno())])
+
     def rows(self, places: Sequence[int]) -> Tensor:
         """Some rows (dimension 0), in the order asked for."""
         row = self.size // self.shape[0]

@@ -9,8 +9,11 @@ What reads the residual stream reads it through a norm x ↦ g·x̂ + b, whose g
 Legend: D residual, V vocabulary, R rank, I inputs, O outputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +23,15 @@ from registry.core.errors import NotRunnable
 
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted
-from .anatomy import ATTENTION, READERS, Anatomy, Base, Role
+from .anatomy import ATTENTION, Anatomy, Base, Role
 from .symmetries import Maps, Match, Sides, layer_maps, likeness, rotation, taken
 from .tokens import shared_tokens, tokenizer_of
 
 _TOKENS = 16384
 """Tokens that the rotation is found from, at most; spread over the vocabulary."""
-_WIDE, _CHANNELS = 1024, 512
-"""Residual streams above the first are compared on so many of their channels, where these can tell."""
+_WIDE, _CHANNELS, _OUTPUTS = 1024, 512, 128
+"""Residual streams above the first are compared on so many of their channels, and what gains do on so many outputs,
+where these can tell."""
 _FLAT = 1e-6
 """A gain below this share of the largest lets nothing through, and nothing is put through it."""
 
@@ -53,28 +57,54 @@ def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> A
     tokens = shared_tokens(tokenizer_of(old), tokenizer_of(base), rows)
     if not tokens:
         raise NotRunnable(what="Aligning", reason="the tokenizers of the two bases share no token")
-    some = tokens[:: -(-len(tokens) // _TOKENS)]
-    e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
-    q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred)
-    bases = _Bases(one, two, q_DD, found.moved)
+    bases, found = _streams(one, two, tokens)
     matches = {"residual": found}
     patches: dict[str, Patch] = {}
     biases: dict[str, Tensor] = {}
-    by_layer: dict[int | None, list[tuple[str, Patch]]] = {}
+    by_layer: dict[int | None, dict[str, Patch]] = {}
     for name, _, patch in patched:
-        by_layer.setdefault(one.parts.layer_of(name), []).append((name, patch))
-    for step, (layer, mine) in enumerate(by_layer.items(), start=1):
-        if layer is None:
-            patches |= {name: _end(bases, name, patch, tokens) for name, patch in mine}
-        else:
-            maps, here = bases.maps(layer)
-            matches |= {f"layers.{layer}.{space}": match for space, match in here.items()}
-            for name, patch in mine:
-                patches[name], bias_O = _inside(bases, maps, layer, name, patch)
-                biases |= {} if bias_O is None else {f"{name}.bias": bias_O}
+        by_layer.setdefault(one.parts.layer_of(name), {})[name] = patch
+    ends = by_layer.pop(None, {})
+    for step, (layer, (moved, here)) in enumerate(_each(bases, by_layer), start=1):
+        matches |= {f"layers.{layer}.{space}": match for space, match in here.items()}
+        for name, (patch, bias_O) in moved.items():
+            patches[name] = patch
+            biases |= {} if bias_O is None else {f"{name}.bias": bias_O}
         report({"step": step, "steps": len(by_layer)})
+    patches |= {name: _end(bases, name, patch, tokens) for name, patch in ends.items()}
     config = adapter.config | ({"bias": "lora_only"} if biases else {})
     return Aligned(Adapter(patches, config, biases), matches)
+
+
+def _streams(one: Base, two: Base, tokens: Sequence[tuple[int, int]]) -> tuple["_Bases", Match]:
+    """Both bases with the map of their residual streams, as the embeddings of tokens say."""
+    some = tokens[:: -(-len(tokens) // _TOKENS)]
+    e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
+    q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred)
+    return _Bases(one, two, q_DD if found.moved else None), found
+
+
+_Layer = tuple[dict[str, tuple[Patch, Tensor | None]], dict[str, Match]]
+"""Its patches and the biases that came to them, and its matches."""
+
+
+def _each(bases: "_Bases", by_layer: Mapping[int | None, Mapping[str, Patch]]) -> Iterator[tuple[int, _Layer]]:
+    """The layers in their order; where little of each is read, two at once."""
+
+    def one(layer: int) -> _Layer:
+        maps, found = bases.maps(layer)
+        patches = by_layer[layer].items()
+        return {name: _inside(bases, maps, layer, name, patch) for name, patch in patches}, found
+
+    layers = [layer for layer in by_layer if layer is not None]
+    if bases.residual_DD is not None:
+        yield from ((layer, one(layer)) for layer in layers)
+        return
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # a thread's own number is everyone's default
+        pool = stack.enter_context(ThreadPoolExecutor(2, initializer=partial(torch.set_num_threads, 1)))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield from zip(layers, pool.map(one, layers), strict=True)
 
 
 def only_factors(adapter: Adapter, what: str) -> None:
@@ -101,14 +131,14 @@ class _Bases:
 
     old: Base
     new: Base
-    residual_DD: Tensor
-    turned: bool
+    residual_DD: Tensor | None
+    """None: their streams are one."""
 
     def maps(self, layer: int) -> tuple[Maps, dict[str, Match]]:
         """The maps of a layer, where streams are wide by some of their channels as far as these suffice."""
         parts = self.old.parts
         wide = parts.residual > _WIDE
-        channels = _some(parts.residual, layer) if wide else None
+        channels = _some(parts.residual, _CHANNELS, layer) if wide else None
         sides = self._sides(layer, list(parts.family.modules), channels)
         return layer_maps(
             parts, sides, self.residual_DD, lambda: self._sides(layer, list(ATTENTION)) if wide else sides
@@ -120,18 +150,16 @@ class _Bases:
         return {role: self._turned(layer, role, channels) for role in roles}, new
 
     def _turned(self, layer: int, role: Role, channels: Tensor | None) -> Tensor:
-        if not self.turned:
+        if self.residual_DD is None:
             return self.old.normal(layer, role, channels)
-        to_ND = self.residual_DD if channels is None else self.residual_DD[channels]
-        x = self.old.normal(layer, role)
-        return torch.cat([x[:, :-1] @ to_ND.T, x[:, -1:]], 1) if role in READERS else to_ND @ x
+        return self.old.turned(layer, role, self.residual_DD if channels is None else self.residual_DD[channels])
 
     def pairs(self, layer: int, roles: Sequence[Role], maps: Maps) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights of both bases, the old ones with their outputs mapped; of wide ones that stay, some outputs."""
         for role in roles:
             outputs = None
             if self.old.parts.residual > _WIDE and maps.keeps(role):
-                outputs = _some(self.old.parts.outputs[role], layer)
+                outputs = _some(self.old.parts.outputs[role], _OUTPUTS, layer)
             one, two = (base.weight(layer, role, outputs) for base in (self.old, self.new))
             yield (maps.out(role, one) if outputs is None else one), two
 
@@ -148,22 +176,22 @@ class _Bases:
 
         def folded(x_ND: Tensor) -> Tensor:
             through_ND = self.old.centred(x_ND * g1_D)
-            return (through_ND @ self.residual_DD.T if self.turned else through_ND) * through_D
+            return (through_ND if self.residual_DD is None else through_ND @ self.residual_DD.T) * through_D
 
         def gains() -> Match:
             one, two = (torch.cat(side) for side in zip(*pairs(), strict=True))
             to_D = [self.new.centred(side * g2_D) for side in (one, folded(one), two)]
             return taken(likeness(to_D[0], to_D[2]), likeness(to_D[1], to_D[2]))
 
-        if not self.turned and not gains().moved:
+        if self.residual_DD is None and not gains().moved:
             return a_RI, torch.zeros(len(a_RI), dtype=a_RI.dtype)
         moved_RI = folded(a_RI)
         return moved_RI, a_RI @ b1_D - moved_RI @ b2_D
 
 
-def _some(many: int, seed: int) -> Tensor:
-    """`_CHANNELS` places in their order."""
-    return torch.randperm(many, generator=torch.Generator().manual_seed(seed))[:_CHANNELS].sort().values
+def _some(of: int, many: int, seed: int) -> Tensor:
+    """So many places in their order."""
+    return torch.randperm(of, generator=torch.Generator().manual_seed(seed))[:many].sort().values
 
 
 def _inside(bases: _Bases, maps: Maps, layer: int, name: str, patch: Patch) -> tuple[Patch, Tensor | None]:
@@ -206,8 +234,9 @@ def _end(bases: _Bases, name: str, patch: Patch, tokens: Sequence[tuple[int, int
     if module is bases.old.model.get_input_embeddings():
         a_RV = torch.zeros(patch.a_RI.shape[0], size, dtype=patch.a_RI.dtype)
         a_RV[:, new] = patch.a_RI[:, old]
-        b_DR = bases.residual_DD @ patch.b_OR.double()
-        return replace(patch, a_RI=a_RV, b_OR=b_DR.to(patch.b_OR.dtype))
+        if bases.residual_DD is None:
+            return replace(patch, a_RI=a_RV)
+        return replace(patch, a_RI=a_RV, b_OR=(bases.residual_DD @ patch.b_OR.double()).to(patch.b_OR.dtype))
     if module is not bases.old.model.get_output_embeddings():
         raise NotRunnable(what="Aligning", reason=f"'{name}' is neither in a layer nor the embedding or the head")
     heads = bases.old.rows(module, old[:_TOKENS]), bases.new.rows(bases.new.model.get_submodule(name), new[:_TOKENS])

@@ -199,6 +199,10 @@ def _turning(config: object, width: int) -> int:
     return int(width * share)
 
 
+_ROWS = 1024
+"""Of a matrix, that are held in float64 at once."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A base folder, read tensor by tensor in float64."""
@@ -218,17 +222,21 @@ class Base:
         value = self._as_stored(name)
         return None if value is None else value.double()
 
-    def _as_stored(self, name: str, outputs: Tensor | None = None) -> Tensor | None:
-        """`parameter` in the type that it is stored in; some ``outputs`` alone."""
+    def _as_stored(
+        self, name: str, outputs: Tensor | None = None, inputs: Tensor | None = None
+    ) -> Tensor | None:
+        """`parameter` in the type that it is stored in; some ``outputs`` alone, or some ``inputs``."""
         here = stored_name(self.model, name, self.stored)
         if here is None:
             return None
         stored, owner = self.stored[here], self.model.get_submodule(name.rpartition(".")[0])
         turned = len(stored.shape) == 2 and is_transposed(owner) and not isinstance(owner, nn.Embedding)
-        if outputs is not None and not turned:
-            return stored.rows(outputs.tolist())
-        value = stored.read().T if turned else stored.read()
-        return value if outputs is None else value[outputs]
+        rows, columns = (inputs, outputs) if turned else (outputs, inputs)
+        if rows is not None:
+            value = stored.rows(rows.tolist())
+        else:
+            value = stored.read() if columns is None else stored.columns(columns)
+        return value.T if turned else value
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
         """Gain and bias of a norm."""
@@ -265,11 +273,11 @@ class Base:
         """A part of a layer as it is, outputs × inputs; some ``outputs`` alone."""
         return self._part(layer, role, outputs).double()
 
-    def _part(self, layer: int, role: Role, outputs: Tensor | None = None) -> Tensor:
-        """`weight` in the type that it is stored in."""
+    def _part(self, layer: int, role: Role, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+        """`weight` in the type that it is stored in; or some ``inputs`` alone."""
         part = self.parts.part(layer, role)
         wanted = outputs if outputs is None or isinstance(part.rows, slice) else part.rows[outputs]
-        found_OI = self._as_stored(f"{part.module}.weight", wanted)
+        found_OI = self._as_stored(f"{part.module}.weight", wanted, inputs)
         if found_OI is None:
             raise NotRunnable(what="Aligning", reason=f"the base has no '{part.module}.weight'")
         return found_OI[part.rows] if outputs is None else found_OI
@@ -287,14 +295,30 @@ class Base:
             return whole_DI if channels is None else whole_DI[channels]
         gain_D, shift_D = self.norm(part.norm)
         bias_O = self.parameter(f"{part.module}.bias")
-        stored_OD = self._part(layer, role)
         if channels is not None and not self.parts.family.centred and not shift_D.any():
-            folded_ON = stored_OD[:, channels].double() * gain_D[channels]
+            folded_ON = self._part(layer, role, inputs=channels).double() * gain_D[channels]
             constant_O = torch.zeros(len(folded_ON), dtype=folded_ON.dtype)
         else:
-            weight_OD = stored_OD.double()
+            weight_OD = self.weight(layer, role)
             constant_O = weight_OD @ shift_D
             folded_ON = self.centred(weight_OD * gain_D)[:, slice(None) if channels is None else channels]
         if bias_O is not None:
             constant_O = constant_O + bias_O[part.rows]
         return torch.cat([folded_ON, constant_O[:, None]], dim=1)
+
+    def turned(self, layer: int, role: Role, to_ND: Tensor) -> Tensor:
+        """`normal` in channels that ``to_ND`` makes of its own, in the memory of a block beside the result."""
+        part, blocks = self.parts.part(layer, role), self._part(layer, role).split(_ROWS)
+        to_ND = self.centred(to_ND)
+        if part.norm is None:
+            found_NI = torch.zeros(len(to_ND), blocks[0].shape[1], dtype=to_ND.dtype)
+            for to_NB, block_BI in zip(to_ND.split(_ROWS, dim=1), blocks, strict=True):
+                found_NI.addmm_(to_NB, block_BI.double())
+            return found_NI
+        gain_D, shift_D = self.norm(part.norm)
+        read_DN = torch.cat([(to_ND * gain_D).T, shift_D[:, None]], dim=1)
+        found_ON = torch.cat([block_OD.double() @ read_DN for block_OD in blocks])
+        bias_O = self.parameter(f"{part.module}.bias")
+        if bias_O is not None:
+            found_ON[:, -1] += bias_O[part.rows]
+        return found_ON

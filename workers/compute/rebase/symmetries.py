@@ -53,7 +53,8 @@ class Match:
 class Maps:
     """The maps of one layer. New group g was ``groups_G[g]``, its head h was ``heads_GH[g, h]`` of that group."""
 
-    residual_DD: Tensor
+    residual_DD: Tensor | None
+    """None: the stream did not turn."""
     groups_G: Tensor
     heads_GH: Tensor
     qk_GKK: Tensor
@@ -79,7 +80,7 @@ class Maps:
             case "up":
                 moved = x_ON[self.neurons_F] * self.scale_F[:, None]
             case "o" | "down":
-                moved = self.residual_DD @ x_ON
+                moved = x_ON if self.residual_DD is None else self.residual_DD @ x_ON
         return moved.reshape(x_ON.shape)
 
     def keeps(self, role: Role) -> bool:
@@ -158,7 +159,7 @@ Sides = tuple[Mapping[Role, Tensor], Mapping[Role, Tensor]]
 
 
 def layer_maps(
-    parts: Anatomy, some: Sides, residual_DD: Tensor, whole_attention: Callable[[], Sides]
+    parts: Anatomy, some: Sides, residual_DD: Tensor | None, whole_attention: Callable[[], Sides]
 ) -> tuple[Maps, dict[str, Match]]:
     """The maps of a layer, and matches by space.
 
@@ -239,7 +240,8 @@ def _dual(x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
     """M of a dual pair: any basis of K dimensions. Both Gram matrices are symmetric, so their own bases solve it."""
     (left_K, u_KK), (right_K, v_KK) = (torch.linalg.eigh(side_KN @ side_KN.T) for side_KN in (y2_KN, x1_KN))
     both_KK = x2_KN @ x1_KN.T + y2_KN @ y1_KN.T
-    return u_KK @ ((u_KK.T @ both_KK @ v_KK) / (left_K[:, None] + right_K)) @ v_KK.T
+    m_KK: Tensor = u_KK @ ((u_KK.T @ both_KK @ v_KK) / (left_K[:, None] + right_K)) @ v_KK.T
+    return m_KK
 
 
 def _dual_planes(parts: Anatomy, x1_KN: Tensor, x2_KN: Tensor, y1_KN: Tensor, y2_KN: Tensor) -> Tensor:
@@ -276,24 +278,35 @@ def spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
 
 def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Tensor, Match]:
     """Which old neuron every new one is: by gate, up and down together; up and down may have changed sign."""
-    one, two = ([unit(side["gate"]), *(unit(x) for x in scaled(side))] for side in (old, new))
+    everyone_F = torch.arange(len(old["gate"]))
+    sample = _some(len(everyone_F))
+    like_NN = _alike(*(_units(side, sample) for side in (old, new)))
+    if _stays(like_NN):
+        before = float(like_NN.diagonal().mean())
+        return everyone_F, Match(before, before, moved=False)
+    one, two = (_units(side, slice(None)) for side in (old, new))
 
-    def alike(some: Tensor | slice, others: Tensor | slice) -> Tensor:
-        gate_NN, *scaled_NN = (x[some] @ y[others].T for x, y in zip(one, two, strict=True))
-        like_NN: Tensor = (gate_NN + signless(scaled_NN)) / len(one)
-        return like_NN
-
-    def as_they_lie(order_F: Tensor | slice) -> float:
+    def as_they_lie(order_F: Tensor) -> float:
         gate_F, *scaled_F = ((x[order_F] * y).sum(1) for x, y in zip(one, two, strict=True))
         return float((gate_F + signless(scaled_F)).mean()) / len(one)
 
-    many = len(one[0])
-    before = as_they_lie(slice(None))
-    if _stays(alike(_some(many), _some(many))):
-        return torch.arange(many), Match(before, before, moved=False)
-    order_F = _assigned(alike, many)
-    match = taken(before, as_they_lie(order_F))
-    return (order_F if match.moved else torch.arange(many)), match
+    def alike(some: Tensor | slice, others: Tensor | slice) -> Tensor:
+        return _alike([x[some] for x in one], [y[others] for y in two])
+
+    order_F = _assigned(alike, len(everyone_F))
+    match = taken(as_they_lie(everyone_F), as_they_lie(order_F))
+    return (order_F if match.moved else everyone_F), match
+
+
+def _units(side: Mapping[Role, Tensor], some: Tensor | slice) -> list[Tensor]:
+    """Of some neurons what they are compared by, each of length 1."""
+    return [unit(x_FN[some]) for x_FN in (side["gate"], *scaled(side))]
+
+
+def _alike(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
+    gate_NN, *scaled_NN = (x @ y.T for x, y in zip(one, two, strict=True))
+    like_NN: Tensor = (gate_NN + signless(scaled_NN)) / len(one)
+    return like_NN
 
 
 def _assigned(alike: Callable[[Tensor | slice, Tensor | slice], Tensor], many: int) -> Tensor:
@@ -334,18 +347,22 @@ def signless(likeness: Sequence[Tensor]) -> Tensor:
 
 
 def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Tensor) -> tuple[Tensor, Match]:
-    """M of up against down, a number a neuron."""
-    d1, d2 = old["down"].T[order_F], new["down"].T
-    ones_F = torch.ones(len(order_F), dtype=d1.dtype)
+    """M of up against down, a number a neuron; of those of a sample first, whether any are needed."""
+    ones_F = torch.ones(len(order_F), dtype=old["down"].dtype)
     if "up" not in old:
-        return ones_F, Match(likeness(d1, d2), likeness(d1, d2), moved=False)
-    u1, u2 = old["up"][order_F], new["up"]
-    s_F = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
-    before = (likeness(u1, u2) + likeness(d1, d2)) / 2
-    if float(s_F.abs().min()) * _SOUND < float(s_F.abs().max()):
+        before = likeness(old["down"].T[order_F], new["down"].T)
         return ones_F, Match(before, before, moved=False)
-    match = taken(before, (likeness(s_F[:, None] * u1, u2) + likeness(d1 / s_F[:, None], d2)) / 2)
-    return (s_F if match.moved else ones_F), match
+    for some in (_some(len(order_F)), torch.arange(len(order_F))):
+        d1, d2 = old["down"].T[order_F[some]], new["down"].T[some]
+        u1, u2 = old["up"][order_F[some]], new["up"][some]
+        s_N = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
+        before = (likeness(u1, u2) + likeness(d1, d2)) / 2
+        if float(s_N.abs().min()) * _SOUND < float(s_N.abs().max()):
+            return ones_F, Match(before, before, moved=False)
+        match = taken(before, (likeness(s_N[:, None] * u1, u2) + likeness(d1 / s_N[:, None], d2)) / 2)
+        if not match.moved:
+            return ones_F, match
+    return s_N, match
 
 
 def unit(x_FN: Tensor) -> Tensor:
