@@ -622,7 +622,7 @@ def _origins(recipe: MakesAdapter, lease: _Lease) -> tuple[tuple[str, ...], Fine
         case FineTune():
             return ((recipe.start,) if recipe.start else ()), recipe
         case Rebase():
-            return (recipe.adapter,), recipe.training
+            return tuple(dict.fromkeys((recipe.adapter, *recipe.made.values()))), recipe.training
         case Search():
             return (), recipe.found
         case Compress():

@@ -96,7 +96,10 @@ def by_gate(cells: Sequence[Cell]) -> Sequence[Cell]:
 
 
 def by_default(cells: Sequence[Cell]) -> Sequence[Cell]:
-    """The tiers of a policy that names none, at the shares of α that more of them would have left to each."""
+    """The tiers of a policy that names none, at the shares of α that more of them would have left to each.
+
+    Those that train begin at what align made as well, which such an upgrade would have them make, unpaid here.
+    """
     return by_gate([cell for cell in cells if cell.tier in (*Policy().tiers, "transport")])
 
 

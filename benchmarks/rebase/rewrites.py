@@ -87,6 +87,20 @@ def residual(model: Model, seed: int) -> None:
         frame = torch.linalg.qr(torch.cat([ones_D, torch.eye(d, dtype=torch.float64)[:, 1:]], 1)).Q
         inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), torch.linalg.qr(q_DD[1:, 1:]).Q)
         q_DD = frame @ inner @ frame.T
+    _turn_stream(model, parts, q_DD)
+
+
+def some_channels(model: Model, seed: int) -> None:
+    """Of the residual stream a third of the channels in another order, the others where they were."""
+    parts = anatomy(model)
+    some = torch.randperm(parts.residual, generator=torch.Generator().manual_seed(seed))[: parts.residual // 3]
+    order_D = torch.arange(parts.residual)
+    order_D[some] = some.roll(1)
+    _turn_stream(model, parts, torch.eye(parts.residual, dtype=torch.float64)[order_D])
+
+
+def _turn_stream(model: Model, parts: Anatomy, q_DD: Tensor) -> None:
+    d = parts.residual
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     tables = [embedding] + ([model.get_submodule(parts.family.positions)] if parts.family.positions else [])

@@ -17,8 +17,8 @@ from .metrics import Metric, is_binary
 
 Precision = Literal["auto", "fp32", "bf16"]
 Quantisation = Literal["int8", "nf4"]
+Tier = Literal["carry", "align", "transport", "warm-start", "distil", "retrain"]
 Untrained = Literal["carry", "align", "transport"]
-Tier = Untrained | Literal["warm-start", "distil", "retrain"]
 Combination = Literal["linear", "concat", "svd", "ties", "dare"]
 Rest = Literal["refuse", "replace", "drop"]
 Variant = Literal["plain", "dora", "three-factor"]
@@ -251,7 +251,7 @@ class Rebase(Frozen):
     """warm-start: how many are trained; of two the start is tried at one rate alone, scratch beside it."""
     distil: Distil | None = None
     """distil: how; the old base with the adapter completes ``inputs``, or writes texts from nothing."""
-    made: dict[Untrained, Sha256] = Field(default_factory=dict)
+    made: Annotated[dict[Untrained, Sha256], Field(exclude_if=lambda made: not made)] = Field(default_factory=dict)
     """Tiers that train: what those without training have made of ``adapter`` on ``base`` already, to begin at. What is
     not here is made anew."""
 

@@ -152,7 +152,7 @@ def _check_runnable(session: Session, recipe: AnyRecipe) -> None:
             base = queries.base_by_digest(session, digest)
             if base is None or base.weights != "full":
                 raise WeightsAbsent(base=digest[:15], work=f"a job of kind '{recipe.kind}'")
-        elif role.startswith(("adapter", "start")):
+        elif role.startswith(("adapter", "start", "made.")):
             version = session.exec(select(Version).where(Version.digest == digest)).first()
             if version is not None and not version.runnable:
                 raise NotRunnable(what=f"An adapter of type {version.peft_type}", reason="only LoRA is computed here")

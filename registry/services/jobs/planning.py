@@ -121,10 +121,11 @@ def _words(value: object) -> dict[str, Any]:
 
 def _made(session: Session, caller: Caller, plan: dict[str, Any], tier: str, text: str) -> str:
     """The version that ``text`` names, if ``tier`` made it of the plan's adapter for the plan's base."""
-    version = meant(session, caller, text, queries.base_by_digest(session, str(plan.get("base"))))
+    base = queries.base_by_digest(session, str(plan.get("base")))
+    version = meant(session, caller, text, base)
     recipe, asked = recorded_recipe(session, version), {"kind": "rebase", "tier": tier}
     asked |= {name: str(plan.get(name)) for name in ("adapter", "old", "base")}
-    if any(recipe.get(name) != value for name, value in asked.items()):
+    if base is None or version.base_id != base.id or any(recipe.get(name) != said for name, said in asked.items()):
         raise BadRequest(problems=f"made.{tier}: {text[:80]} is not what that tier makes of the adapter on this base")
     return version.digest
 

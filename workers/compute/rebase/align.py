@@ -80,7 +80,8 @@ def _streams(one: Base, two: Base, tokens: Sequence[tuple[int, int]]) -> tuple["
     """Both bases with the map of their residual streams, as the embeddings of tokens say."""
     some = tokens[:: -(-len(tokens) // _TOKENS)]
     e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
-    q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred)
+    wide = one.parts.residual > _WIDE
+    q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred, wide=wide)
     return _Bases(one, two, q_DD if found.moved else None), found
 
 
@@ -89,7 +90,7 @@ _Layer = tuple[dict[str, tuple[Patch, Tensor | None]], dict[str, Match]]
 
 
 def _each(bases: "_Bases", by_layer: Mapping[int | None, Mapping[str, Patch]]) -> Iterator[tuple[int, _Layer]]:
-    """The layers in their order; where little of each is read, two at once."""
+    """The layers in their order; where little of each is held at a time, two at once."""
 
     def one(layer: int) -> _Layer:
         maps, found = bases.maps(layer)
@@ -97,7 +98,7 @@ def _each(bases: "_Bases", by_layer: Mapping[int | None, Mapping[str, Patch]]) -
         return {name: _inside(bases, maps, layer, name, patch) for name, patch in patches}, found
 
     layers = [layer for layer in by_layer if layer is not None]
-    if bases.residual_DD is not None:
+    if bases.residual_DD is not None or bases.old.parts.family.centred:
         yield from ((layer, one(layer)) for layer in layers)
         return
     with ExitStack() as stack:
@@ -140,9 +141,8 @@ class _Bases:
         wide = parts.residual > _WIDE
         channels = _some(parts.residual, _CHANNELS, layer) if wide else None
         sides = self._sides(layer, list(parts.family.modules), channels)
-        return layer_maps(
-            parts, sides, self.residual_DD, lambda: self._sides(layer, list(ATTENTION)) if wide else sides
-        )
+        whole = partial(self._sides, layer, ATTENTION) if wide else None
+        return layer_maps(parts, sides, self.residual_DD, whole)
 
     def _sides(self, layer: int, roles: Sequence[Role], channels: Tensor | None = None) -> Sides:
         """Parts of both bases in normal form, in the new one's coordinates of the residual stream."""

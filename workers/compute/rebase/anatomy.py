@@ -307,7 +307,7 @@ class Base:
         return torch.cat([folded_ON, constant_O[:, None]], dim=1)
 
     def turned(self, layer: int, role: Role, to_ND: Tensor) -> Tensor:
-        """`normal` in channels that ``to_ND`` makes of its own, in the memory of a block beside the result."""
+        """`normal` in channels that ``to_ND`` makes of its own; a block of rows at a time is in float64."""
         part, blocks = self.parts.part(layer, role), self._part(layer, role).split(_ROWS)
         to_ND = self.centred(to_ND)
         if part.norm is None:

@@ -30,11 +30,12 @@ _EQUAL = 1e-6
 _SOUND = 1e6
 """A basis of a higher condition is none."""
 _SAMPLE = 256
-"""Tokens, or neurons, that are asked first whether they are where they were."""
+"""Neurons, or channels, that are asked first whether they are where they were."""
 _STAYS = 0.9
 """The share of them that must be most like themselves."""
 _ASSIGNED = 4096
 """Neurons that are assigned all at once, at most."""
+_PASSES = 8
 _BLOCK = 1024
 """Old neurons that are held against all new ones at once, where there are more."""
 
@@ -127,14 +128,13 @@ def likeness(x: Tensor, y: Tensor) -> float:
     return float((x * y).sum()) / size if size else 1.0
 
 
-def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False) -> tuple[Tensor, Match]:
+def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False, wide: bool = False) -> tuple[Tensor, Match]:
     """Q of the residual stream; ``centred``: of those that keep the all-ones direction, along which E has nothing.
 
-    Where tokens are most like themselves the stream did not turn.
+    Of a ``wide`` one it is asked first whether there can be any.
     """
     before = likeness(e1_ND, e2_ND)
-    u1_ND, u2_ND = (unit(e_ND[_some(len(e_ND))]) for e_ND in (e1_ND, e2_ND))
-    if _stays(u1_ND @ u2_ND.T):
+    if wide and not _may_turn(e1_ND, e2_ND):
         return torch.eye(e1_ND.shape[1], dtype=e1_ND.dtype), Match(before, before, moved=False)
     cross_DD = e2_ND.T @ e1_ND
     if centred:
@@ -143,6 +143,22 @@ def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False) -> tuple[Te
     q_DD = u @ vt
     match = taken(before, likeness(e1_ND @ q_DD.T, e2_ND))
     return (q_DD if match.moved else torch.eye(len(q_DD), dtype=q_DD.dtype)), match
+
+
+def _may_turn(e1_ND: Tensor, e2_ND: Tensor) -> bool:
+    """Whether a turn may explain what the streams differ by.
+
+    Looked at are the channels that differ most. No rotation brings them nearer than the best linear map of all
+    channels, by least squares; where that leaves as much of the misfit as a map may leave to be taken, none is.
+    """
+    misfit_D = (e2_ND - e1_ND).square().sum(0)
+    most_N = misfit_D.topk(min(_SAMPLE, len(misfit_D))).indices
+    x_ND, y_NN = e1_ND.float(), e2_ND[:, most_N].float()
+    factor_DD, failed = torch.linalg.cholesky_ex(x_ND.T @ x_ND)
+    if int(failed):
+        return True
+    left = (y_NN - x_ND @ torch.cholesky_solve(x_ND.T @ y_NN, factor_DD)).square().sum()
+    return float(left) < _TAKEN * float(misfit_D[most_N].sum())
 
 
 def _some(many: int) -> Tensor:
@@ -159,15 +175,15 @@ Sides = tuple[Mapping[Role, Tensor], Mapping[Role, Tensor]]
 
 
 def layer_maps(
-    parts: Anatomy, some: Sides, residual_DD: Tensor | None, whole_attention: Callable[[], Sides]
+    parts: Anatomy, some: Sides, residual_DD: Tensor | None, whole_attention: Callable[[], Sides] | None = None
 ) -> tuple[Maps, dict[str, Match]]:
     """The maps of a layer, and matches by space.
 
     What is compared may be ``some`` channels of the residual stream: they tell what stays, and where neurons went.
-    Maps of heads are found from ``whole_attention``, if they are needed.
+    Maps of heads are found from ``whole_attention`` then, if they are needed.
     """
     heads, found = _attention(parts, *some)
-    if any(match.moved for match in found.values()):
+    if whole_attention is not None and any(match.moved for match in found.values()):
         heads, found = _attention(parts, *whole_attention())
     neurons_F, found["neurons"] = _neurons(*some)
     scale_F, found["scales"] = _scales(*some, neurons_F)
@@ -290,11 +306,13 @@ def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Te
         gate_F, *scaled_F = ((x[order_F] * y).sum(1) for x, y in zip(one, two, strict=True))
         return float((gate_F + signless(scaled_F)).mean()) / len(one)
 
-    def alike(some: Tensor | slice, others: Tensor | slice) -> Tensor:
+    def alike(some: Tensor, others: Tensor) -> Tensor:
         return _alike([x[some] for x in one], [y[others] for y in two])
 
-    order_F = _assigned(alike, len(everyone_F))
-    match = taken(as_they_lie(everyone_F), as_they_lie(order_F))
+    before, order_F = as_they_lie(everyone_F), _assigned(alike, len(everyone_F))
+    if order_F is None:
+        return everyone_F, Match(before, before, moved=False)
+    match = taken(before, as_they_lie(order_F))
     return (order_F if match.moved else everyone_F), match
 
 
@@ -309,25 +327,35 @@ def _alike(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
     return like_NN
 
 
-def _assigned(alike: Callable[[Tensor | slice, Tensor | slice], Tensor], many: int) -> Tensor:
-    """Old neuron of every new one. Of many, two that are each other's likest are a pair; the others are assigned."""
-    if many <= _ASSIGNED:
-        return _best(alike(slice(None), slice(None)))
-    everyone = torch.arange(many)
-    likest_F, like_F, old_F = everyone.clone(), torch.full((many,), -torch.inf).double(), everyone.clone()
-    for some in everyone.split(_BLOCK):
-        like_BF = alike(some, slice(None))
-        likest_F[some] = like_BF.argmax(1)
-        top_F, place_F = like_BF.max(0)
-        better_F = top_F > like_F
-        like_F, old_F = torch.where(better_F, top_F, like_F), torch.where(better_F, some[place_F], old_F)
-    paired_F = old_F[likest_F] == everyone
+def _assigned(alike: Callable[[Tensor, Tensor], Tensor], many: int) -> Tensor | None:
+    """Old neuron of every new one. Of many, two that are each other's likest are a pair, among the others again, a few
+    times; those that are left are assigned. None where too many are left: they are like none."""
     order_F = torch.full((many,), -1)
-    order_F[likest_F[paired_F]] = everyone[paired_F]
-    left_N, free_N = everyone[~paired_F], everyone[order_F < 0]
-    few = len(left_N) <= _ASSIGNED  # else nothing is like anything, and the map will not be taken
-    order_F[free_N] = left_N[_best(alike(left_N, free_N))] if few else left_N
+    old_N = new_N = torch.arange(many)
+    for _ in range(_PASSES):
+        if len(old_N) <= _ASSIGNED:
+            break
+        likest_N, mutual_N = _likest(alike, old_N, new_N)
+        order_F[new_N[likest_N[mutual_N]]] = old_N[mutual_N]
+        old_N, new_N = old_N[~mutual_N], (order_F < 0).nonzero()[:, 0]
+    if len(old_N) > _ASSIGNED:
+        return None
+    if len(old_N):
+        order_F[new_N] = old_N[_best(alike(old_N, new_N))]
     return order_F
+
+
+def _likest(alike: Callable[[Tensor, Tensor], Tensor], old_N: Tensor, new_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every old one which new one is its likest, and whether it is that one's likest, too; by blocks."""
+    places_N = torch.arange(len(old_N))
+    likest_N, top_N, owner_N = places_N.clone(), torch.full((len(new_N),), -torch.inf).double(), places_N.clone()
+    for some in places_N.split(_BLOCK):
+        like_BN = alike(old_N[some], new_N)
+        likest_N[some] = like_BN.argmax(1)
+        best_N, row_N = like_BN.max(0)
+        better_N = best_N > top_N
+        top_N, owner_N = torch.where(better_N, best_N, top_N), torch.where(better_N, some[row_N], owner_N)
+    return likest_N, owner_N[likest_N] == places_N
 
 
 def _best(like_NN: Tensor) -> Tensor:
@@ -347,22 +375,18 @@ def signless(likeness: Sequence[Tensor]) -> Tensor:
 
 
 def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Tensor) -> tuple[Tensor, Match]:
-    """M of up against down, a number a neuron; of those of a sample first, whether any are needed."""
-    ones_F = torch.ones(len(order_F), dtype=old["down"].dtype)
+    """M of up against down, a number a neuron."""
+    d1, d2 = old["down"].T[order_F], new["down"].T
+    ones_F = torch.ones(len(order_F), dtype=d1.dtype)
     if "up" not in old:
-        before = likeness(old["down"].T[order_F], new["down"].T)
+        return ones_F, Match(likeness(d1, d2), likeness(d1, d2), moved=False)
+    u1, u2 = old["up"][order_F], new["up"]
+    s_F = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
+    before = (likeness(u1, u2) + likeness(d1, d2)) / 2
+    if float(s_F.abs().min()) * _SOUND < float(s_F.abs().max()):
         return ones_F, Match(before, before, moved=False)
-    for some in (_some(len(order_F)), torch.arange(len(order_F))):
-        d1, d2 = old["down"].T[order_F[some]], new["down"].T[some]
-        u1, u2 = old["up"][order_F[some]], new["up"][some]
-        s_N = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
-        before = (likeness(u1, u2) + likeness(d1, d2)) / 2
-        if float(s_N.abs().min()) * _SOUND < float(s_N.abs().max()):
-            return ones_F, Match(before, before, moved=False)
-        match = taken(before, (likeness(s_N[:, None] * u1, u2) + likeness(d1 / s_N[:, None], d2)) / 2)
-        if not match.moved:
-            return ones_F, match
-    return s_N, match
+    match = taken(before, (likeness(s_F[:, None] * u1, u2) + likeness(d1 / s_F[:, None], d2)) / 2)
+    return (s_F if match.moved else ones_F), match
 
 
 def unit(x_FN: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def phi3() -> Model:
 
 
 FAMILIES: list[Callable[[], Model]] = [factories.llama, untied, factories.gpt2, neox, qwen2, qwen3, phi3]
-REWRITES = rewrites.EXACT | {"everything": rewrites.everything}
+REWRITES = rewrites.EXACT | {"everything": rewrites.everything, "some channels": rewrites.some_channels}
 
 
 def lively(model: Model) -> Model:
@@ -76,9 +76,9 @@ def answers(model: Model, adapter: Adapter) -> torch.Tensor:
 def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small bases are compared on all there is, those of wide streams on some channels, and by blocks of neurons."""
     if request.param == "some channels":
-        for name, value in {"_WIDE": 16, "_CHANNELS": 20}.items():
+        for name, value in {"_WIDE": 16, "_CHANNELS": 20, "_OUTPUTS": 5}.items():
             monkeypatch.setattr(tier, name, value)
-        for name, value in {"_ASSIGNED": 16, "_BLOCK": 24}.items():
+        for name, value in {"_ASSIGNED": 16, "_BLOCK": 24, "_SAMPLE": 16}.items():
             monkeypatch.setattr(symmetries, name, value)
 
 
@@ -174,6 +174,32 @@ def test_rewriting_is_found_under_training(tmp_path: Path) -> None:
         float((answers(model, one) - expected).norm()) for one in (found.adapter, carry(adapter, old, new))
     )
     assert aligned < 0.2 * naive
+
+
+def test_neurons_that_are_each_others_likest_are_pairs_and_the_others_are_assigned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    x_FN = symmetries.unit(torch.randn(60, 12, generator=chance).double())
+    order_F = torch.randperm(60, generator=chance)
+    noise = torch.randn(60, 12, generator=chance) * (torch.arange(60) % 3 == 0)[:, None]  # a third is like nothing
+    y_FN = symmetries.unit(x_FN[order_F] + 0.3 * noise)
+
+    def alike(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return x_FN[some] @ y_FN[others].T
+
+    whole = symmetries._assigned(alike, 60)
+    monkeypatch.setattr(symmetries, "_ASSIGNED", 8)
+    monkeypatch.setattr(symmetries, "_BLOCK", 7)
+    paired = symmetries._assigned(alike, 60)
+    assert whole is not None
+    assert paired is not None
+    assert sorted(paired.tolist()) == list(range(60))
+    assert (whole == order_F).double().mean() > 0.9
+    assert (paired == order_F).double().mean() > 0.9
+    monkeypatch.setattr(symmetries, "_PASSES", 1)
+    others_FN = torch.randn(60, 12, generator=chance).double()
+    assert symmetries._assigned(lambda some, others: x_FN[some] @ others_FN[others].T, 60) is None, "like none"
 
 
 @pytest.mark.usefixtures("seen")
