@@ -39,8 +39,11 @@ def test_an_adapter_goes_on_serving_on_a_base_of_another_width(tmp_path: Path) -
         tried = list(item.verdicts)
         assert tried == list(TIERS[: len(tried)])  # in order, and none after the one that passed
         assert [item.verdicts[tier]["zone"] == "pass" for tier in tried] == [*([False] * (len(tried) - 1)), True]
-        made = client.lineage("team/bot", item.final).nodes[0].recipe
-        assert made is not None and made["tier"] == tried[-1]
+        family = client.lineage("team/bot", item.final).nodes
+        made = family[0].recipe
+        assert made is not None and made["tier"] == tried[-1] != "transport"
+        begun_at = client.version("team/bot", made["made"]["transport"])
+        assert {node.ref for node in family} >= {"team/bot@v1", begun_at.ref}, "what it was carried from, and began at"
 
 
 def carried(home: House) -> CampaignItemInfo:
