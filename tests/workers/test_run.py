@@ -306,9 +306,12 @@ def test_what_a_tier_made_already_is_where_others_begin_and_is_not_made_again(
     assert starts.equal(one, other)
 
 
-def test_a_transport_is_read_where_it_was_made_already(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_transport_is_read_where_it_was_made_already(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders["base"] = factories.saved(factories.llama(3, hidden_size=48, num_hidden_layers=3), tmp_path / "wide")
     run(rebase("transport"), folders, tmp_path / "moved", silent)
+    monkeypatch.setattr(starts, "transport", lambda *_: pytest.fail("it was made again"))
     given = folders | {"made.transport": tmp_path / "moved" / "adapter"}
     asked = rebase("warm-start", training=factories.recipe(steps=2), made={"transport": factories.ADAPTER})
     found = run(asked, given, tmp_path / "out", silent).facts["starts"]

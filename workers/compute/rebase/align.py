@@ -10,8 +10,6 @@ Legend: D residual, V vocabulary, R rank, I inputs, O outputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from registry.core.errors import NotRunnable
 
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted
+from ..pool import a_core_each
 from .anatomy import ATTENTION, Anatomy, Base, Role
 from .symmetries import Maps, Match, Sides, layer_maps, likeness, rotation, taken
 from .tokens import shared_tokens, tokenizer_of
@@ -82,7 +81,7 @@ def _streams(one: Base, two: Base, tokens: Sequence[tuple[int, int]]) -> tuple["
     e1_ND, e2_ND = one.embeddings([a for a, _ in some]), two.embeddings([b for _, b in some])
     wide = one.parts.residual > _WIDE
     q_DD, found = rotation(e1_ND, e2_ND, centred=one.parts.family.centred, wide=wide)
-    return _Bases(one, two, q_DD if found.moved else None), found
+    return _Bases(one, two, q_DD), found
 
 
 _Layer = tuple[dict[str, tuple[Patch, Tensor | None]], dict[str, Match]]
@@ -101,10 +100,7 @@ def _each(bases: "_Bases", by_layer: Mapping[int | None, Mapping[str, Patch]]) -
     if bases.residual_DD is not None or bases.old.parts.family.centred:
         yield from ((layer, one(layer)) for layer in layers)
         return
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # a thread's own number is everyone's default
-        pool = stack.enter_context(ThreadPoolExecutor(2, initializer=partial(torch.set_num_threads, 1)))
-        stack.callback(pool.shutdown, cancel_futures=True)
+    with a_core_each(2) as pool:
         yield from zip(layers, pool.map(one, layers), strict=True)
 
 

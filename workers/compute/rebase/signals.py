@@ -16,10 +16,8 @@ Legend: N rows and M columns as stored, n rows of a block, R rank (of all adapte
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +30,7 @@ from ..data import Row
 from ..finetune import Report, silent
 from ..lora import Adapter
 from ..model import load
+from ..pool import a_core_each
 from ..shards import Stored, stored_tensors
 from ..weights import DTYPES
 from .carry import carry
@@ -173,10 +172,7 @@ _Job = tuple[Stored, Stored, Sequence[_Space]]
 def _all_measured(jobs: Sequence[_Job], report: Report) -> dict[str, _Measured]:
     """A tensor a thread, the largest ones first."""
     found = {}
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # a thread's own number is everyone's default
-        pool = stack.enter_context(ThreadPoolExecutor(cores(), initializer=partial(torch.set_num_threads, 1)))
-        stack.callback(pool.shutdown, cancel_futures=True)
+    with a_core_each(cores()) as pool:
         running = {pool.submit(_measure, *job): job[0].name for job in sorted(jobs, key=lambda job: -job[0].size)}
         for step, done in enumerate(as_completed(running), start=1):
             found[running[done]] = done.result()

@@ -128,21 +128,24 @@ def likeness(x: Tensor, y: Tensor) -> float:
     return float((x * y).sum()) / size if size else 1.0
 
 
-def rotation(e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False, wide: bool = False) -> tuple[Tensor, Match]:
-    """Q of the residual stream; ``centred``: of those that keep the all-ones direction, along which E has nothing.
+def rotation(
+    e1_ND: Tensor, e2_ND: Tensor, *, centred: bool = False, wide: bool = False
+) -> tuple[Tensor | None, Match]:
+    """Q of the residual stream; None where none is taken.
 
-    Of a ``wide`` one it is asked first whether there can be any.
+    ``centred``: of those that keep the all-ones direction, along which E has nothing. Of a ``wide`` stream it is asked
+    first whether there can be any.
     """
     before = likeness(e1_ND, e2_ND)
     if wide and not _may_turn(e1_ND, e2_ND):
-        return torch.eye(e1_ND.shape[1], dtype=e1_ND.dtype), Match(before, before, moved=False)
+        return None, Match(before, before, moved=False)
     cross_DD = e2_ND.T @ e1_ND
     if centred:
         cross_DD = cross_DD + torch.full_like(cross_DD, float(cross_DD.norm()) / len(cross_DD))
     u, _, vt = torch.linalg.svd(cross_DD)
     q_DD = u @ vt
     match = taken(before, likeness(e1_ND @ q_DD.T, e2_ND))
-    return (q_DD if match.moved else torch.eye(len(q_DD), dtype=q_DD.dtype)), match
+    return (q_DD if match.moved else None), match
 
 
 def _may_turn(e1_ND: Tensor, e2_ND: Tensor) -> bool:

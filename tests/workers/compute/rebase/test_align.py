@@ -215,6 +215,7 @@ def test_the_rotation_is_the_nearest_one() -> None:
     e_ND = torch.randn(100, 8, generator=chance).double()
     q_DD = torch.linalg.qr(torch.randn(8, 8, generator=chance).double()).Q
     found, match = rotation(e_ND, e_ND @ q_DD.T)
+    assert found is not None
     torch.testing.assert_close(found, q_DD)
     assert match.moved
     assert match.after == pytest.approx(1)
