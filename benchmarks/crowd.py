@@ -8,6 +8,7 @@ clients live in a process of their own on the same machine.
 
 import asyncio
 import json
+import os
 import random
 import tempfile
 from collections import Counter
@@ -21,12 +22,14 @@ from urllib.parse import urlsplit
 import httpx
 
 from . import fill
-from .house import Registry, apart, resident
+from .house import Registry, apart, family, resident
 from .load import itself
 from .requests import with_an_empty_route
 from .table import Row, at_least, at_most
 
 ADAPTERS, CLIENTS = 100_000, 200
+PROCESSES = os.cpu_count() or 1
+"""Of the API: one a core."""
 PAUSE_S = 0.5
 MIX = {"resolve": 50, "manifest": 15, "show": 10, "versions": 5, "list": 10, "move": 8, "push": 2}
 """Of a hundred requests."""
@@ -62,19 +65,22 @@ def run(scale: float = 1.0) -> list[Row]:
     adapters, seconds = max(50, int(ADAPTERS * scale)), max(1.0, 30 * min(1.0, scale))
     with (
         tempfile.TemporaryDirectory() as name,
-        fill.served(Path(name), f"{__name__}:app", adapters) as (registry, filled, _),
+        fill.served(Path(name), f"{__name__}:app", adapters, PROCESSES) as (registry, filled, _),
     ):
         tokens = _tokens(registry)
 
         def crowd(mix: dict[str, int], *, pause_s: float, seconds: float) -> Told:
             return apart(visit, registry.url, tokens, filled.names, mix, pause_s=pause_s, seconds=seconds)
 
+        def held() -> int:
+            return sum(map(resident, family(registry.api)))
+
         crowd(MIX, pause_s=0.0, seconds=seconds)  # what is remembered is remembered
-        before = resident(registry.api)
+        before = held()
         empty = crowd({"empty": 1}, pause_s=0.0, seconds=seconds / 3)
         busy = crowd(MIX, pause_s=0.0, seconds=seconds)
         calm = crowd(MIX, pause_s=PAUSE_S, seconds=2 * seconds)
-        grown = (resident(registry.api) - before) / 1e6
+        grown = (held() - before) / 1e6
     reads, writes = (lambda kind: kind not in WRITES), WRITES.__contains__
     wrong = empty.errors + busy.errors + calm.errors
     answers = empty.answered + busy.answered + calm.answered
@@ -82,8 +88,8 @@ def run(scale: float = 1.0) -> list[Row]:
     return [
         at_most(f"{named}: metadata read, p99", calm.quantile(0.99, reads), 250, unit="ms",
                 note=f"p50 {calm.quantile(0.5, reads):.1f} ms; writes p50 {calm.quantile(0.5, writes):.1f} ms, p99 "
-                f"{calm.quantile(0.99, writes):.1f} ms; {calm.rate:,.0f}/s, one API process, {PAUSE_S:g} s between two "
-                f"requests of a client; clients and PostgreSQL on the same machine"),
+                f"{calm.quantile(0.99, writes):.1f} ms; {calm.rate:,.0f}/s, {PROCESSES} API processes, {PAUSE_S:g} s "
+                f"between two requests of a client; clients and PostgreSQL on the same machine"),
         at_most(f"{named}: failed", sum(wrong.values()), 0, unit="requests",
                 note=f"of {answers:,}{': ' if wrong else ''}{dict(wrong) if wrong else ''}"),
         at_most(f"{named}: memory gained by the API", max(0.0, grown), 32, unit="MB",

@@ -159,12 +159,12 @@ def aliased(names: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]
 
 
 @contextmanager
-def served(folder: Path, app: str, adapters: int) -> Iterator[tuple[Registry, Filled, str]]:
+def served(folder: Path, app: str, adapters: int, processes: int = 1) -> Iterator[tuple[Registry, Filled, str]]:
     """A fleet without daemons that has so many adapters, what they are, and the URL of its database."""
     with (
         servers.postgres() as database,
         servers.seaweedfs() as storage,
-        fleet(folder, database, storage, app=app, daemons=False) as registry,
+        fleet(folder, database, storage, app=app, daemons=False, processes=processes) as registry,
     ):
         filled = Filled(Database(database))
         filled.start()

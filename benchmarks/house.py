@@ -34,14 +34,15 @@ class Registry:
     url: str
     token: str
     api: int
+    """The one that was started: of several the one that keeps the others (`family`)."""
     daemons: int | None
 
 
 @contextmanager
 def fleet(
-    folder: Path, database: str, storage: servers.S3Server, *, app: str = API, daemons: bool = True
+    folder: Path, database: str, storage: servers.S3Server, *, app: str = API, daemons: bool = True, processes: int = 1
 ) -> Iterator[Registry]:
-    """API and daemons on PostgreSQL and S3."""
+    """API (so many ``processes`` behind one port) and daemons on PostgreSQL and S3."""
     where = {
         "MODE": "fleet",
         "S3_BUCKET": storage.bucket,
@@ -50,7 +51,7 @@ def fleet(
         "S3_SECRET_KEY": storage.secret_key,
         "S3_REGION": storage.region,
     }
-    with _registry(folder, database, where, app, daemons) as found:
+    with _registry(folder, database, where, app, daemons, processes) as found:
         yield found
 
 
@@ -66,7 +67,7 @@ def embedded(folder: Path) -> Iterator[Registry]:
 
 @contextmanager
 def _registry(
-    folder: Path, database: str, where: dict[str, str], app: str, daemons: bool
+    folder: Path, database: str, where: dict[str, str], app: str, daemons: bool, processes: int = 1
 ) -> Iterator[Registry]:
     made = Database(database)
     upgrade(made)
@@ -85,6 +86,7 @@ def _registry(
     python = ["/usr/bin/env", *(f"LORACTL_{name}={value}" for name, value in settings.items())]
     python += [f"PYTHONPATH={ROOT}", sys.executable, "-m"]
     serve = ["uvicorn", "--factory", app, "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    serve += ["--workers", str(processes)]
     with started("api", [*python, *serve], folder) as api:
         api.wait_until(lambda: answers(f"{url}/health"))
         if not daemons:
@@ -136,6 +138,12 @@ class Memory:
     def growth(self) -> float:
         """MB that the process held at most since, beyond what it held before."""
         return (peak(self.pid) - self.at_rest) / 1e6
+
+
+def family(pid: int) -> list[int]:
+    """A process and those that it started."""
+    tasks = (Path("/proc") / str(pid) / "task").iterdir()
+    return [pid, *(int(child) for task in tasks for child in (task / "children").read_text().split())]
 
 
 def resident(pid: int | None = None) -> int:

@@ -97,10 +97,12 @@ def current() -> str | None:
     return carrier.get("traceparent")
 
 
-OF_REQUESTS: "TelemetryConfig" = {
-    "exclude": too_often, "operation_spans": False, "metrics": False, "logs": False, "auto_configure": False,
-}  # fmt: skip
-"""What FastAPI makes of requests: a span each, and nothing else; where they go is said here."""
+def of_requests() -> "TelemetryConfig":
+    """What FastAPI makes of requests: a span each where this process sends any, and nothing else."""
+    return {
+        "exclude": too_often, "tracing": _tracer is not None, "operation_spans": False, "metrics": False, "logs": False,
+        "auto_configure": False,
+    }  # fmt: skip
 
 
 def begin(name: str, traceparent: str | None = None, about: Mapping[str, object] | None = None) -> "Span | None":

@@ -35,7 +35,7 @@ from registry.services.adapters import BY_DEFAULT, Filter
 from registry.services.references import adapter_not_found, find_adapter, find_version, parse_version
 from registry.services.tokens import Caller
 
-from .deps import AppParts, Parts, Reading, User
+from .deps import AppParts, InTurn, Parts, User
 from .deps import parts as here
 from .pages import Limit, behind, cursor
 from .reads import Named, Question, SeriesPage, VersionsPage
@@ -182,14 +182,14 @@ async def list_versions(
 
 
 @router.get("/adapters/{namespace}/{name}/versions/{version}")
-def show_version(namespace: str, name: str, version: str, parts: Reading, caller: User) -> VersionInfo:
+def show_version(namespace: str, name: str, version: str, parts: InTurn, caller: User) -> VersionInfo:
     """One version: ``vN`` or its digest."""
     with parts.database.read() as session:
         return adapters.describe(session, [_version(session, caller, namespace, name, version)])[0]
 
 
 @router.get("/adapters/{namespace}/{name}/versions/{version}/signatures")
-def list_signatures(namespace: str, name: str, version: str, parts: Reading, caller: User) -> SignaturesInfo:
+def list_signatures(namespace: str, name: str, version: str, parts: InTurn, caller: User) -> SignaturesInfo:
     """Every signature of the version, those by revoked keys too."""
     with parts.database.read() as session:
         row, adapter = _version(session, caller, namespace, name, version)
@@ -213,7 +213,7 @@ def change_standing(
     version: str,
     move: Literal["yank", "quarantine", "reinstate", "delete"],
     request: StandingRequest,
-    parts: Parts,
+    parts: InTurn,
     caller: User,
 ) -> StandingInfo:
     """Take a version out of use, or back: 409 names what refers to it; with ``force`` the answer names what follows.
@@ -232,7 +232,7 @@ def change_standing(
 def show_log(
     namespace: str,
     name: str,
-    parts: Reading,
+    parts: InTurn,
     caller: User,
     limit: Limit = 100,
     after: Annotated[str | None, Query(alias="cursor")] = None,
@@ -247,7 +247,7 @@ def show_log(
 
 
 @router.get("/adapters/{namespace}/{name}/lineage")
-def show_lineage(namespace: str, name: str, parts: Reading, caller: User, version: str | None = None) -> LineageInfo:
+def show_lineage(namespace: str, name: str, parts: InTurn, caller: User, version: str | None = None) -> LineageInfo:
     """What a version (the newest by default) was made from."""
     with parts.database.read() as session:
         if version is not None:
@@ -262,7 +262,7 @@ def show_lineage(namespace: str, name: str, parts: Reading, caller: User, versio
 def list_evaluations(
     namespace: str,
     name: str,
-    parts: Reading,
+    parts: InTurn,
     caller: User,
     limit: Limit = 100,
     after: Annotated[str | None, Query(alias="cursor")] = None,
@@ -277,7 +277,7 @@ def list_evaluations(
 
 
 @router.get("/adapters/{namespace}/{name}/aliases")
-def list_aliases(namespace: str, name: str, parts: Reading, caller: User) -> list[AliasInfo]:
+def list_aliases(namespace: str, name: str, parts: InTurn, caller: User) -> list[AliasInfo]:
     """Aliases on every base."""
     with parts.database.read() as session:
         adapter = _series(session, caller, namespace, name)
@@ -290,7 +290,7 @@ def set_alias(
     name: str,
     alias: str,
     request: AliasRequest,
-    parts: Parts,
+    parts: InTurn,
     caller: User,
     if_match: Annotated[str | None, Header()] = None,
 ) -> AliasInfo:
@@ -326,7 +326,9 @@ def _generation(if_match: str | None) -> int:
 
 
 @router.post("/adapters/{namespace}/{name}/aliases/{alias}/rollback")
-def roll_back(namespace: str, name: str, alias: str, request: RollbackRequest, parts: Parts, caller: User) -> AliasInfo:
+def roll_back(
+    namespace: str, name: str, alias: str, request: RollbackRequest, parts: InTurn, caller: User
+) -> AliasInfo:
     """Point the alias to where it pointed before its last move."""
     with parts.database.write() as session:
         adapter = _series(session, caller, namespace, name)
@@ -343,7 +345,7 @@ def roll_back(namespace: str, name: str, alias: str, request: RollbackRequest, p
 @router.get("/bases/{base}/adapters")
 def list_compatible(
     base: str,
-    parts: Reading,
+    parts: InTurn,
     caller: User,
     fit: str | None = None,
     engine: str | None = None,

@@ -67,7 +67,7 @@ def create_app(parts: AppParts | None = None) -> FastAPI:
         version=importlib.metadata.version("loractl"),
         lifespan=_lifespan,
         redirect_slashes=False,
-        telemetry=traces.OF_REQUESTS,
+        telemetry=traces.of_requests(),
         openapi_url=None,  # every route but health needs a token, this one too: `meta.openapi`
     )
     app.state.parts = parts

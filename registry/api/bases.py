@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Response
 from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Page
 from registry.services import bases, pushes
 
-from .deps import Parts, Reading, User
+from .deps import InTurn, Parts, User
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1", tags=["bases"])
@@ -25,7 +25,7 @@ def register(request: BaseRegistration, parts: Parts, caller: User) -> BaseInfo:
 
 @router.get("/bases")
 def list_bases(
-    parts: Reading,
+    parts: InTurn,
     caller: User,
     line: str | None = None,
     limit: Limit = 50,
@@ -40,7 +40,7 @@ def list_bases(
 
 
 @router.get("/bases/{ref}")
-def show(ref: str, parts: Reading, caller: User) -> BaseInfo:
+def show(ref: str, parts: InTurn, caller: User) -> BaseInfo:
     """One base: a digest, ``line@rN``, or a line (its newest)."""
     with parts.database.read() as session:
         return bases.show(session, caller, ref)
@@ -54,7 +54,7 @@ def show(ref: str, parts: Reading, caller: User) -> BaseInfo:
         304: {"description": "It is the one that the caller has"},
     },
 )
-def table(ref: str, parts: Reading, caller: User, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+def table(ref: str, parts: InTurn, caller: User, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The tensor table, compressed; immutable by digest."""
     with parts.database.read() as session:
         digest, body = bases.table(session, caller, ref)
@@ -65,7 +65,7 @@ def table(ref: str, parts: Reading, caller: User, if_none_match: Annotated[str |
 
 
 @router.get("/bases/{a}/diff/{b}")
-def difference(a: str, b: str, parts: Reading, caller: User) -> DiffInfo:
+def difference(a: str, b: str, parts: InTurn, caller: User) -> DiffInfo:
     """What changes from ``a`` to ``b``, tensor by tensor."""
     with parts.database.read() as session:
         return bases.difference(session, caller, a, b)

@@ -1,11 +1,10 @@
 """What a route needs: the app's parts, the caller behind the token, and who may use which route.
 
-Routes take `Parts` (or `Reading`) and `User` (or `Worker`), open ``parts.database.read()`` or ``.write()`` themselves
+Routes take `Parts` (or `InTurn`) and `User` (or `Worker`), open ``parts.database.read()`` or ``.write()`` themselves
 and call one service in it: the end of the write block is the commit. What must follow a commit (waking
 workers) comes after the block.
 """
 
-import asyncio
 import math
 import threading
 from collections import OrderedDict
@@ -40,24 +39,33 @@ from .limits import Limits, Rate
 from .metrics import Meters
 from .reads import Reads
 from .together import Together
+from .turns import Turns
 
 _TOKEN_TTL_S = 0.8
 _TOKENS_KEPT = 4096
-READS_AT_ONCE = 4
-"""More threads than a few spend their time on taking the interpreter from each other."""
-_NOBODY: tuple[float, Caller | None] = (0.0, None)
+_ALONG = 1024
+"""Tokens at most that are looked up again because another one is."""
+_AT_ONCE, _PATIENCE_S = 2, 1.0
+
+
+@dataclass(slots=True)
+class _Known:
+    """Who is behind a token, until when that is believed, and whether they asked for anything since it was found."""
+
+    until: float
+    caller: Caller
+    asked: bool = False
 
 
 @dataclass
 class AppParts(house.Parts):
     """The parts of one API process, and the callers it remembers for a moment."""
 
-    callers: OrderedDict[str, tuple[float, Caller]] = field(default_factory=OrderedDict)
+    callers: OrderedDict[str, _Known] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READS_AT_ONCE))
-    """Of those who want `Reading`, in the order of asking."""
+    turns: Turns = field(default_factory=lambda: Turns(_AT_ONCE, _PATIENCE_S))
     limits: Limits = field(init=False)
     meters: Meters = field(init=False)
     reads: Reads = field(init=False)
@@ -66,8 +74,8 @@ class AppParts(house.Parts):
 
     def __post_init__(self) -> None:
         """What is made of the other parts."""
-        self.reads = Reads(self)
-        self._authentications = Together(self._authenticated)
+        self.reads = Reads(self, self.turns)
+        self._authentications = Together(self._authenticated, self.turns)
         self.meters = Meters(self.database, self.clock)
         if self.settings.oidc is not None:
             self.oidc = Provider(self.settings.oidc, self.clock)
@@ -88,15 +96,14 @@ class AppParts(house.Parts):
         """As `caller`, asked together with all who come at the same moment."""
         if self.oidc and is_jwt(token):
             return await run_in_threadpool(self.caller, token)
-        now = monotonic()
         found = await self._authentications.ask(token)
         if isinstance(found, TokenRefused):
             raise found
-        return self._remember(token, found, now)
+        return found
 
     def _remember(self, token: str, caller: Caller, now: float) -> Caller:
         with self._lock:
-            self.callers[token] = (now + _TOKEN_TTL_S, caller)
+            self.callers[token] = _Known(now + _TOKEN_TTL_S, caller)
             self.callers.move_to_end(token)
             while len(self.callers) > _TOKENS_KEPT:
                 self.callers.popitem(last=False)
@@ -104,8 +111,22 @@ class AppParts(house.Parts):
         return caller
 
     def _authenticated(self, asked: Sequence[str]) -> list[Caller | TokenRefused]:
+        """The caller behind each, in a look that everybody shares who is at work here: of many clients at once each
+        would come alone, time and again.
+        """
+        now = monotonic()
+        with self._lock:
+            along = [text for text, known in self.callers.items() if known.asked and not is_jwt(text)][-_ALONG:]
+        texts = [*dict.fromkeys((*asked, *along))]
         with self.database.read() as session:
-            return authenticate_all(session, asked, self.clock())
+            found = dict(zip(texts, authenticate_all(session, texts, self.clock()), strict=True))
+        for text, caller in found.items():
+            if isinstance(caller, Caller):
+                self._remember(text, caller, now)
+            else:
+                with self._lock:
+                    self.callers.pop(text, None)
+        return [found[text] for text in asked]
 
     def _signed_in(self, provider: Provider, token: str) -> Caller:
         """Who signed in at the identity provider; written down when they are new, or their claims changed."""
@@ -171,13 +192,16 @@ class AppParts(house.Parts):
     def known(self, token: str) -> Caller | None:
         """The caller behind ``token`` if it is remembered; asks nobody."""
         with self._lock:
-            until, caller = self.callers.get(token, _NOBODY)
-        return caller if until > monotonic() else None
+            known = self.callers.get(token)
+            if known is None or known.until <= monotonic():
+                return None
+            known.asked = True
+            return known.caller
 
     def forget(self, token_id: str) -> None:
         """Drop what is remembered of a token, after its revocation on this process."""
         with self._lock:
-            for text in [text for text, (_, caller) in self.callers.items() if caller.token_id == token_id]:
+            for text in [text for text, known in self.callers.items() if known.caller.token_id == token_id]:
                 del self.callers[text]
 
 
@@ -213,9 +237,9 @@ async def _parts(request: Request) -> AppParts:
     return parts(request)
 
 
-async def _reading(request: Request) -> AsyncIterator[AppParts]:
+async def _in_turn(request: Request) -> AsyncIterator[AppParts]:
     found = parts(request)
-    async with found.turns:
+    async with found.turns.turn():
         yield found
 
 
@@ -254,8 +278,8 @@ async def _origin(request: Request) -> Origin:
 
 Asked = Annotated[Origin, Depends(_origin)]
 Parts = Annotated[AppParts, Depends(_parts)]
-Reading = Annotated[AppParts, Depends(_reading, scope="function")]
-"""The parts in a turn of few: for routes that read the database and wait for nothing else."""
+InTurn = Annotated[AppParts, Depends(_in_turn, scope="function")]
+"""The parts in a turn (`Turns`): for routes that ask the database and wait for nothing else, but for a row's lock."""
 Anyone = Annotated[Caller, Depends(known_caller)]
 User = Annotated[Caller, Depends(_user)]
 Worker = Annotated[Caller, Depends(_worker)]

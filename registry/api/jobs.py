@@ -34,7 +34,7 @@ from registry.schemas import (
 )
 from registry.services import checkpoints, downloads, jobs, pushes
 
-from .deps import AppParts, Asked, Parts, User, Worker, anyone, user
+from .deps import AppParts, Asked, InTurn, Parts, User, Worker, anyone, user
 from .pages import Limit, behind, cursor
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -44,7 +44,7 @@ _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 @router.post("", status_code=201, responses={200: {"model": JobInfo, "description": "It was there already"}})
-def submit_job(request: JobRequest, parts: Parts, caller: User, asked: Asked, response: Response) -> JobInfo:
+def submit_job(request: JobRequest, parts: InTurn, caller: User, asked: Asked, response: Response) -> JobInfo:
     """Ask for work; 200 and the job that is there already when it is equal."""
     with parts.database.write() as session:
         job, reused = jobs.submit(session, caller, request, parts.clock(), origin=asked)
@@ -77,7 +77,7 @@ def list_jobs(
 
 @router.post("/claim")
 def claim_job(
-    request: ClaimRequest, parts: Parts, caller: Worker, user_agent: Annotated[str, Header()] = ""
+    request: ClaimRequest, parts: InTurn, caller: Worker, user_agent: Annotated[str, Header()] = ""
 ) -> ClaimInfo:
     """The next job of a queue, leased to this worker, and with ``group`` others that share its base; or none."""
     with parts.database.write() as session:
@@ -161,14 +161,14 @@ async def watch_job(
 
 
 @router.post("/{identity}/cancel")
-def cancel_job(identity: str, parts: Parts, caller: User) -> JobInfo:
+def cancel_job(identity: str, parts: InTurn, caller: User) -> JobInfo:
     """Cancel: at once when queued, by a word to its worker when running."""
     with parts.database.write() as session:
         return jobs.info(jobs.cancel(session, caller, identity, parts.clock()))
 
 
 @router.post("/{identity}/retry")
-def retry_job(identity: str, parts: Parts, caller: User, asked: Asked) -> JobInfo:
+def retry_job(identity: str, parts: InTurn, caller: User, asked: Asked) -> JobInfo:
     """Queue a failed or cancelled job again."""
     with parts.database.write() as session:
         info = jobs.info(jobs.retry(session, caller, identity, parts.clock(), origin=asked))
@@ -178,7 +178,7 @@ def retry_job(identity: str, parts: Parts, caller: User, asked: Asked) -> JobInf
 
 
 @router.post("/{identity}/heartbeat")
-def heartbeat(identity: str, request: HeartbeatRequest, parts: Parts, caller: Worker) -> HeartbeatInfo:
+def heartbeat(identity: str, request: HeartbeatRequest, parts: InTurn, caller: Worker) -> HeartbeatInfo:
     """A sign of life with progress; tells whether to stop."""
     with parts.database.write() as session:
         job = jobs.heartbeat(

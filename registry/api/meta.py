@@ -42,7 +42,7 @@ def whoami(caller: Anyone) -> WhoAmI:
 def metrics(parts: Parts, caller: User) -> Response:
     """What Prometheus scrapes, with a token of its own; needs admin everywhere."""
     caller.require("admin", "*")
-    return Response(generate_latest(parts.meters.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(parts.meters.to_scrape()), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/doctor")

@@ -1,14 +1,19 @@
-"""What Prometheus scrapes at ``/metrics``: requests as this process saw them, queues and gates as the rows say.
+"""What Prometheus scrapes at ``/metrics``: requests as the API saw them, queues and gates as the rows say.
 
+Where several processes are behind one port, whichever is asked tells what all of them counted: they count in the folder
+that prometheus_client's own variable ``PROMETHEUS_MULTIPROC_DIR`` names.
 Labels are bounded: routes by their template, methods and kinds by what there is, queues by `gauges.MOST_QUEUES`.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.db.engine import Database
@@ -19,15 +24,20 @@ _MINUTES = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 
 class Meters:
-    """The metrics of one API process."""
+    """The metrics of one API process, or of all that share a folder."""
 
     def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        self._rows = _Rows(database, clock)
+        self._shared = _shared_folder()
         self.registry = CollectorRegistry()
         self.requests = Histogram(
             "loractl_request_seconds", "From a request to the end of its answer.", ["method", "route", "status"],
             registry=self.registry,
         )  # fmt: skip
-        self.in_flight = Gauge("loractl_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.in_flight = Gauge(
+            "loractl_requests_in_flight", "Requests being answered.", multiprocess_mode="livesum",
+            registry=self.registry,
+        )  # fmt: skip
         self.refused = Counter(
             "loractl_refusals", "Refusals for asking too often or too much.", ["code"], registry=self.registry
         )
@@ -41,7 +51,30 @@ class Meters:
         )  # fmt: skip
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.registry.register(_Rows(database, clock))
+        self.registry.register(self._rows)
+
+    def to_scrape(self) -> CollectorRegistry:
+        """Everything, of all processes that share the folder; of a shared one without what is one process's own."""
+        if self._shared is None:
+            return self.registry
+        every = CollectorRegistry()
+        MultiProcessCollector(every, str(self._shared))  # type: ignore[no-untyped-call]
+        every.register(self._rows)
+        return every
+
+
+def _shared_folder() -> Path | None:
+    """The folder in which processes count together, without the gauges of those that have gone."""
+    if not (name := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
+        return None
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*.db")}:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid, name)  # type: ignore[no-untyped-call]
+    return folder
 
 
 class _Rows:

@@ -25,6 +25,7 @@ from registry.services.tokens import Caller
 
 from .answers import Answers
 from .together import Together
+from .turns import Turns
 
 _MANIFEST_S = 1.0
 """Seconds that a manifest is given on without a look whether its version was deleted."""
@@ -78,18 +79,18 @@ class VersionsPage(NamedTuple):
 class Reads:
     """The questions that one API process is asked, and some of its answers."""
 
-    def __init__(self, parts: house.Parts) -> None:
+    def __init__(self, parts: house.Parts, turns: Turns) -> None:
         self._parts = parts
         self.resolutions = Answers()
         """Bodies by all facts that may change; they live as long as their signed URLs are young."""
         self.manifests = Answers()
         """Bodies by `Named`, for a moment."""
-        self._looks = Together(self._look)
-        self._makes = Together(self._make)
-        self._bodies_of = Together(self._manifests)
-        self._shows = Together(self._shown)
-        self._lists = Together(self._listed, most=_PAGES)
-        self._version_lists = Together(self._listed_versions, most=_PAGES)
+        self._looks = Together(self._look, turns)
+        self._makes = Together(self._make, turns)
+        self._bodies_of = Together(self._manifests, turns)
+        self._shows = Together(self._shown, turns)
+        self._lists = Together(self._listed, turns, most=_PAGES)
+        self._version_lists = Together(self._listed_versions, turns, most=_PAGES)
 
     async def series_page(self, asked: SeriesPage) -> list[tuple[Adapter, AdapterInfo]]:
         """Series by name."""

@@ -8,6 +8,8 @@ from starlette.concurrency import run_in_threadpool
 
 from registry.core.errors import BadRequest
 
+from .turns import Turns
+
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
@@ -20,12 +22,14 @@ class Together(Generic[Question, Answer]):
     refused for what is in one of its questions, each is asked alone: nobody is told of another's mistake.
     """
 
-    def __init__(self, ask: Callable[[Sequence[Question]], Sequence[Answer]], most: int = 256) -> None:
+    def __init__(
+        self, ask: Callable[[Sequence[Question]], Sequence[Answer]], turns: Turns, most: int = 256
+    ) -> None:  # fmt: skip
         """``ask`` gives one answer per question, in order, of at most ``most``.
 
-        It runs in a thread, and its error is everybody's.
+        It runs in a thread when it has a turn, and its error is everybody's.
         """
-        self._ask, self._most = ask, most
+        self._ask, self._turns, self._most = ask, turns, most
         self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
         self._calls: asyncio.Task[None] | None = None
 
@@ -41,8 +45,9 @@ class Together(Generic[Question, Answer]):
     async def _call(self) -> None:
         try:
             while self._waiting:
-                asked, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-                await self._answer(asked)
+                async with self._turns.turn():
+                    asked, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+                    await self._answer(asked)
         finally:
             self._calls = None
 

@@ -24,10 +24,10 @@ from sqlalchemy import (
 )
 from sqlalchemy import select as columns
 from sqlmodel import Session, col, func, select
-from sqlmodel.sql.expression import SelectOfScalar
 
 from registry.core.lifecycle import VersionState
 
+from .among import among
 from .models import (
     Adapter,
     Alias,
@@ -66,27 +66,32 @@ def base_of_revision(session: Session, line: str, number: int | None) -> Base | 
 def revision_names(session: Session, base_ids: Iterable[int]) -> dict[int, list[str]]:
     """base id -> its ``line@rN`` names, oldest first."""
     found: dict[int, list[str]] = {}
-    query = (
-        select(Revision.base_id, Line.name, Revision.number)
-        .join(Line)
-        .where(col(Revision.base_id).in_(set(base_ids)))
-        .order_by(col(Revision.id))
-    )
-    for base_id, line, number in session.exec(query):
+    for base_id, line, number in session.execute(_revision_names(), {"bases": {*base_ids}}):
         found.setdefault(base_id, []).append(f"{line}@r{number}")
     return found
 
 
+@cache
+def _revision_names() -> Select[int, str, int]:
+    query = columns(col(Revision.base_id), col(Line.name), col(Revision.number)).join(Line)
+    return query.where(among(col(Revision.base_id), "bases")).order_by(col(Revision.id))
+
+
 def base_names(session: Session, base_ids: Iterable[int]) -> dict[int, tuple[str, str | None]]:
     """base id -> its digest and its newest ``line@rN`` name, None outside of lines."""
-    query = (
-        select(Base.id, Base.digest, Line.name, Revision.number)
+    rows = session.execute(_base_names(), {"bases": {*base_ids}})
+    return {i: (digest, line and f"{line}@r{number}") for i, digest, line, number in rows}
+
+
+@cache
+def _base_names() -> Select[*tuple[Any, ...]]:
+    return (
+        columns(col(Base.id), col(Base.digest), col(Line.name), col(Revision.number))
         .outerjoin(Revision, col(Revision.base_id) == Base.id)
         .outerjoin(Line, col(Line.id) == Revision.line_id)
-        .where(col(Base.id).in_(set(base_ids)))
+        .where(among(col(Base.id), "bases"))
         .order_by(col(Revision.id))
     )
-    return {i or 0: (digest, line and f"{line}@r{number}") for i, digest, line, number in session.exec(query)}
 
 
 def current_base_of_line_of(session: Session, base_id: int) -> Base | None:
@@ -112,7 +117,14 @@ def line_names(session: Session) -> Sequence[str]:
 
 def adapter_by_name(session: Session, namespace: str, name: str) -> Adapter | None:
     """The series ``namespace/name``."""
-    return session.exec(select(Adapter).where(Adapter.namespace == namespace, Adapter.name == name)).first()
+    return session.execute(_adapter_by_name(), {"namespace": namespace, "name": name}).scalars().first()
+
+
+@cache
+def _adapter_by_name() -> Select[Adapter]:
+    return columns(Adapter).where(
+        col(Adapter.namespace) == bindparam("namespace"), col(Adapter.name) == bindparam("name")
+    )
 
 
 def adapters_by_name(session: Session, names: Iterable[tuple[str, str]]) -> Sequence[Adapter]:
@@ -136,7 +148,14 @@ def version_by_number(session: Session, adapter_id: int, number: int) -> Version
 
 def version_by_digest(session: Session, adapter_id: int, digest: str) -> Version | None:
     """``@sha256:…`` of a series."""
-    return session.exec(select(Version).where(Version.adapter_id == adapter_id, Version.digest == digest)).first()
+    return session.execute(_version_by_digest(), {"adapter": adapter_id, "digest": digest}).scalars().first()
+
+
+@cache
+def _version_by_digest() -> Select[Version]:
+    return columns(Version).where(
+        col(Version.adapter_id) == bindparam("adapter"), col(Version.digest) == bindparam("digest")
+    )
 
 
 def latest_version(session: Session, adapter_id: int, base_id: int | None = None) -> Version | None:
@@ -147,10 +166,16 @@ def latest_version(session: Session, adapter_id: int, base_id: int | None = None
     return session.exec(query.order_by(col(Version.number).desc()).limit(1)).first()
 
 
-def newest_versions_of(adapter_ids: Iterable[int]) -> SelectOfScalar[int | None]:
-    """The query for the ids of the newest live version of each series."""
-    live = (col(Version.adapter_id).in_(set(adapter_ids)), Version.status == VersionState.LIVE)
-    return select(func.max(Version.id)).where(*live).group_by(col(Version.adapter_id))
+def newest_versions(session: Session, adapter_ids: Iterable[int]) -> Sequence[Version]:
+    """The newest live version of each series that has one."""
+    return session.execute(_newest_versions(), {"series": {*adapter_ids}}).scalars().all()
+
+
+@cache
+def _newest_versions() -> Select[Version]:
+    live = (among(col(Version.adapter_id), "series"), col(Version.status) == VersionState.LIVE)
+    newest = columns(func.max(Version.id)).where(*live).group_by(col(Version.adapter_id))
+    return columns(Version).where(col(Version.id).in_(newest))
 
 
 def namespaces_of_version(session: Session, digest: str) -> Sequence[str]:
@@ -161,13 +186,18 @@ def namespaces_of_version(session: Session, digest: str) -> Sequence[str]:
 
 def manifests_of_versions(session: Session, digests: Iterable[str]) -> dict[tuple[str, str, str], bytes]:
     """(namespace, name, digest) of every version with one of these manifests that is not deleted -> the manifest."""
-    query = (
-        select(Adapter.namespace, Adapter.name, Version.digest, StoredManifest.body)
+    rows = session.execute(_manifests_of_versions(), {"digests": {*digests}})
+    return {(namespace, name, digest): body for namespace, name, digest, body in rows}
+
+
+@cache
+def _manifests_of_versions() -> Select[str, str, str, bytes]:
+    return (
+        columns(col(Adapter.namespace), col(Adapter.name), col(Version.digest), col(StoredManifest.body))
         .join(Version)
         .join(StoredManifest, col(StoredManifest.digest) == Version.digest)
-        .where(col(Version.digest).in_(set(digests)), Version.status != VersionState.DELETED)
+        .where(among(col(Version.digest), "digests"), col(Version.status) != VersionState.DELETED)
     )
-    return {(namespace, name, digest): body for namespace, name, digest, body in session.exec(query)}
 
 
 # ── aliases ──────────────────────────────────────────────────────────────────
@@ -197,31 +227,40 @@ class Pointing(NamedTuple):
 
 def aliases_of(session: Session, adapter_ids: Iterable[int]) -> list[Pointing]:
     """Aliases of these series, by base and name."""
+    return [Pointing(*row) for row in session.execute(_aliases_of(), {"series": {*adapter_ids}})]
+
+
+@cache
+def _aliases_of() -> Select[*tuple[Any, ...]]:
     last = and_(
         col(AliasMove.adapter_id) == Alias.adapter_id,
         col(AliasMove.base_id) == Alias.base_id,
         col(AliasMove.name) == Alias.name,
         col(AliasMove.generation) == Alias.generation,
     )
-    query = (
+    return (
         columns(col(Alias.adapter_id), col(Alias.base_id), col(Alias.name), col(Alias.generation))
         .add_columns(col(Alias.version_id), col(Version.number), col(Version.digest))
         .add_columns(col(AliasMove.at), col(AliasMove.actor), col(AliasMove.reason))
         .join(AliasMove, last)
         .join(Version, col(Version.id) == Alias.version_id)
-        .where(col(Alias.adapter_id).in_(set(adapter_ids)))
+        .where(among(col(Alias.adapter_id), "series"))
         .order_by(col(Alias.adapter_id), col(Alias.base_id).desc(), col(Alias.name))
     )
-    return [Pointing(*row) for row in session.execute(query)]
 
 
 def alias_names_of_versions(session: Session, version_ids: Iterable[int]) -> dict[int, list[str]]:
     """version id -> names of aliases that point at it."""
     found: dict[int, list[str]] = {}
-    query = select(Alias.version_id, Alias.name).where(col(Alias.version_id).in_(set(version_ids))).order_by(Alias.name)
-    for version_id, name in session.exec(query):
+    for version_id, name in session.execute(_alias_names_of_versions(), {"versions": {*version_ids}}):
         found.setdefault(version_id, []).append(name)
     return found
+
+
+@cache
+def _alias_names_of_versions() -> Select[int, str]:
+    query = columns(col(Alias.version_id), col(Alias.name)).where(among(col(Alias.version_id), "versions"))
+    return query.order_by(col(Alias.name))
 
 
 class Pointed(NamedTuple):
@@ -348,18 +387,23 @@ class Scoring(NamedTuple):
 
 def newest_evaluations_of(session: Session, version_ids: Iterable[int]) -> list[Scoring]:
     """The newest scoring of each version on each base and suite."""
+    return _scorings(session, _newest_evaluations_of(), {"versions": {*version_ids}})
+
+
+@cache
+def _newest_evaluations_of() -> Select[*tuple[Any, ...]]:
     newest = (
-        select(func.max(Evaluation.id))
-        .where(col(Evaluation.version_id).in_(set(version_ids)))
+        columns(func.max(Evaluation.id))
+        .where(among(col(Evaluation.version_id), "versions"))
         .group_by(col(Evaluation.version_id), col(Evaluation.base_id), col(Evaluation.suite_id))
     )
-    return _scorings(session, _scored().where(col(Evaluation.id).in_(newest)))
+    return _scored().where(col(Evaluation.id).in_(newest))
 
 
 def evaluations_of(session: Session, adapter_id: int, *, after: int, limit: int) -> list[Scoring]:
     """Scorings of a series' versions, oldest first, after a cursor."""
     query = _scored().where(col(Version.adapter_id) == adapter_id, col(Evaluation.id) > after)
-    return _scorings(session, query.limit(limit))
+    return _scorings(session, query.limit(limit), {})
 
 
 def _scored() -> Select[*tuple[Any, ...]]:
@@ -377,10 +421,10 @@ def _scored() -> Select[*tuple[Any, ...]]:
     )
 
 
-def _scorings(session: Session, query: Select[*tuple[Any, ...]]) -> list[Scoring]:
+def _scorings(session: Session, query: Select[*tuple[Any, ...]], values: dict[str, Any]) -> list[Scoring]:
     return [
         Scoring(row, base, f"{place}/{suite}@v{number}", version and f"{namespace}/{name}@v{version}")
-        for row, base, place, suite, number, namespace, name, version in session.execute(query)
+        for row, base, place, suite, number, namespace, name, version in session.execute(query, values)
     ]
 
 
@@ -413,12 +457,17 @@ def dataset_names(session: Session, kind: str, namespaces: Sequence[str] | None)
 
 def newest_policy(session: Session, namespace: str, *names: str) -> StoredPolicy | None:
     """The newest policy of a series, or of the namespace for ``""``; of two, a series' own goes before ``""``."""
-    return session.exec(
-        select(StoredPolicy)
-        .where(StoredPolicy.namespace == namespace, col(StoredPolicy.name).in_(names))
+    return session.execute(_newest_policy(), {"namespace": namespace, "names": {*names}}).scalars().first()
+
+
+@cache
+def _newest_policy() -> Select[StoredPolicy]:
+    return (
+        columns(StoredPolicy)
+        .where(col(StoredPolicy.namespace) == bindparam("namespace"), among(col(StoredPolicy.name), "names"))
         .order_by(col(StoredPolicy.name).desc(), col(StoredPolicy.revision).desc())
         .limit(1)
-    ).first()
+    )
 
 
 # ── compatibility ────────────────────────────────────────────────────────────

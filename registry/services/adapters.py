@@ -147,7 +147,7 @@ def _alias_info(alias: queries.Pointing, called: Mapping[int, tuple[str, str]]) 
 def describe_adapters(session: Session, rows: Sequence[Adapter]) -> list[AdapterInfo]:
     """Series with their newest version and aliases; five queries for any number."""
     ids = {row.id: row for row in rows if row.id is not None}
-    newest = session.exec(select(Version).where(col(Version.id).in_(queries.newest_versions_of(ids)))).all()
+    newest = queries.newest_versions(session, ids)
     pointing = queries.aliases_of(session, ids)
     called = bases.named(session, {version.base_id for version in newest} | {alias.base_id for alias in pointing})
     aliases: defaultdict[int, list[AliasInfo]] = defaultdict(list)

@@ -5,10 +5,13 @@ An alias that the adapter's policy gates moves only with a passing verdict on th
 """
 
 from datetime import datetime
+from functools import cache
 from typing import Any
 
+from sqlalchemy import Select, bindparam
+from sqlalchemy import select as columns
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, func, select
+from sqlmodel import Session, col, func, select
 
 from registry.core.errors import (
     AliasMoved,
@@ -35,8 +38,18 @@ _REASON = 2000
 
 def locked(session: Session, adapter: Adapter, base: Base, alias: str) -> Alias | None:
     """The alias as it is now, held until the end of the transaction: what is judged against it stays true."""
-    query = select(Alias).where(Alias.adapter_id == adapter.id, Alias.base_id == base.id, Alias.name == alias)
-    return session.exec(query.with_for_update().execution_options(populate_existing=True)).first()
+    which = {"adapter": adapter.id, "base": base.id, "alias": alias}
+    return session.execute(_locked(), which).scalars().first()
+
+
+@cache
+def _locked() -> Select[Alias]:
+    query = columns(Alias).where(
+        col(Alias.adapter_id) == bindparam("adapter"),
+        col(Alias.base_id) == bindparam("base"),
+        col(Alias.name) == bindparam("alias"),
+    )
+    return query.with_for_update().execution_options(populate_existing=True)
 
 
 def move(
@@ -59,12 +72,33 @@ def move(
     target. Moving an alias to where it points already changes nothing. `SignatureRequired` where the namespace wants
     a signature that the version has not.
     """
-    assert adapter.id is not None and base.id is not None and version.id is not None
     check_name(alias, "alias")
     row = locked(session, adapter, base, alias)
     if row is not None and row.version_id == version.id:
         return row
     _expect(session, adapter, alias, row, expected)
+    return _point(
+        session, row, adapter=adapter, base=base, alias=alias, version=version, actor=actor, reason=reason, now=now,
+        verdict=verdict, campaign_id=campaign_id,
+    )  # fmt: skip
+
+
+def _point(
+    session: Session,
+    row: Alias | None,
+    *,
+    adapter: Adapter,
+    base: Base,
+    alias: str,
+    version: Version,
+    actor: str,
+    reason: str,
+    now: datetime,
+    verdict: dict[str, Any] | None = None,
+    campaign_id: str | None = None,
+) -> Alias:
+    """Point a locked alias (None: it is not there) to another version than it points to."""
+    assert adapter.id is not None and base.id is not None and version.id is not None
     target = select(Version).where(Version.id == version.id).with_for_update(read=True)
     version = session.exec(target.execution_options(populate_existing=True)).one()
     assert version.id is not None
@@ -204,13 +238,13 @@ def set_alias(
         found = gates.verdict(session, store, policy, candidate=Scored(base, version), serving=serving)
         verdict = _passing(found, adapter, alias, version)
         require_evidence(policy, adapter, alias, version)
-    return move(
+    return _point(
         session,
+        row,
         adapter=adapter,
         base=base,
         alias=alias,
         version=version,
-        expected=row.generation if row else 0,
         actor=caller.token_id,
         reason=reason,
         now=now,

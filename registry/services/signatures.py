@@ -13,9 +13,11 @@ a move and a revocation at once one is first, and the other one knows.
 import json
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, exists
+from sqlalchemy import ColumnElement, Select, exists
+from sqlalchemy import select as columns
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel, col, select
 
@@ -31,6 +33,7 @@ from registry.core.lifecycle import VersionState
 from registry.core.manifest import Manifest, canonical_json
 from registry.core.names import check_name
 from registry.core.signatures import MAX_BUNDLE_BYTES, Bundle
+from registry.db.among import among
 from registry.db.models import Adapter, Alias, Namespace, Signature, SigningKey, StoredManifest, Version
 from registry.keys import PublicKey
 from registry.schemas import KeyInfo, KeyRequest, SignatureInfo, SignaturesInfo, SigningInfo
@@ -299,16 +302,17 @@ def _listed(session: Session, version: Version) -> list[SignatureInfo]:
 
 def signers(session: Session, version_ids: Iterable[int]) -> dict[int, list[str]]:
     """version id -> names of the living keys that signed it."""
-    query = (
-        select(Signature.version_id, SigningKey.name)
-        .join(SigningKey)
-        .where(col(Signature.version_id).in_(set(version_ids)), col(SigningKey.revoked_at).is_(None))
-        .order_by(col(Signature.id))
-    )
     found: dict[int, list[str]] = {}
-    for version_id, name in session.exec(query):
+    for version_id, name in session.execute(_signers(), {"versions": {*version_ids}}):
         found.setdefault(version_id, []).append(name)
     return found
+
+
+@cache
+def _signers() -> Select[int, str]:
+    query = columns(col(Signature.version_id), col(SigningKey.name)).join(SigningKey)
+    living = col(SigningKey.revoked_at).is_(None)
+    return query.where(among(col(Signature.version_id), "versions"), living).order_by(col(Signature.id))
 
 
 class Sound(NamedTuple):

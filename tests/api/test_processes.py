@@ -40,11 +40,11 @@ def environment(database: Database, s3: S3Settings, **more: str) -> dict[str, st
     }
 
 
-def serving(stack: ExitStack, folder: Path, env: dict[str, str]) -> httpx.Client:
-    """An API process, and a client of it."""
+def serving(stack: ExitStack, folder: Path, env: dict[str, str], *more: str) -> httpx.Client:
+    """An API process (``more``: what uvicorn is told besides), and a client of it."""
     [port] = servers.free_ports(1)
     folder.mkdir()
-    line = [sys.executable, "-m", "uvicorn", "--factory", "registry.api.app:create_app", "--port", str(port)]
+    line = [sys.executable, "-m", "uvicorn", "--factory", "registry.api.app:create_app", "--port", str(port), *more]
     process = stack.enter_context(servers.running("API", line, folder, env=env))
     client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60))
 
@@ -137,3 +137,37 @@ def test_a_revocation_holds_on_every_process_within_a_second(two: list[httpx.Cli
             if other.get("/v1/whoami", headers=mine).status_code == 200:
                 last = sent
         assert last - revoked < 1.0  # the promise itself; what is remembered ends after 0.8 s
+
+
+def test_processes_behind_one_port_count_together_and_drop_a_token_within_a_second(
+    postgres_database: Database, s3_settings: S3Settings, tmp_path: Path
+) -> None:
+    counts = str(tmp_path / "metrics")
+    env = environment(postgres_database, s3_settings, LORACTL_FAILED_SIGN_INS="0", PROMETHEUS_MULTIPROC_DIR=counts)
+    (tmp_path / "metrics").mkdir()
+    gone = tmp_path / "metrics" / "gauge_livesum_4194305.db"  # no process has so high a number
+    gone.touch()
+    headers, whoami = {"authorization": f"Bearer {ADMIN}"}, 'route="/v1/whoami"'
+    with ExitStack() as stack:
+        url = str(serving(stack, tmp_path / "api", env, "--workers", "2").base_url)
+
+        def ask(path: str, **more: str) -> httpx.Response:  # over a connection each: either process may take it
+            return httpx.get(f"{url}{path}", headers=headers | more, timeout=60)
+
+        wanted = {"name": "a", "scopes": {"*": ["read"]}}
+        made = httpx.post(f"{url}/v1/tokens", json=wanted, headers=headers, timeout=60)
+        theirs = {"authorization": f"Bearer {made.json()['token']}"}
+        asked, served = 0, set[str]()
+        deadline = time.monotonic() + 60
+        while len(served) < 2 and time.monotonic() < deadline:
+            for _ in range(10):
+                assert ask("/v1/whoami", **theirs).is_success
+                asked += 1
+            lines = ask("/metrics").text.splitlines()
+            assert sum(float(line.split()[-1]) for line in lines if "_count{" in line and whoami in line) == asked
+            served = {path.name for path in (tmp_path / "metrics").glob("histogram_*.db")}
+        assert len(served) == 2
+        assert not gone.exists()
+        httpx.delete(f"{url}/v1/tokens/{made.json()['id']}", headers=headers, timeout=60).raise_for_status()
+        time.sleep(1)
+        assert {ask("/v1/whoami", **theirs).status_code for _ in range(20)} == {401}

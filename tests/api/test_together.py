@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from registry.api.together import Together
+from registry.api.turns import Turns
 from registry.core.errors import BadRequest
 
 
@@ -21,7 +22,7 @@ def test_what_is_asked_during_a_call_goes_into_the_next_one() -> None:
         return [2 * question for question in questions]
 
     async def everybody() -> list[int]:
-        together = Together(double)
+        together = Together(double, Turns(1, 1.0))
         first = asyncio.ensure_future(together.ask(1))
         await asyncio.to_thread(began.wait, 10)
         others = [asyncio.ensure_future(together.ask(number)) for number in (2, 3, 4)]
@@ -41,7 +42,7 @@ def test_an_error_is_everybodys_and_the_next_call_is_a_new_one() -> None:
         return list(questions)
 
     async def ask() -> int:
-        together = Together(refuse)
+        together = Together(refuse, Turns(1, 1.0))
         found = await asyncio.gather(together.ask(0), together.ask(1), return_exceptions=True)
         assert [type(error) for error in found] == [ZeroDivisionError, ZeroDivisionError]
         return await together.ask(7)
@@ -51,7 +52,7 @@ def test_an_error_is_everybodys_and_the_next_call_is_a_new_one() -> None:
 
 def test_who_has_gone_is_no_trouble_for_the_others() -> None:
     async def ask() -> int:
-        together: Together[int, int] = Together(list)
+        together: Together[int, int] = Together(list, Turns(1, 1.0))
         gone = asyncio.ensure_future(together.ask(1))
         stays = asyncio.ensure_future(together.ask(2))
         await asyncio.sleep(0)
@@ -74,7 +75,7 @@ def test_what_is_wrong_with_one_question_is_told_to_who_asked_it() -> None:
         return [question.upper() for question in questions]
 
     async def ask() -> list[str | BaseException]:
-        together = Together(read)
+        together = Together(read, Turns(1, 1.0))
         return await asyncio.gather(*map(together.ask, ("a", "\0", "b")), return_exceptions=True)
 
     first, wrong, last = asyncio.run(ask())
@@ -91,7 +92,7 @@ def test_a_call_takes_no_more_questions_than_it_may() -> None:
         return list(questions)
 
     async def ask() -> list[int]:
-        together = Together(same, most=2)
+        together = Together(same, Turns(1, 1.0), most=2)
         return await asyncio.gather(*map(together.ask, range(5)))
 
     assert asyncio.run(ask()) == [0, 1, 2, 3, 4]

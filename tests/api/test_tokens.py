@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 from sqlmodel import select
 
 from registry.api.app import create_app
@@ -108,6 +109,39 @@ def test_a_revoked_token_opens_nothing_though_it_was_just_used(world: World, api
     assert "revoked" in answer.json()["detail"]
     assert api.delete(f"/v1/tokens/{made['id']}").json()["code"] == "move-not-allowed"
     assert api.delete("/v1/tokens/absent").status_code == 404
+
+
+def test_one_look_finds_all_who_are_at_work_again_and_forgets_whose_token_was_revoked(world: World) -> None:
+    settings = replace(SETTINGS, bootstrap_token=ADMIN)
+    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+    looks: list[str] = []
+
+    def look(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM tokens" in statement:
+            looks.append(statement)
+
+    with TestClient(create_app(parts), headers=bearer(ADMIN)) as api:
+        made = [make(api) for _ in range(3)]
+        texts = [one["token"] for one in made]
+
+        def ask(text: str) -> int:
+            return api.get("/v1/whoami", headers=bearer(text)).status_code
+
+        assert [ask(text) for text in texts * 2] == [200] * 6
+        ask(texts[0])
+        wait_for(lambda: parts._clerk._work_queue.empty())
+        with world.database.write() as session:  # by another process
+            session.get_one(Token, made[2]["id"]).revoked_at = world.now
+        event.listen(world.database.engine, "before_cursor_execute", look)
+        try:
+            for known in parts.callers.values():
+                known.until = 0.0
+            assert [ask(text) for text in texts[:2]] == [200, 200]
+            assert len(looks) == 1
+            assert texts[2] not in parts.callers
+            assert ask(texts[2]) == 401
+        finally:
+            event.remove(world.database.engine, "before_cursor_execute", look)
 
 
 def test_a_rotated_token_has_a_new_secret_and_the_old_one_for_the_grace(world: World, api: TestClient) -> None:

@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from sqlalchemy import select as columns
 from sqlmodel import Session, col, select
 
 from registry.core.digest import Digest
 from registry.db import queries
+from registry.db.among import among
 from registry.db.engine import Database
 from registry.db.models import Adapter, Alias, Base, Line, Revision, TargetFit, TargetSet, Version
 
@@ -66,6 +68,19 @@ def compatible(session: Session, base_id: int, classes: Sequence[str] = (), **mo
     } | more  # fmt: skip
     rows = queries.compatible_versions(session, base_id=base_id, **wanted)
     return [f"{adapter.namespace}/{adapter.name}@v{row.number}" for row, adapter, _ in rows]
+
+
+def test_one_statement_asks_for_any_number_of_values(database: Database) -> None:
+    numbers = columns(col(Base.id)).where(among(col(Base.id), "ids")).order_by(col(Base.id))
+    texts = columns(col(Base.id)).where(among(col(Base.digest), "digests")).order_by(col(Base.id))
+    with database.write() as session:
+        rows = [base(session, name) for name in ("a", "b", "it's; \"c\"")]
+        ids = [some(row.id) for row in rows]
+        for which in ([], [0], [2, 0], [0, 1, 2]):
+            wanted = [ids[i] for i in sorted(which)]
+            digests = {rows[i].digest for i in which} | {"b3:none", '\'") OR 1 = 1'}
+            assert list(session.execute(numbers, {"ids": {ids[i] for i in which}}).scalars()) == wanted
+            assert list(session.execute(texts, {"digests": digests}).scalars()) == wanted
 
 
 def test_pages_of_adapters_are_complete_and_without_repeats_under_inserts(database: Database) -> None:
