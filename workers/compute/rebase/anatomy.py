@@ -296,15 +296,16 @@ class Base:
         gain_D, shift_D = self.norm(part.norm)
         bias_O = self.parameter(f"{part.module}.bias")
         if channels is not None and not self.parts.family.centred and not shift_D.any():
-            folded_ON = self._part(layer, role, inputs=channels).double() * gain_D[channels]
-            constant_O = torch.zeros(len(folded_ON), dtype=folded_ON.dtype)
+            found_ON = _with_a_column(self._part(layer, role, inputs=channels))
+            found_ON[:, :-1] *= gain_D[channels]
         else:
             weight_OD = self.weight(layer, role)
-            constant_O = weight_OD @ shift_D
-            folded_ON = self.centred(weight_OD * gain_D)[:, slice(None) if channels is None else channels]
+            folded_OD = self.centred(weight_OD * gain_D)
+            found_ON = _with_a_column(folded_OD if channels is None else folded_OD[:, channels])
+            found_ON[:, -1] = weight_OD @ shift_D
         if bias_O is not None:
-            constant_O = constant_O + bias_O[part.rows]
-        return torch.cat([folded_ON, constant_O[:, None]], dim=1)
+            found_ON[:, -1] += bias_O[part.rows]
+        return found_ON
 
     def turned(self, layer: int, role: Role, to_ND: Tensor) -> Tensor:
         """`normal` in channels that ``to_ND`` makes of its own; a block of rows at a time is in float64."""
@@ -322,3 +323,10 @@ class Base:
         if bias_O is not None:
             found_ON[:, -1] += bias_O[part.rows]
         return found_ON
+
+
+def _with_a_column(x_ON: Tensor) -> Tensor:
+    """In float64, and a column of zeros behind it."""
+    found_ON = torch.empty(len(x_ON), x_ON.shape[1] + 1, dtype=torch.float64)
+    found_ON[:, :-1], found_ON[:, -1] = x_ON, 0.0
+    return found_ON

@@ -379,17 +379,41 @@ def signless(likeness: Sequence[Tensor]) -> Tensor:
 
 def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Tensor) -> tuple[Tensor, Match]:
     """M of up against down, a number a neuron."""
-    d1, d2 = old["down"].T[order_F], new["down"].T
-    ones_F = torch.ones(len(order_F), dtype=d1.dtype)
-    if "up" not in old:
-        return ones_F, Match(likeness(d1, d2), likeness(d1, d2), moved=False)
-    u1, u2 = old["up"][order_F], new["up"]
-    s_F = ((u1 * u2).sum(1) + (d1 * d2).sum(1)) / (u1.square().sum(1) + d2.square().sum(1)).clamp_min(1e-30)
-    before = (likeness(u1, u2) + likeness(d1, d2)) / 2
+    pairs = [(old["down"].T, new["down"].T), *([(old["up"], new["up"])] if "up" in old else [])]
+    (d11_F, d12_F, d22_F), *of_up = (_products(one, two, order_F) for one, two in pairs)
+    ones_F = torch.ones_like(d12_F)
+
+    def likeness(scale_F: Tensor) -> float:
+        """Of s·up and of down⁄s."""
+        down = _cosine(d11_F / scale_F**2, d12_F / scale_F, d22_F)
+        return fmean([down, *(_cosine(u11_F * scale_F**2, u12_F * scale_F, u22_F) for u11_F, u12_F, u22_F in of_up)])
+
+    before = likeness(ones_F)
+    if not of_up:
+        return ones_F, Match(before, before, moved=False)
+    [(u11_F, u12_F, _)] = of_up
+    s_F = (u12_F + d12_F) / (u11_F + d22_F).clamp_min(1e-30)
     if float(s_F.abs().min()) * _SOUND < float(s_F.abs().max()):
         return ones_F, Match(before, before, moved=False)
-    match = taken(before, (likeness(s_F[:, None] * u1, u2) + likeness(d1 / s_F[:, None], d2)) / 2)
+    match = taken(before, likeness(s_F))
     return (s_F if match.moved else ones_F), match
+
+
+def _products(one_FN: Tensor, two_FN: Tensor, order_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every neuron x₁·x₁, x₁·x₂ and x₂·x₂, x₁ in its new place; by blocks, in float64."""
+    found: list[list[Tensor]] = [[], [], []]
+    for two_BN, some in zip(two_FN.split(_BLOCK), order_F.split(_BLOCK), strict=True):
+        x_BN, y_BN = one_FN[some].double(), two_BN.double()
+        for sums, product_BN in zip(found, (x_BN.square(), x_BN * y_BN, y_BN.square()), strict=True):
+            sums.append(product_BN.sum(1))
+    one_F, both_F, two_F = map(torch.cat, found)
+    return one_F, both_F, two_F
+
+
+def _cosine(one_F: Tensor, both_F: Tensor, two_F: Tensor) -> float:
+    """As `likeness`, of the products of rows."""
+    size = float((one_F.sum() * two_F.sum()).sqrt())
+    return float(both_F.sum()) / size if size else 1.0
 
 
 def unit(x_FN: Tensor) -> Tensor:
