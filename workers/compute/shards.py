@@ -1,7 +1,9 @@
 """Base folders as raw tensors: where each one lies, and reading it by position in bounded memory."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -93,6 +95,12 @@ class Stored:
             blocks = [block for _, block in self.blocks(file.fileno())]
         return torch.cat(blocks).reshape(self.shape) if blocks else torch.empty(self.shape, dtype=DTYPES[self.dtype])
 
+    def touch(self, data: memoryview) -> None:
+        """Have its bytes read into the system's memory, by way of ``data``."""
+        with self.path.open("rb") as file:
+            for at in range(0, self.size, len(data)):
+                self.read_into(file.fileno(), at, data[: self.size - at])
+
     def columns(self, places: Tensor) -> Tensor:
         """Some columns of a matrix, of which a block is in memory at a time."""
         with self.path.open("rb") as file:
@@ -132,3 +140,31 @@ def stored_names(model: Model, name: str, stored: Mapping[str, Stored]) -> list[
     parameter = model.get_parameter(name)
     names = [other for other, value in model.named_parameters(remove_duplicate=False) if value is parameter]
     return [found for other in names if (found := stored_name(model, other, stored))]
+
+
+@contextmanager
+def read_ahead(steps: Iterable[Sequence[Stored]], many: int) -> Iterator[Callable[[], None]]:
+    """Let the disk be at work while the tensors of a step are computed with: those of the next ``many`` steps are read.
+
+    Who has done a step calls what is given. Nothing is kept here: they are in the system's memory when they are needed.
+    """
+    places, over = threading.Semaphore(many), threading.Event()
+
+    def read() -> None:
+        data = memoryview(bytearray(BLOCK_BYTES))
+        for tensors in steps:
+            places.acquire()
+            for tensor in tensors:
+                if over.is_set():
+                    return
+                with suppress(OSError, BadHeader):  # told by who needs it
+                    tensor.touch(data)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield places.release
+    finally:
+        over.set()
+        places.release()
+        thread.join()

@@ -22,6 +22,7 @@ from registry.core.errors import NotRunnable
 from ..finetune import Report, silent
 from ..lora import Adapter, Patch, fitted
 from ..pool import a_core_each
+from ..shards import read_ahead
 from .anatomy import ATTENTION, Anatomy, Base, Role
 from .symmetries import Maps, Match, Sides, layer_maps, likeness, rotation, taken
 from .tokens import shared_tokens, tokenizer_of
@@ -31,6 +32,8 @@ _TOKENS = 16384
 _WIDE, _CHANNELS, _OUTPUTS = 1024, 512, 128
 """Residual streams above the first are compared on so many of their channels, and what gains do on so many outputs,
 where these can tell."""
+_AHEAD = 6
+"""Layers that are read from the disk before they are needed, at most."""
 _FLAT = 1e-6
 """A gain below this share of the largest lets nothing through, and nothing is put through it."""
 
@@ -56,20 +59,25 @@ def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> A
     tokens = shared_tokens(tokenizer_of(old), tokenizer_of(base), rows)
     if not tokens:
         raise NotRunnable(what="Aligning", reason="the tokenizers of the two bases share no token")
-    bases, found = _streams(one, two, tokens)
-    matches = {"residual": found}
     patches: dict[str, Patch] = {}
     biases: dict[str, Tensor] = {}
     by_layer: dict[int | None, dict[str, Patch]] = {}
     for name, _, patch in patched:
         by_layer.setdefault(one.parts.layer_of(name), {})[name] = patch
     ends = by_layer.pop(None, {})
-    for step, (layer, (moved, here)) in enumerate(_each(bases, by_layer), start=1):
-        matches |= {f"layers.{layer}.{space}": match for space, match in here.items()}
-        for name, (patch, bias_O) in moved.items():
-            patches[name] = patch
-            biases |= {} if bias_O is None else {f"{name}.bias": bias_O}
-        report({"step": step, "steps": len(by_layer)})
+    layers = ([*one.layer(layer), *two.layer(layer)] for layer in by_layer if layer is not None)
+    tables = [base.table(base.model.get_input_embeddings()) for base in (one, two)]
+    with read_ahead([tables, *layers], _AHEAD) as done:
+        bases, found = _streams(one, two, tokens)
+        done()
+        matches = {"residual": found}
+        for step, (layer, (moved, here)) in enumerate(_each(bases, by_layer), start=1):
+            done()
+            matches |= {f"layers.{layer}.{space}": match for space, match in here.items()}
+            for name, (patch, bias_O) in moved.items():
+                patches[name] = patch
+                biases |= {} if bias_O is None else {f"{name}.bias": bias_O}
+            report({"step": step, "steps": len(by_layer)})
     patches |= {name: _end(bases, name, patch, tokens) for name, patch in ends.items()}
     config = adapter.config | ({"bias": "lora_only"} if biases else {})
     return Aligned(Adapter(patches, config, biases), matches)

@@ -256,14 +256,18 @@ class Base:
 
     def rows(self, module: nn.Module, tokens: Sequence[int]) -> Tensor:
         """Rows of the embedding or of the head; those of a tied head are the embedding's."""
+        return self.table(module).rows(tokens).double()
+
+    def table(self, module: nn.Module) -> Stored:
+        """What is stored of the embedding or of the head."""
         embedding = self.model.get_input_embeddings()
         name = next(name for name, own in self.model.named_modules() if own is module)
         here = stored_name(self.model, f"{name}.weight", self.stored)
         if here is None and module is not embedding:
-            return self.rows(embedding, tokens)
+            return self.table(embedding)
         if here is None:
             raise NotRunnable(what="Aligning", reason=f"the base does not store '{name}.weight'")
-        return self.stored[here].rows(tokens).double()
+        return self.stored[here]
 
     def centred(self, x_ND: Tensor) -> Tensor:
         """Without what a LayerNorm takes out of every row."""
@@ -281,6 +285,12 @@ class Base:
         if found_OI is None:
             raise NotRunnable(what="Aligning", reason=f"the base has no '{part.module}.weight'")
         return found_OI[part.rows] if outputs is None else found_OI
+
+    def layer(self, layer: int) -> list[Stored]:
+        """What is stored of a layer's parts."""
+        names = {f"{self.parts.part(layer, role).module}.weight" for role in self.parts.family.modules}
+        found = (stored_name(self.model, name, self.stored) for name in sorted(names))
+        return [self.stored[name] for name in found if name is not None]
 
     def normal(self, layer: int, role: Role, channels: Tensor | None = None) -> Tensor:
         """A part of a layer in normal form: readers with their norm folded in and their bias as a last column.
