@@ -44,7 +44,7 @@ from .turns import Turns
 _TOKEN_TTL_S = 0.8
 _TOKENS_KEPT = 4096
 _ALONG = 1024
-"""Tokens at most that are looked up again because another one is."""
+"""Tokens that are looked up again because another one is, at most."""
 _AT_ONCE, _PATIENCE_S = 2, 1.0
 
 
@@ -62,6 +62,8 @@ class AppParts(house.Parts):
     """The parts of one API process, and the callers it remembers for a moment."""
 
     callers: OrderedDict[str, _Known] = field(default_factory=OrderedDict)
+    _forgotten: int = 0
+    """How often a token was forgotten: what was looked up before may be over."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _clerk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "last-use"))
     """Writes down when tokens were used, beside the requests: no reader waits for a writer."""
@@ -86,11 +88,11 @@ class AppParts(house.Parts):
         """The caller behind ``token``, remembered for less than a second: a revocation holds within one."""
         if known := self.known(token):
             return known
-        now = monotonic()
+        now, forgotten = monotonic(), self._forgotten
         if self.oidc and is_jwt(token):
-            return self._remember(token, self._signed_in(self.oidc, token), now)
+            return self._remember(token, self._signed_in(self.oidc, token), now, forgotten)
         with self.database.read() as session:
-            return self._remember(token, tokens.authenticate(session, token, self.clock()), now)
+            return self._remember(token, tokens.authenticate(session, token, self.clock()), now, forgotten)
 
     async def _caller(self, token: str) -> Caller:
         """As `caller`, asked together with all who come at the same moment."""
@@ -101,32 +103,43 @@ class AppParts(house.Parts):
             raise found
         return found
 
-    def _remember(self, token: str, caller: Caller, now: float) -> Caller:
+    def _remember(self, token: str, caller: Caller, now: float, forgotten: int) -> Caller:
+        """Who was looked up at ``now``, when so many had been forgotten: if more are since, this one may be."""
         with self._lock:
-            self.callers[token] = _Known(now + _TOKEN_TTL_S, caller)
-            self.callers.move_to_end(token)
+            if self._forgotten == forgotten:
+                self.callers[token] = _Known(now + _TOKEN_TTL_S, caller)
+                self.callers.move_to_end(token)
             while len(self.callers) > _TOKENS_KEPT:
                 self.callers.popitem(last=False)
         self._note_use(caller)
         return caller
 
     def _authenticated(self, asked: Sequence[str]) -> list[Caller | TokenRefused]:
-        """The caller behind each, in a look that everybody shares who is at work here: of many clients at once each
-        would come alone, time and again.
+        """The caller behind each, in a look that those share who are at work here and would come soon: of many clients
+        at once each would come alone, time and again.
         """
-        now = monotonic()
-        with self._lock:
-            along = [text for text, known in self.callers.items() if known.asked and not is_jwt(text)][-_ALONG:]
-        texts = [*dict.fromkeys((*asked, *along))]
+        now, forgotten = monotonic(), self._forgotten
+        texts = [*dict.fromkeys((*asked, *self._soon(now)))]
         with self.database.read() as session:
             found = dict(zip(texts, authenticate_all(session, texts, self.clock()), strict=True))
         for text, caller in found.items():
             if isinstance(caller, Caller):
-                self._remember(text, caller, now)
+                self._remember(text, caller, now, forgotten)
             else:
                 with self._lock:
                     self.callers.pop(text, None)
         return [found[text] for text in asked]
+
+    def _soon(self, now: float) -> list[str]:
+        """Tokens that asked for something since they were looked up, which was a moment ago, and are to be again."""
+        found: list[str] = []
+        with self._lock:
+            for text, known in reversed(self.callers.items()):  # the last ones first
+                if known.until <= now - _TOKEN_TTL_S or len(found) == _ALONG:
+                    break
+                if known.asked and known.until < now + _TOKEN_TTL_S / 2 and not is_jwt(text):
+                    found.append(text)
+        return found
 
     def _signed_in(self, provider: Provider, token: str) -> Caller:
         """Who signed in at the identity provider; written down when they are new, or their claims changed."""
@@ -201,6 +214,7 @@ class AppParts(house.Parts):
     def forget(self, token_id: str) -> None:
         """Drop what is remembered of a token, after its revocation on this process."""
         with self._lock:
+            self._forgotten += 1
             for text in [text for text, known in self.callers.items() if known.caller.token_id == token_id]:
                 del self.callers[text]
 
@@ -237,12 +251,6 @@ async def _parts(request: Request) -> AppParts:
     return parts(request)
 
 
-async def _in_turn(request: Request) -> AsyncIterator[AppParts]:
-    found = parts(request)
-    async with found.turns.turn():
-        yield found
-
-
 async def known_caller(request: Request) -> Caller:
     """`anyone`, without a thread for who is remembered; each request is counted once."""
     if (counted := request.scope.get("caller")) is not None:
@@ -254,6 +262,12 @@ async def known_caller(request: Request) -> Caller:
     await found.count(caller)
     request.scope["caller"] = caller
     return caller
+
+
+async def _in_turn(request: Request, _: Annotated[Caller, Depends(known_caller)]) -> AsyncIterator[AppParts]:
+    found = parts(request)  # who asks is known by now: to find out takes a turn itself
+    async with found.turns.turn():
+        yield found
 
 
 async def _user(request: Request) -> Caller:

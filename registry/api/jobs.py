@@ -44,7 +44,7 @@ _FINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 @router.post("", status_code=201, responses={200: {"model": JobInfo, "description": "It was there already"}})
-def submit_job(request: JobRequest, parts: InTurn, caller: User, asked: Asked, response: Response) -> JobInfo:
+def submit_job(request: JobRequest, parts: Parts, caller: User, asked: Asked, response: Response) -> JobInfo:
     """Ask for work; 200 and the job that is there already when it is equal."""
     with parts.database.write() as session:
         job, reused = jobs.submit(session, caller, request, parts.clock(), origin=asked)
@@ -168,7 +168,7 @@ def cancel_job(identity: str, parts: InTurn, caller: User) -> JobInfo:
 
 
 @router.post("/{identity}/retry")
-def retry_job(identity: str, parts: InTurn, caller: User, asked: Asked) -> JobInfo:
+def retry_job(identity: str, parts: Parts, caller: User, asked: Asked) -> JobInfo:
     """Queue a failed or cancelled job again."""
     with parts.database.write() as session:
         info = jobs.info(jobs.retry(session, caller, identity, parts.clock(), origin=asked))

@@ -8,6 +8,7 @@ Labels are bounded: routes by their template, methods and kinds by what there is
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def _shared_folder() -> Path | None:
     for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*.db")}:
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
-            mark_process_dead(pid, name)  # type: ignore[no-untyped-call]
+        except (ProcessLookupError, PermissionError):  # gone; or somebody else's by now
+            with suppress(FileNotFoundError):  # another process saw it too
+                mark_process_dead(pid, name)  # type: ignore[no-untyped-call]
     return folder
 
 

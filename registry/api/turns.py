@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Turns of ``few`` at once, and of everybody who waited for ``patience_s``.
+    """Turns of ``few`` at once. Who takes longer than ``patience_s`` goes on, but no longer in place of somebody else.
 
-    So a row's lock or a slow store holds up those who wait for it, and not for ever all who come after them.
+    So a lock or a slow store holds up those who wait for it, and all others once for that long.
     """
 
     def __init__(self, few: int, patience_s: float) -> None:
@@ -21,19 +21,19 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait for a turn, and have it for the length of the block."""
-        placed = await self._placed()
+        """Wait for a turn, and have it for the length of the block or of the patience."""
+        await self._places.acquire()
+        held = True
+
+        def give_back() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._places.release()
+
+        patience = asyncio.get_running_loop().call_later(self._patience_s, give_back)
         try:
             yield
         finally:
-            if placed:
-                self._places.release()
-
-    async def _placed(self) -> bool:
-        if not self._places.locked():
-            return await self._places.acquire()
-        try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._places.acquire()
-        except TimeoutError:
-            return False
+            patience.cancel()
+            give_back()

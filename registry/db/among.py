@@ -26,7 +26,10 @@ class _Values(TypeDecorator[Collection[Any]]):
         self.of = of
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(ARRAY(self.of) if dialect.name == "postgresql" else String())
+        if dialect.name != "postgresql":
+            return dialect.type_descriptor(String())
+        text = self.of._type_affinity is String  # of any length: a cast to a shorter one would cut it
+        return dialect.type_descriptor(ARRAY(String() if text else self.of))
 
     def process_bind_param(self, value: Collection[Any] | None, dialect: Dialect) -> list[Any] | str | None:
         if value is None:
@@ -37,6 +40,10 @@ class _Values(TypeDecorator[Collection[Any]]):
 class _Among(FunctionElement[bool]):
     inherit_cache = True
     type = Boolean()
+
+    def self_group(self, against: Any = None) -> Any:  # noqa: ARG002  # SQLAlchemy's name
+        """A condition already: SQLite, told ``… = 1``, would look for it in no index."""
+        return self
 
 
 def among(column: SQLColumnExpression[Any], name: str) -> ColumnElement[bool]:

@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from cli.main import run
 from registry.client import RegistryClient
+from tests.waiting import wait_for
 
 
 @contextmanager
@@ -43,13 +43,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(ready: Any, patience_s: float = 30) -> None:
-    deadline = time.monotonic() + patience_s
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_its_whole_life(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "data"
     with up(folder, "--jobs", "0") as (process, told):
@@ -70,9 +63,9 @@ def test_its_whole_life(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
         # a child that dies is started again, under the same address
         os.kill(told["pids"]["api"], signal.SIGKILL)
-        wait_until(lambda: json.loads((folder / "up.json").read_text())["pids"]["api"] != told["pids"]["api"])
+        wait_for(lambda: json.loads((folder / "up.json").read_text())["pids"]["api"] != told["pids"]["api"])
         with RegistryClient(told["url"], token) as client:
-            wait_until(lambda: _answers(client))
+            wait_for(lambda: _answers(client))
         pids = json.loads((folder / "up.json").read_text())["pids"].values()
 
         process.send_signal(signal.SIGINT)
@@ -112,4 +105,4 @@ def test_the_children_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     with up(tmp_path / "data", "--jobs", "0") as (process, told):
         process.kill()
         process.wait()
-        wait_until(lambda: not any(alive(pid) for pid in told["pids"].values()))
+        wait_for(lambda: not any(alive(pid) for pid in told["pids"].values()))

@@ -81,6 +81,24 @@ def test_one_statement_asks_for_any_number_of_values(database: Database) -> None
             digests = {rows[i].digest for i in which} | {"b3:none", '\'") OR 1 = 1'}
             assert list(session.execute(numbers, {"ids": {ids[i] for i in which}}).scalars()) == wanted
             assert list(session.execute(texts, {"digests": digests}).scalars()) == wanted
+        long = columns(col(Adapter.id)).where(among(col(Adapter.name), "names"))
+        version(session, rows[0], f"team/{'n' * 64}")
+        assert session.execute(long, {"names": ["n" * 65]}).all() == []
+        assert len(session.execute(long, {"names": ["n" * 64]}).all()) == 1
+
+
+def test_such_a_statement_is_answered_from_an_index(database: Database) -> None:
+    query = columns(col(Version.id)).where(among(col(Version.adapter_id), "series"))
+    text = str(query.compile(database.engine, compile_kwargs={"render_postcompile": True}))
+    with database.write() as session:
+        connection = session.connection()
+        if database.dialect == "sqlite":
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", ("[1, 2]",)).all()
+            assert any("SEARCH versions USING" in row[-1] for row in plan), plan
+        else:
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # of an empty table it would read all
+            plan = connection.exec_driver_sql(f"EXPLAIN {text}", {"series": [1, 2]}).all()
+            assert any("Index Cond" in row[0] and "ANY" in row[0] for row in plan), plan
 
 
 def test_pages_of_adapters_are_complete_and_without_repeats_under_inserts(database: Database) -> None:

@@ -95,11 +95,12 @@ class Stored:
             blocks = [block for _, block in self.blocks(file.fileno())]
         return torch.cat(blocks).reshape(self.shape) if blocks else torch.empty(self.shape, dtype=DTYPES[self.dtype])
 
-    def touch(self, data: memoryview) -> None:
-        """Have its bytes read into the system's memory, by way of ``data``."""
+    def touch(self, data: memoryview) -> Iterator[None]:
+        """Have its bytes read into the system's memory, by way of ``data``, as many at a time."""
         with self.path.open("rb") as file:
             for at in range(0, self.size, len(data)):
                 self.read_into(file.fileno(), at, data[: self.size - at])
+                yield
 
     def columns(self, places: Tensor) -> Tensor:
         """Some columns of a matrix, of which a block is in memory at a time."""
@@ -146,24 +147,33 @@ def stored_names(model: Model, name: str, stored: Mapping[str, Stored]) -> list[
 def read_ahead(steps: Iterable[Sequence[Stored]], many: int) -> Iterator[Callable[[], None]]:
     """Let the disk be at work while the tensors of a step are computed with: those of the next ``many`` steps are read.
 
-    Who has done a step calls what is given. Nothing is kept here: they are in the system's memory when they are needed.
+    Who has done a step calls what is given. Nothing is kept here but in the system's memory, as long as it likes.
     """
-    places, over = threading.Semaphore(many), threading.Event()
+    places, over, done = threading.Semaphore(many), threading.Event(), 0
 
     def read() -> None:
         data = memoryview(bytearray(BLOCK_BYTES))
-        for tensors in steps:
+        for number, tensors in enumerate(steps):
             places.acquire()
             for tensor in tensors:
-                if over.is_set():
-                    return
                 with suppress(OSError, BadHeader):  # told by who needs it
-                    tensor.touch(data)
+                    for _ in tensor.touch(data):
+                        if done > number:
+                            break  # too late
+                        if over.is_set():
+                            return
+            if over.is_set():
+                return
+
+    def finish() -> None:
+        nonlocal done
+        done += 1
+        places.release()
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
     try:
-        yield places.release
+        yield finish
     finally:
         over.set()
         places.release()

@@ -32,8 +32,8 @@ _TOKENS = 16384
 _WIDE, _CHANNELS, _OUTPUTS = 1024, 512, 128
 """Residual streams above the first are compared on so many of their channels, and what gains do on so many outputs,
 where these can tell."""
-_AHEAD = 6
-"""Layers that are read from the disk before they are needed, at most."""
+_AHEAD = 4 << 30
+"""Bytes that are read from the disk before they are needed, about."""
 _FLAT = 1e-6
 """A gain below this share of the largest lets nothing through, and nothing is put through it."""
 
@@ -65,9 +65,10 @@ def align(adapter: Adapter, old: Path, base: Path, report: Report = silent) -> A
     for name, _, patch in patched:
         by_layer.setdefault(one.parts.layer_of(name), {})[name] = patch
     ends = by_layer.pop(None, {})
-    layers = ([*one.layer(layer), *two.layer(layer)] for layer in by_layer if layer is not None)
-    tables = [base.table(base.model.get_input_embeddings()) for base in (one, two)]
-    with read_ahead([tables, *layers], _AHEAD) as done:
+    steps = [[base.table(base.model.get_input_embeddings()) for base in (one, two)]]
+    steps += [[*one.layer(layer), *two.layer(layer)] for layer in by_layer if layer is not None]
+    largest = max(sum(tensor.size for tensor in step) for step in steps)
+    with read_ahead(steps, max(1, _AHEAD // max(1, largest))) as done:
         bases, found = _streams(one, two, tokens)
         done()
         matches = {"residual": found}

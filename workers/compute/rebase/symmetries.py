@@ -383,19 +383,19 @@ def _scales(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor], order_F: Ten
     (d11_F, d12_F, d22_F), *of_up = (_products(one, two, order_F) for one, two in pairs)
     ones_F = torch.ones_like(d12_F)
 
-    def likeness(scale_F: Tensor) -> float:
+    def scaled_likeness(scale_F: Tensor) -> float:
         """Of s·up and of down⁄s."""
         down = _cosine(d11_F / scale_F**2, d12_F / scale_F, d22_F)
         return fmean([down, *(_cosine(u11_F * scale_F**2, u12_F * scale_F, u22_F) for u11_F, u12_F, u22_F in of_up)])
 
-    before = likeness(ones_F)
+    before = scaled_likeness(ones_F)
     if not of_up:
         return ones_F, Match(before, before, moved=False)
     [(u11_F, u12_F, _)] = of_up
     s_F = (u12_F + d12_F) / (u11_F + d22_F).clamp_min(1e-30)
     if float(s_F.abs().min()) * _SOUND < float(s_F.abs().max()):
         return ones_F, Match(before, before, moved=False)
-    match = taken(before, likeness(s_F))
+    match = taken(before, scaled_likeness(s_F))
     return (s_F if match.moved else ones_F), match
 
 
