@@ -23,9 +23,10 @@ from registry import traces
 from registry.client import RegistryClient
 from registry.schemas import Wishes
 from registry.transfer import push_base, push_dataset
-from tests.cli.test_up import up, wait_until
+from tests.cli.test_up import up
 from tests.factories import tiny_llama
 from tests.test_logs import DATABASE, HIDDEN, SIGNED, TOKEN
+from tests.waiting import wait_for
 
 ITEMS = [{"prompt": f"{number} is ", "choices": ["even", "odd"], "answer": number % 2} for number in range(20)]
 
@@ -103,7 +104,7 @@ def test_one_trace_leads_from_a_command_through_the_api_to_the_worker_and_back(
                     [sys.executable, "-m", "cli.main", *words], capture_output=True, text=True, check=True, timeout=300
                 )
                 job = json.loads(ended.stdout)["id"]
-                wait_until(lambda: client.job(job).state in ("succeeded", "failed"), 300)
+                wait_for(lambda: client.job(job).state in ("succeeded", "failed"), 300)
                 assert client.job(job).state == "succeeded"
     command = collector.named("loractl-cli", "loractl evaluate")
     work = collector.named("loractl-worker", "job evaluate")

@@ -8,9 +8,8 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Select, bindparam
+from sqlalchemy import ColumnElement, Select, bindparam
 from sqlalchemy import select as columns
-from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, func, select
 
 from registry.core.errors import (
@@ -27,6 +26,7 @@ from registry.db.models import Adapter, Alias, AliasMove, Base, Version
 from registry.storage.base import BlobStore
 
 from . import audit, bases, gates, policies, signatures, standing
+from .blobs import add_new
 from .gates import Lacking, Scored
 from .references import nearest
 from .tokens import Caller
@@ -106,19 +106,17 @@ def _point(
     signatures.require_signed(session, adapter, version, hold=True)
     before = row.version_id if row else None
     if row is None:
-        row = Alias(
-            adapter_id=adapter.id,
-            base_id=base.id,
-            name=alias,
-            version_id=version.id,
-            target_set_id=version.target_set_id,
-            generation=_last_generation(session, adapter, base, alias) + 1,
-        )
-        try:
-            with session.begin_nested():
-                session.add(row)
-        except IntegrityError as error:  # two made it at once
-            raise _moved(session, adapter, alias, locked(session, adapter, base, alias)) from error
+        made = {
+            "adapter_id": adapter.id,
+            "base_id": base.id,
+            "name": alias,
+            "version_id": version.id,
+            "target_set_id": version.target_set_id,
+            "generation": _next_generation(adapter, base, alias),
+        }
+        row = add_new(session, Alias, made)
+        if row is None:  # two made it at once
+            raise _moved(session, adapter, alias, locked(session, adapter, base, alias))
     else:
         row.version_id = version.id
         row.target_set_id = version.target_set_id
@@ -196,11 +194,12 @@ def _audit(
     )
 
 
-def _last_generation(session: Session, adapter: Adapter, base: Base, alias: str) -> int:
-    query = select(func.max(AliasMove.generation)).where(
+def _next_generation(adapter: Adapter, base: Base, alias: str) -> ColumnElement[int]:
+    """Of an alias that is not there: it may have been."""
+    last = select(func.max(AliasMove.generation)).where(
         AliasMove.adapter_id == adapter.id, AliasMove.base_id == base.id, AliasMove.name == alias
     )
-    return session.exec(query).one() or 0
+    return func.coalesce(last.scalar_subquery(), 0) + 1
 
 
 def set_alias(

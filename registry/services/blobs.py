@@ -7,7 +7,7 @@ push says ``present`` only of bytes its author could have pulled: nobody learns 
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import false, or_
 from sqlalchemy.dialects import postgresql, sqlite
@@ -32,6 +32,8 @@ from registry.db.models import (
 from registry.storage.base import BlobStore
 
 from .tokens import Caller
+
+Row = TypeVar("Row", bound=SQLModel)
 
 
 def staging_key(push_id: str, digest: str) -> str:
@@ -141,10 +143,19 @@ def keep_manifest(session: Session, manifest: Manifest) -> None:
 
 def add_once(session: Session, table: type[SQLModel], *rows: Mapping[str, Any]) -> None:
     """Insert ``rows`` where no row with the same unique key exists."""
-    if not rows:
-        return
+    if rows:
+        session.exec(_insert(session, table).on_conflict_do_nothing(), params=rows)
+
+
+def add_new(session: Session, table: type[Row], values: Mapping[str, Any]) -> Row | None:
+    """Insert one row, unless one with the same unique key exists, which is waited for while it is being written."""
+    insert = _insert(session, table).values(values).on_conflict_do_nothing()
+    return session.execute(insert.returning(table)).scalars().first()
+
+
+def _insert(session: Session, table: type[SQLModel]) -> postgresql.Insert | sqlite.Insert:
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    session.exec(insert(table).on_conflict_do_nothing(), params=rows)
+    return insert(table)
 
 
 
