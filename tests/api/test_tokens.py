@@ -28,15 +28,19 @@ READER = {"name": "reader", "scopes": {"team": ["read"]}}
 
 @pytest.fixture
 def api(world: World) -> Iterator[TestClient]:
-    settings = replace(SETTINGS, bootstrap_token=ADMIN)
-    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
-    with TestClient(create_app(parts), headers=bearer(ADMIN)) as client:
+    with TestClient(create_app(parts_of(world)), headers=bearer(ADMIN)) as client:
         yield client
 
 
 def parts_of(world: World) -> AppParts:
-    """Those of another process."""
-    return AppParts(SETTINGS, world.database, world.store, Broker("memory://"), world.clock)
+    """Those of a process."""
+    settings = replace(SETTINGS, bootstrap_token=ADMIN)
+    return AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+
+
+def written(parts: AppParts) -> None:
+    """Wait until every use of a token is written down that is to be."""
+    parts._clerk.submit(lambda: None).result()
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -109,8 +113,7 @@ def test_a_revoked_token_opens_nothing_though_it_was_just_used(world: World, api
 
 
 def test_one_look_finds_all_who_are_at_work_again_and_forgets_whose_token_was_revoked(world: World) -> None:
-    settings = replace(SETTINGS, bootstrap_token=ADMIN)
-    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+    parts = parts_of(world)
     looks: list[str] = []
 
     def look(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -126,7 +129,7 @@ def test_one_look_finds_all_who_are_at_work_again_and_forgets_whose_token_was_re
 
         assert [ask(text) for text in texts * 2] == [200] * 6
         ask(texts[0])
-        parts._clerk.submit(lambda: None).result()  # what it had to write down before is written
+        written(parts)
         with world.database.write() as session:  # by another process
             session.get_one(Token, made[2]["id"]).revoked_at = world.now
         event.listen(world.database.engine, "before_cursor_execute", look)
@@ -144,20 +147,19 @@ def test_one_look_finds_all_who_are_at_work_again_and_forgets_whose_token_was_re
 
 
 def test_who_asked_for_nothing_of_late_is_not_looked_up_with_others_and_seems_not_at_work(world: World) -> None:
-    settings = replace(SETTINGS, bootstrap_token=ADMIN)
-    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+    parts = parts_of(world)
     with TestClient(create_app(parts), headers=bearer(ADMIN)) as api:
         one, two = make(api), make(api)
         for text in (one["token"], two["token"]) * 2:
             assert api.get("/v1/whoami", headers=bearer(text)).is_success
-        parts._clerk.submit(lambda: None).result()
+        written(parts)
         before = world.one(select(Token).where(Token.id == one["id"])).last_used_at
         world.later(seconds=3600)
         parts.callers[one["token"]].until = time.monotonic() - 1
         parts.callers.move_to_end(one["token"], last=False)
         del parts.callers[two["token"]]
         assert api.get("/v1/whoami", headers=bearer(two["token"])).is_success
-        parts._clerk.submit(lambda: None).result()
+        written(parts)
         assert world.one(select(Token).where(Token.id == two["id"])).last_used_at == world.now
         assert world.one(select(Token).where(Token.id == one["id"])).last_used_at == before
 
@@ -184,8 +186,7 @@ def test_a_look_that_began_before_a_token_was_forgotten_brings_it_not_back(world
 
 
 def test_who_is_behind_a_token_is_found_before_a_turn_is_taken(world: World) -> None:
-    settings = replace(SETTINGS, bootstrap_token=ADMIN)
-    parts = AppParts(settings, world.database, world.store, Broker("memory://"), world.clock)
+    parts = parts_of(world)
     parts.turns = Turns(1, 60)
     parts._authentications = Together(parts._authenticated, parts.turns)
     with TestClient(create_app(parts), headers=bearer(ADMIN)) as api:
