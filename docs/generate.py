@@ -1,5 +1,5 @@
 """Write docs/cli.md from the help of every command, docs/errors.md from the classes of refusals, docs/faults.md from
-what is on record in docs/faults.jsonl.
+what is on record in docs/faults.jsonl and docs/soaks.jsonl.
 
 ``make docs`` runs this; `tests/test_docs.py` says when the pages are older than the code.
 """
@@ -68,7 +68,7 @@ def errors_page() -> str:
 
 def faults_page() -> str:
     """The page of all episodes."""
-    return record.page(record.lines(DOCS / "faults.jsonl"))
+    return record.page(record.lines(DOCS / "faults.jsonl"), record.lines(DOCS / "soaks.jsonl"))
 
 
 PAGES = {"cli.md": cli_page, "errors.md": errors_page, "faults.md": faults_page}

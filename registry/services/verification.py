@@ -64,6 +64,7 @@ from . import audit, bases, blobs, commits, datasets, fits, pushes
 
 Clock = Callable[[], datetime]
 LEASE = timedelta(seconds=60)
+"""How long a push is a verifier's that is not heard of again, unless the caller says otherwise."""
 REST = timedelta(seconds=1), timedelta(seconds=30)
 """The shortest and the longest time that a push rests when the store could not be read for it."""
 MAX_ADAPTER_HEADERS = 64 << 20
@@ -87,13 +88,14 @@ class Claim:
     push: Push
     until: datetime
     clock: Clock
+    lease: timedelta
     renewed: float = field(default_factory=monotonic)
 
     def tick(self) -> None:
         """Called often; renews the lease now and then. `LeaseGone` when it was lost."""
-        if monotonic() - self.renewed < LEASE.total_seconds() / 4:
+        if monotonic() - self.renewed < self.lease.total_seconds() / 4:
             return
-        later = self.clock() + LEASE
+        later = self.clock() + self.lease
         with self.database.write() as session:
             held = session.exec(
                 update(Push)
@@ -110,7 +112,7 @@ class Claim:
         done, lost = threading.Event(), list[LeaseGone]()
 
         def renew() -> None:
-            while not done.wait(LEASE.total_seconds() / 8):
+            while not done.wait(self.lease.total_seconds() / 8):
                 try:
                     self.tick()
                 except LeaseGone as gone:
@@ -130,9 +132,12 @@ class Claim:
             raise lost[0]
 
 
-def verify_next(database: Database, store: BlobStore, clock: Clock, *, read_first: int = READ_FIRST) -> bool:
+def verify_next(
+    database: Database, store: BlobStore, clock: Clock, *, lease: timedelta = LEASE, read_first: int = READ_FIRST
+) -> bool:
     """Verify the push that waits longest and commit or reject it; whether there was one."""
-    claim = _claim(database, clock, and_(col(Push.state) == PushState.VERIFYING, col(Push.expires_at) > clock()))
+    waiting = and_(col(Push.state) == PushState.VERIFYING, col(Push.expires_at) > clock())
+    claim = _claim(database, clock, waiting, lease)
     if claim is None:
         return False
     push = claim.push
@@ -158,7 +163,7 @@ def verify_next(database: Database, store: BlobStore, clock: Clock, *, read_firs
     return True
 
 
-def _claim(database: Database, clock: Clock, condition: ColumnElement[bool]) -> Claim | None:
+def _claim(database: Database, clock: Clock, condition: ColumnElement[bool], lease: timedelta) -> Claim | None:
     now = clock()
     free = or_(col(Push.lease_until).is_(None), col(Push.lease_until) <= now)
     with database.write() as session:
@@ -166,9 +171,9 @@ def _claim(database: Database, clock: Clock, condition: ColumnElement[bool]) -> 
         push = session.exec(query.with_for_update(skip_locked=True)).first()
         if push is None:
             return None
-        push.lease_until = now + LEASE
+        push.lease_until = now + lease
         session.add(push)
-    return Claim(database, push, now + LEASE, clock)
+    return Claim(database, push, now + lease, clock, lease)
 
 
 def _mine(session: Session, claim: Claim) -> Push | None:
@@ -577,7 +582,7 @@ def _own(header: Header, owner: dict[str, str]) -> None:
         raise NotABase(path="the push", reason=f"it has {len(owner)} tensors; at most {MAX_TENSORS} are allowed")
 
 
-def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
+def read_next_base(database: Database, store: BlobStore, clock: Clock, *, lease: timedelta = LEASE) -> bool:
     """Read one base whose weights were only checked by parts; whether there was one.
 
     What turns out damaged is taken back: the base is without weights again, and the push says why.
@@ -586,7 +591,7 @@ def read_next_base(database: Database, store: BlobStore, clock: Clock) -> bool:
     waiting = and_(
         col(Push.manifest_digest).in_(parts), col(Push.state) == PushState.COMMITTED, col(Push.kind) == "base"
     )
-    claim = _claim(database, clock, waiting)
+    claim = _claim(database, clock, waiting, lease)
     if claim is None:
         return False
     manifest = Manifest.parse(claim.push.manifest)

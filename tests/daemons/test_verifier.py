@@ -203,7 +203,9 @@ def test_a_lease_is_renewed_while_it_is_needed_and_lost_to_whoever_took_it(embed
     with embedded.database.write() as session:
         session.exec(update(Push).where(Push.id == info.id).values(lease_until=until))  # type: ignore[arg-type]
     push = embedded.one(select(Push).where(Push.id == info.id))
-    claim = verification.Claim(embedded.database, push, until, embedded.clock, renewed=float("-inf"))
+    claim = verification.Claim(
+        embedded.database, push, until, embedded.clock, verification.LEASE, renewed=float("-inf")
+    )
     embedded.later(seconds=10)
     claim.tick()
     assert claim.until == embedded.now + verification.LEASE

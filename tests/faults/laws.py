@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sqlmodel import Session, col, func, or_, select
 
@@ -32,15 +31,15 @@ from registry.db.models import (
     Version,
 )
 from registry.parts import Parts
-from registry.services import audit, pushes, verification
+from registry.services import audit, pushes
 from registry.services.blobs import blob_key
 from registry.transfer import PARTIAL, pull
 from tests.faults import people
-from tests.faults.people import journals
+from tests.faults.people import Journals, Line
 from tests.faults.town import WORKSHOP_LEASE_S, Town
 
-PATIENCE_S = verification.LEASE.total_seconds() + 30.0
-"""What a verifier began that died comes to its end when another may take it over."""
+PATIENCE_S = 90.0
+"""What somebody began that died comes to its end when another may take it over: after a lease, on a busy machine."""
 WORKSHOP_PATIENCE_S = 600.0
 """Trainings and upgrades come to their end on a machine that has other work to do."""
 _ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
@@ -81,7 +80,7 @@ def _begun(parts: Parts) -> str:
 
 def breaches(town: Town, seen: set[str]) -> list[str]:
     """What is broken; ``seen``: digests that were pulled and verified before, which grows."""
-    promised = list(journals(town.place.folder))
+    promised = list(Journals(town.place.folder).news())
     parts = Parts.of(town.settings)
     try:
         with parts.database.snapshot() as connection, Session(connection) as session:  # daemons go on meanwhile
@@ -95,7 +94,7 @@ def breaches(town: Town, seen: set[str]) -> list[str]:
         parts.close()
 
 
-Promises = list[dict[str, Any]]
+Promises = list[Line]
 
 
 def no_one_saw_what_should_not_be(_session: Session, promised: Promises) -> Iterator[str]:

@@ -75,12 +75,25 @@ class Place:
         return self.folder / "closed"
 
 
-def journals(folder: Path) -> Iterator[dict[str, Any]]:
-    """Everything that was promised to anybody, whole lines only: their writer may have been killed."""
-    for file in sorted((folder / "journals").glob("*.jsonl")):
-        for line in file.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+Line = dict[str, Any]
+
+
+class Journals:
+    """All that was promised to anybody in a town."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "journals"
+        self._read: dict[Path, int] = {}
+
+    def news(self) -> Iterator[Line]:
+        """What was written since the last look, whole lines only: their writer may have been killed."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            yield from map(json.loads, whole.splitlines())
 
 
 class Person:
@@ -93,6 +106,12 @@ class Person:
         self.base = str(digest_base(place.base).digest)
         self.home = place.folder / "homes" / name
         self.home.mkdir(parents=True, exist_ok=True)
+        self._journals, self._pushed = Journals(place.folder), list[Line]()
+
+    def pushed(self) -> list[Line]:
+        """What was committed for anybody."""
+        self._pushed += [line for line in self._journals.news() if line["did"] == "pushed"]
+        return self._pushed
 
     def note(self, did: str, **facts: Any) -> None:
         line = json.dumps({"did": did, "who": self.name, **facts}) + "\n"
@@ -129,13 +148,13 @@ def own_work() -> Iterator[None]:
 # ── pushing and pulling ──────────────────────────────────────────────────────
 
 
-def author(place: Place, name: str, seed: int) -> None:
-    """Pushes adapters, some with an alias, some twice; and data large enough to go in parts."""
+def author(place: Place, name: str, seed: int, data: float = 0.25) -> None:
+    """Pushes adapters, some with an alias, some twice; and a share of ``data``, large enough to go in parts."""
     me = Person(place, name, seed)
 
     def push_one() -> None:
         number = me.chance.randrange(1 << 30)
-        if me.chance.random() < 0.25:
+        if me.chance.random() < data:
             _push_data(me, number)
             return
         with own_work():
@@ -177,7 +196,7 @@ def _number(outcome: dict[str, Any] | None) -> Any:
 
 def _push_data(me: Person, number: int) -> None:
     file = me.home / f"d{number}.jsonl"
-    size = me.chance.choice((1, 40, 400))
+    size = me.chance.choice((1, 1, 1, 40, 400))
     text = me.chance.randbytes(10_000).hex()
     with own_work():
         file.write_text("".join(f'{{"prompt": "{number} {row}", "completion": "{text}"}}\n' for row in range(size)))
@@ -191,8 +210,7 @@ def reader(place: Place, name: str, seed: int) -> None:
     me = Person(place, name, seed)
 
     def pull_one() -> None:
-        known = [line for line in journals(place.folder) if line["did"] == "pushed"]
-        if not known:
+        if not (known := me.pushed()):
             time.sleep(0.05)
             return
         wanted = me.chance.choice(known)
@@ -209,8 +227,7 @@ def mover(place: Place, name: str, seed: int) -> None:
 
     def move_one() -> None:
         bot = me.chance.choice(BOTS)
-        known = sorted({line["digest"] for line in journals(place.folder)
-                        if line["did"] == "pushed" and line["name"] == bot})  # fmt: skip
+        known = [line["digest"] for line in me.pushed() if line["name"] == bot]
         if not known:
             time.sleep(0.05)
             return
@@ -231,8 +248,7 @@ def planner(place: Place, name: str, seed: int) -> None:
     me = Person(place, name, seed)
 
     def ask_one() -> None:
-        known = [line["digest"] for line in journals(place.folder)
-                 if line["did"] == "pushed" and line["kind"] == "adapter"]  # fmt: skip
+        known = [line["digest"] for line in me.pushed() if line["kind"] == "adapter"]
         if not known:
             time.sleep(0.05)
             return

@@ -1,7 +1,7 @@
-"""What was seen over all runs: a line an episode in ``docs/faults.jsonl``, and the page that `make docs` makes of them.
+"""What was seen over all runs: lines in ``docs/faults.jsonl`` and ``docs/soaks.jsonl``, and the page `make docs` makes.
 
-A line is appended when its episode is over, so that a run that is killed, or two at once, lose nothing. Whoever found
-out why a law was broken adds it to the line, as ``was``.
+A line is appended when its episode, or its soak, is over, so that a run that is killed, or two at once, lose nothing.
+Whoever found out why a law was broken adds it to the line, as ``was``.
 """
 
 import json
@@ -19,6 +19,10 @@ Every episode that `python -m tests.faults.run --record docs/faults.jsonl` ran, 
 real processes is hurt while people use it, healed, and every law of `tests/faults/laws.py` is looked at. What each
 misfortune is stands in `tests/faults/faults.py`; how often it came, in which installation, stands here.
 """
+SOAK = """Nothing is hurt. People push, pull, move aliases, delete and work while two collectors go through everything
+without a pause (`python -m tests.faults.soak`). *Told to come again*: refusals that say so, and races that somebody
+else won, by their codes. Then every law is looked at, for all that was ever done, and every version that was promised
+is pulled. Memory is that of our own processes, in the second tenth of the time and in the last."""
 
 
 def append(file: Path, line: Line) -> None:
@@ -32,8 +36,8 @@ def lines(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
 
-def page(told: Sequence[Line]) -> str:
-    """What is on record, as a page."""
+def page(told: Sequence[Line], long: Sequence[Line] = ()) -> str:
+    """What is on record of episodes and of soaks, as a page."""
     broken = [line for line in told if line["broken"]]
     days = sorted({line["on"] for line in told})
     did = sum((Counter(line["did"]) for line in told), Counter[str]())
@@ -47,7 +51,24 @@ def page(told: Sequence[Line]) -> str:
         text.append(f"| {' | '.join([*cells, line.get('was', 'not known yet')])} |")
     text += ["", "## Recovery", "", "On two cores, alone on them or beside other work, ten times what they can do.", ""]
     text += ["| what | beside | times | median s | 95 % within s | longest s |", "|---|---|---|---|---|---|"]
-    return "\n".join([*text, *_recoveries(told)]) + "\n"
+    text += _recoveries(told)
+    if long:
+        text += ["", "## Soaks", "", SOAK, "", *soaks(long)]
+    return "\n".join(text) + "\n"
+
+
+def soaks(told: Iterable[Line]) -> list[str]:
+    """A row each."""
+    rows = ["| when | where | operations | of them | minutes | told to come again | laws broken | MB early → late |"]
+    rows += ["|---" * 8 + "|"]
+    for line in told:
+        did: dict[str, int] = line["did"]
+        of = ", ".join(f"{did[one]:,} {one}" for one in sorted(did) if one in line["counted"])
+        again = ", ".join(f"{count:,} {one}" for one, count in sorted(did.items()) if ": " in one) or "nobody"
+        grown = ", ".join(f"{name} {early} → {late}" for name, (early, late) in line["memory"].items())
+        cells = [line.get("on", "now"), line["setup"], f"{line['operations']:,}", of, f"{line['seconds'] / 60:.0f}"]
+        rows.append(f"| {' | '.join([*cells, again, str(len(line['broken'])), grown])} |")
+    return rows
 
 
 def table(told: Iterable[Line]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.faults import laws, machines, record, recovery
 from tests.faults.faults import MEANS, Fault, faults_of, why_not
-from tests.faults.people import journals
+from tests.faults.people import Journals
 from tests.faults.town import SETUPS, Town, town
 from tests.servers import ServerDown
 
@@ -71,7 +71,7 @@ def episode(here: Town, fault: Fault, seed: int, seen: set[str]) -> Episode:
 
 
 def _deeds(here: Town) -> Counter[str]:
-    return Counter(line["did"] for line in journals(here.place.folder))
+    return Counter(line["did"] for line in Journals(here.place.folder).news())
 
 
 def _forget_breaches(journal: Path) -> None:

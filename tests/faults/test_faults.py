@@ -23,7 +23,7 @@ from registry.schemas import ClaimRequest, JobRequest, Output, Wishes
 from registry.services.blobs import blob_key
 from registry.transfer import push_adapter
 from tests.factories import tiny_adapter
-from tests.faults import laws, machines, people, record, run
+from tests.faults import laws, machines, people, record, run, soak
 from tests.faults.faults import (
     Fault,
     api_dies,
@@ -62,6 +62,18 @@ def test_no_work_is_lost_or_done_twice_whatever_happens_to_workers(tmp_path: Pat
     print(run.line(told))
     assert not told.breaches, run.line(told)
     assert told.did["upgrades"] > 0
+
+
+def test_a_soak_ends_when_enough_was_done_and_says_how_it_went(tmp_path: Path) -> None:
+    with town("sqlite+folder", tmp_path / "town", disks_end=False) as here:
+        told = soak.soak(here, 50, SEED)
+    assert told["operations"] >= 50
+    assert told["operations"] == sum(told["did"].get(one, 0) for one in soak.OPERATIONS)
+    assert told["broken"] == []
+    assert all(early > 20 and late > 20 for early, late in told["memory"].values())
+    row = record.soaks([told])[-1]
+    assert f"| {told['operations']:,} |" in row
+    assert "| 0 | api-1 " in row
 
 
 def test_the_laws_see_what_is_broken(tmp_path: Path) -> None:

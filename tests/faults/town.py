@@ -214,12 +214,13 @@ class Town:
         person.start()
         self.crowd.append(person)
 
-    def gather(self, seed: int) -> None:
-        """Everybody does."""
+    def gather(self, seed: int, data: float = 0.25) -> None:
+        """Everybody does; a share of what authors push is ``data``."""
+        for name in ("anna", "ben"):
+            self.comes(people.author, name, seed, data)
         for who, name in (
-            (people.author, "anna"), (people.author, "ben"), (people.reader, "cleo"), (people.mover, "dan"),
-            (people.mover, "eva"), (people.planner, "finn"), (people.worker, "gus"), (people.worker, "hana"),
-            (people.remover, "lou"), (people.remover, "mia"),
+            (people.reader, "cleo"), (people.mover, "dan"), (people.mover, "eva"), (people.planner, "finn"),
+            (people.worker, "gus"), (people.worker, "hana"), (people.remover, "lou"), (people.remover, "mia"),
         ):  # fmt: skip
             self.comes(who, name, seed)
         self.comes(collect, self.settings)
@@ -250,8 +251,8 @@ def _is_well(host: str, port: int) -> bool:
 
 
 @contextmanager
-def town(setup: str, folder: Path) -> Iterator[Town]:
-    """A town with a base model in it, and nobody yet."""
+def town(setup: str, folder: Path, *, disks_end: bool = True) -> Iterator[Town]:
+    """A town with a base model in it, and nobody yet; ``disks_end``: with small disks of its own, which can be full."""
     database, store, *more = setup.split("+")
     with ExitStack() as stack:
         for name in ("journals", "homes", "data"):
@@ -322,7 +323,7 @@ def town(setup: str, folder: Path) -> Iterator[Town]:
         found = Town(setup, settings, place, link, store_link, environment, ports, hosts, starters, otherwise)
         with suppress(machines.NotHere):
             machines.can_mount()
-            found.disks |= {name: stack.enter_context(machines.disk(path)) for name, path in disks.items()}
+            found.disks |= {name: stack.enter_context(machines.disk(disks[name])) for name in disks if disks_end}
         try:
             for name, start in starters.items():
                 found.lives[name] = start()

@@ -362,9 +362,8 @@ def test_a_long_copy_keeps_its_lease(
             time.sleep(0.01)
         copy(source, target)
 
-    monkeypatch.setattr(verification, "LEASE", timedelta(seconds=0.2))
     monkeypatch.setattr(local_store, "copy", slowly)
-    assert world.verify()
+    assert world.verify(lease=timedelta(seconds=0.2))
     assert len(renewed) == len(contents)
     assert world.describe(info.id).state == "committed"
 
