@@ -11,11 +11,12 @@ from time import monotonic
 
 
 class Answers:
-    """The last ``room`` bodies; the ones that were longest not asked for go first."""
+    """The last ``room`` bodies, of ``most`` bytes together; the ones that were longest not asked for go first."""
 
-    def __init__(self, room: int = 4096) -> None:
-        self.room = room
+    def __init__(self, room: int = 4096, most: int = 32 << 20) -> None:
+        self.room, self.most = room, most
         self._bodies: OrderedDict[Hashable, tuple[float, bytes]] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> bytes | None:
@@ -28,9 +29,12 @@ class Answers:
             return body
 
     def keep(self, key: Hashable, body: bytes, life_s: float = float("inf")) -> None:
-        """Remember ``body`` for ``life_s``."""
+        """Remember ``body`` for ``life_s``, unless there is no room for it alone."""
+        if len(body) > self.most:
+            return
         with self._lock:
+            self._bytes += len(body) - len(self._bodies.pop(key, (0.0, b""))[1])
             self._bodies[key] = (monotonic() + life_s, body)
-            self._bodies.move_to_end(key)
-            while len(self._bodies) > self.room:
-                self._bodies.popitem(last=False)
+            while len(self._bodies) > self.room or self._bytes > self.most:
+                _, (_, oldest) = self._bodies.popitem(last=False)
+                self._bytes -= len(oldest)

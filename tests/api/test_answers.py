@@ -18,6 +18,21 @@ from tests.world import SETTINGS, World
 TOKEN, OTHER = tokens.make_text(), tokens.make_text()
 
 
+def test_bodies_that_are_kept_are_bounded_in_bytes() -> None:
+    answers = Answers(most=10)
+    answers.keep("a", b"1234")
+    answers.keep("b", b"1234")
+    answers.keep("a", b"12")  # instead of what was there
+    answers.keep("c", b"1234")
+    assert [answers.get(key) for key in "abc"] == [b"12", b"1234", b"1234"]
+    answers.keep("d", b"1")
+    assert [answers.get(key) for key in "abcd"] == [None, b"1234", b"1234", b"1"]
+    answers.keep("e", bytes(11))
+    assert [answers.get(key) for key in "abcde"] == [None, b"1234", b"1234", b"1", None]
+    answers.keep("f", bytes(10))
+    assert [answers.get(key) for key in "bcdf"] == [None, None, None, bytes(10)]
+
+
 def test_what_was_longest_not_asked_for_goes_first() -> None:
     answers = Answers(room=2)
     answers.keep("a", b"1")

@@ -24,7 +24,7 @@ from ..lora import Adapter, Patch, fitted
 from ..pool import a_core_each
 from ..shards import read_ahead
 from .anatomy import ATTENTION, Anatomy, Base, Role
-from .symmetries import Maps, Match, Sides, layer_maps, likeness, rotation, taken
+from .symmetries import Maps, Match, Sides, all_stays, layer_maps, likeness, rotation, taken
 from .tokens import shared_tokens, tokenizer_of
 
 _TOKENS = 16384
@@ -142,21 +142,26 @@ class _Bases:
 
     def maps(self, layer: int) -> tuple[Maps, dict[str, Match]]:
         """The maps of a layer, where streams are wide by some of their channels as far as these suffice."""
-        parts = self.old.parts
+        parts, roles = self.old.parts, list(self.old.parts.family.modules)
         wide = parts.residual > _WIDE
         channels = _some(parts.residual, _CHANNELS, layer) if wide else None
-        sides = self._sides(layer, list(parts.family.modules), channels)
+        if wide and self.residual_DD is None:
+            found = all_stays(parts, self._sides(layer, roles, channels, torch.float32))
+            if found is not None:
+                return Maps.none(parts), found
         whole = partial(self._sides, layer, ATTENTION) if wide else None
-        return layer_maps(parts, sides, self.residual_DD, whole)
+        return layer_maps(parts, self._sides(layer, roles, channels), self.residual_DD, whole)
 
-    def _sides(self, layer: int, roles: Sequence[Role], channels: Tensor | None = None) -> Sides:
+    def _sides(
+        self, layer: int, roles: Sequence[Role], channels: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Sides:
         """Parts of both bases in normal form, in the new one's coordinates of the residual stream."""
-        new = {role: self.new.normal(layer, role, channels) for role in roles}
-        return {role: self._turned(layer, role, channels) for role in roles}, new
+        new = {role: self.new.normal(layer, role, channels, dtype) for role in roles}
+        return {role: self._turned(layer, role, channels, dtype) for role in roles}, new
 
-    def _turned(self, layer: int, role: Role, channels: Tensor | None) -> Tensor:
+    def _turned(self, layer: int, role: Role, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
         if self.residual_DD is None:
-            return self.old.normal(layer, role, channels)
+            return self.old.normal(layer, role, channels, dtype)
         return self.old.turned(layer, role, self.residual_DD if channels is None else self.residual_DD[channels])
 
     def pairs(self, layer: int, roles: Sequence[Role], maps: Maps) -> Iterator[tuple[Tensor, Tensor]]:

@@ -292,26 +292,28 @@ class Base:
         found = (stored_name(self.model, name, self.stored) for name in sorted(names))
         return [self.stored[name] for name in found if name is not None]
 
-    def normal(self, layer: int, role: Role, channels: Tensor | None = None) -> Tensor:
+    def normal(
+        self, layer: int, role: Role, channels: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
         """A part of a layer in normal form: readers with their norm folded in and their bias as a last column.
 
-        ``channels``: of the residual stream, which it reads or writes, these alone.
+        ``channels``: of the residual stream, which it reads or writes, these alone. ``dtype``: of what is given.
         """
         part = self.parts.part(layer, role)
         if part.norm is None and channels is not None and not self.parts.family.centred:
-            return self.weight(layer, role, channels)
+            return self._part(layer, role, channels).to(dtype)
         if part.norm is None:
-            whole_DI = self.centred(self.weight(layer, role).T).T
+            whole_DI = self.centred(self.weight(layer, role).T).T.to(dtype)
             return whole_DI if channels is None else whole_DI[channels]
         gain_D, shift_D = self.norm(part.norm)
         bias_O = self.parameter(f"{part.module}.bias")
         if channels is not None and not self.parts.family.centred and not shift_D.any():
-            found_ON = _with_a_column(self._part(layer, role, inputs=channels))
-            found_ON[:, :-1] *= gain_D[channels]
+            found_ON = _with_a_column(self._part(layer, role, inputs=channels), dtype)
+            found_ON[:, :-1] *= gain_D[channels].to(dtype)
         else:
             weight_OD = self.weight(layer, role)
             folded_OD = self.centred(weight_OD * gain_D)
-            found_ON = _with_a_column(folded_OD if channels is None else folded_OD[:, channels])
+            found_ON = _with_a_column(folded_OD if channels is None else folded_OD[:, channels], dtype)
             found_ON[:, -1] = weight_OD @ shift_D
         if bias_O is not None:
             found_ON[:, -1] += bias_O[part.rows]
@@ -335,8 +337,8 @@ class Base:
         return found_ON
 
 
-def _with_a_column(x_ON: Tensor) -> Tensor:
-    """In float64, and a column of zeros behind it."""
-    found_ON = torch.empty(len(x_ON), x_ON.shape[1] + 1, dtype=torch.float64)
+def _with_a_column(x_ON: Tensor, dtype: torch.dtype) -> Tensor:
+    """With a column of zeros behind it."""
+    found_ON = torch.empty(len(x_ON), x_ON.shape[1] + 1, dtype=dtype)
     found_ON[:, :-1], found_ON[:, -1] = x_ON, 0.0
     return found_ON

@@ -16,6 +16,7 @@ H heads of a group, K width of a head, P rotary planes, F neurons.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Self
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -62,6 +63,15 @@ class Maps:
     vo_GKK: Tensor
     neurons_F: Tensor
     scale_F: Tensor
+
+    @classmethod
+    def none(cls, parts: Anatomy) -> Self:
+        """All stays as it is."""
+        groups_G, heads_H = torch.arange(parts.groups), torch.arange(parts.heads)
+        same_GKK = torch.eye(parts.width, dtype=torch.float64).expand(parts.groups, -1, -1)
+        everyone_F = torch.arange(parts.neurons)
+        heads_GH, ones_F = heads_H.expand(parts.groups, -1), torch.ones(parts.neurons, dtype=torch.float64)
+        return cls(None, groups_G, heads_GH, same_GKK, same_GKK, everyone_F, ones_F)
 
     def out(self, role: Role, x_ON: Tensor) -> Tensor:
         """M_out·x, for what a part writes."""
@@ -124,8 +134,8 @@ def taken(before: float, after: float) -> Match:
 
 def likeness(x: Tensor, y: Tensor) -> float:
     """Cosine of two tensors."""
-    size = float(x.norm() * y.norm())
-    return float((x * y).sum()) / size if size else 1.0
+    one, two = (float(torch.linalg.vector_norm(side, dtype=torch.float64)) for side in (x, y))
+    return float((x * y).sum(dtype=torch.float64)) / (one * two) if one and two else 1.0
 
 
 def rotation(
@@ -157,11 +167,20 @@ def _may_turn(e1_ND: Tensor, e2_ND: Tensor) -> bool:
     misfit_D = (e2_ND - e1_ND).square().sum(0)
     most_N = misfit_D.topk(min(_SAMPLE, len(misfit_D))).indices
     x_ND, y_NN = e1_ND.float(), e2_ND[:, most_N].float()
-    factor_DD, failed = torch.linalg.cholesky_ex(x_ND.T @ x_ND)
+    factor_DD, failed = torch.linalg.cholesky_ex(_gram(x_ND))
     if int(failed):
         return True
     left = (y_NN - x_ND @ torch.cholesky_solve(x_ND.T @ y_NN, factor_DD)).square().sum()
     return float(left) < _TAKEN * float(misfit_D[most_N].sum())
+
+
+def _gram(x_ND: Tensor) -> Tensor:
+    """XᵀX, of which what lies above the diagonal is not made but where blocks touch it."""
+    gram_DD = x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
+    for some in torch.arange(x_ND.shape[1]).split(_BLOCK // 2):
+        first, last = int(some[0]), int(some[-1]) + 1
+        gram_DD[first:last, :last] = x_ND[:, first:last].T @ x_ND[:, :last]
+    return gram_DD
 
 
 def _some(many: int) -> Tensor:
@@ -175,6 +194,17 @@ def _stays(like_NN: Tensor) -> bool:
 
 Sides = tuple[Mapping[Role, Tensor], Mapping[Role, Tensor]]
 """A layer's parts in normal form, of both bases, the old ones turned by Q already."""
+
+
+def all_stays(parts: Anatomy, some: Sides) -> dict[str, Match] | None:
+    """Matches by space where nothing moved in a layer, as ``some`` channels in any precision tell; else None."""
+    _, found = _attention(parts, *some)
+    if any(match.moved for match in found.values()):
+        return None
+    if (neurons := _in_their_places(*some)) is None:
+        return None
+    _, scales = _scales(*some, torch.arange(parts.neurons))
+    return None if scales.moved else found | {"neurons": neurons, "scales": scales}
 
 
 def layer_maps(
@@ -298,11 +328,8 @@ def spans(x1_HKN: Tensor, x2_HKN: Tensor) -> Tensor:
 def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Tensor, Match]:
     """Which old neuron every new one is: by gate, up and down together; up and down may have changed sign."""
     everyone_F = torch.arange(len(old["gate"]))
-    sample = _some(len(everyone_F))
-    like_NN = _alike(*(_units(side, sample) for side in (old, new)))
-    if _stays(like_NN):
-        before = float(like_NN.diagonal().mean())
-        return everyone_F, Match(before, before, moved=False)
+    if (match := _in_their_places(old, new)) is not None:
+        return everyone_F, match
     one, two = (_units(side, slice(None)) for side in (old, new))
 
     def as_they_lie(order_F: Tensor) -> float:
@@ -317,6 +344,14 @@ def _neurons(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> tuple[Te
         return everyone_F, Match(before, before, moved=False)
     match = taken(before, as_they_lie(order_F))
     return (order_F if match.moved else everyone_F), match
+
+
+def _in_their_places(old: Mapping[Role, Tensor], new: Mapping[Role, Tensor]) -> Match | None:
+    """How alike a sample of neurons is, where nearly all of them are most like themselves; else None."""
+    sample = _some(len(old["gate"]))
+    like_NN = _alike(*(_units(side, sample) for side in (old, new)))
+    before = float(like_NN.diagonal().mean())
+    return Match(before, before, moved=False) if _stays(like_NN) else None
 
 
 def _units(side: Mapping[Role, Tensor], some: Tensor | slice) -> list[Tensor]:

@@ -143,14 +143,24 @@ def test_rows_of_the_vocabulary_go_where_their_tokens_are(
 
 
 @pytest.mark.usefixtures("seen")
-def test_a_base_that_only_trained_on_keeps_its_coordinates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("looks", ["one at some channels", "whole"])
+def test_a_base_that_only_trained_on_keeps_its_coordinates(
+    looks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = factories.llama()
     adapter = factories.random_adapter(model, targets=("all-linear",))
     old = factories.saved(model, tmp_path / "old")
     chance = torch.Generator().manual_seed(2)
     for value in model.parameters():
         value.data += 0.1 * value.std() * torch.randn(value.shape, generator=chance)
-    found = align(adapter, old, factories.saved(model, tmp_path / "new"))
+    new = factories.saved(model, tmp_path / "new")
+    spaces = align(adapter, old, new).matches.keys()
+    if looks != "whole":
+        monkeypatch.setattr(tier, "_WIDE", 16)
+        monkeypatch.setattr(tier, "_CHANNELS", 20)
+        monkeypatch.setattr(tier, "layer_maps", None)  # which nobody asks
+    found = align(adapter, old, new)
+    assert found.matches.keys() == spaces
     assert not any(match.moved for match in found.matches.values())
     for name, patch in adapter.patches.items():
         assert torch.equal(found.adapter.patches[name].a_RI, patch.a_RI)
