@@ -16,7 +16,7 @@ from registry.core.names import check_name
 
 from . import config
 from .output import Output, ago, command, fields, size, table
-from .signin import sign_in
+from .signin import sign_in, sign_in_elsewhere
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -35,22 +35,30 @@ def token() -> None:
     None,
     'loractl login http://127.0.0.1:8080 --token "$(cat loractl-data/secrets/admin-token)"',
     "loractl login https://registry.example",
+    "loractl login https://registry.example --device",
 )
 @click.argument("url", metavar="URL")
 @click.option("--token", "text", metavar="T", help="The token; without it one signs in, or is asked.")
-def login(out: Output, url: str, text: str | None) -> None:
+@click.option("--device", is_flag=True, help="Sign in on another machine: this one has no browser.")
+def login(out: Output, url: str, text: str | None, device: bool) -> None:
     """Keep a registry's URL and a token for all further commands.
 
-    Where the registry knows an identity provider, a browser opens there.
+    Where the registry knows an identity provider, a browser opens there; with --device one signs in on any other
+    machine, by a code.
 
     LORACTL_URL and LORACTL_TOKEN go before what is kept.
     """
     from registry.client import RegistryClient
 
+    if device and text is not None:
+        raise click.UsageError("--device signs in; a --token is taken as it is. Give one of them.")
     if text is None:
         with RegistryClient(url) as stranger:
             offer = _offer(stranger)
-        text = sign_in(offer, out.say) if offer else click.prompt("Token", hide_input=True, err=True)
+        if device and offer is None:
+            raise click.UsageError("this registry knows no identity provider; log in with --token T.")
+        way = sign_in_elsewhere if device else sign_in
+        text = way(offer, out.say) if offer else click.prompt("Token", hide_input=True, err=True)
     with RegistryClient(url, text.strip()) as client:
         who = client.whoami()
         kept = config.save(config.Login(client.url, text.strip(), ""))

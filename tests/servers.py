@@ -370,13 +370,17 @@ def _s3_answers(server: S3Server) -> bool:
 
 
 @contextmanager
-def oidc_provider(*people: Mapping[str, object]) -> Iterator[str]:
-    """A fresh OpenID Connect provider that knows ``people`` by their claims; yields its issuer."""
+def oidc_provider(*people: Mapping[str, object], devices: bool = True) -> Iterator[str]:
+    """A fresh OpenID Connect provider that knows ``people`` by their claims; yields its issuer.
+
+    ``devices``: it offers sign-in for machines without a browser.
+    """
     with tempfile.TemporaryDirectory(prefix="loractl-oidc-") as scratch:
         [port] = free_ports(1)
         issuer = f"http://127.0.0.1:{port}"
         command = [sys.executable, str(Path(__file__).with_name("provider.py")), "--port", str(port)]
         command += [part for person in people for part in ("--user-claims", json.dumps(person))]
+        command += [] if devices else ["--no-devices"]
         with running("OIDC provider", command, Path(scratch)) as server:
             server.wait_until(lambda: _http_answers(f"{issuer}/.well-known/openid-configuration"))
             yield issuer

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,11 +19,12 @@ from joserfc import jwt
 from joserfc.jwk import KeySet, RSAKey
 from sqlmodel import select
 
+from cli import signin
 from cli.main import run
 from registry.api.app import create_app
 from registry.api.deps import AppParts
 from registry.broker import Broker
-from registry.core.errors import ProviderDown, TokenRefused
+from registry.core.errors import ProviderDown, SignInFailed, TokenRefused
 from registry.db.models import Token
 from registry.oidc import Provider
 from registry.schemas import SignIn
@@ -229,3 +231,61 @@ def test_login_opens_the_provider_that_the_registry_names_and_keeps_what_it_give
         assert run(["whoami", "--json"]) == 0
         me = json.loads(capsys.readouterr().out)
     assert (me["name"], me["scopes"]["shared"]) == ("ada@example.org", ["read"])
+
+
+def test_where_there_is_no_browser_one_signs_in_on_another_machine(
+    tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("LORACTL_URL", raising=False)
+    monkeypatch.delenv("LORACTL_TOKEN", raising=False)
+    heard: list[str] = []
+
+    def person(_: float) -> None:
+        heard.append(capsys.readouterr().err)
+        where, code = re.findall(r"open (\S+) and give it the code (\S+)", "".join(heard))[0]
+        if len(heard) == 3:  # takes a while
+            httpx.post(where, data={"user_code": code, "sub": "ada", "action": "authorize"}).raise_for_status()
+
+    monkeypatch.setattr(signin.sign_in_elsewhere, "__defaults__", (person,))
+    (tmp_path / "registry").mkdir()
+    with live.registry(tmp_path / "registry", oidc=settings_of(issuer)) as found:
+        assert run(["login", found.url, "--device"]) == 0
+        assert len(heard) == 3
+        capsys.readouterr()
+        assert run(["whoami", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "ada@example.org"
+
+
+def test_who_asks_too_often_is_slower_from_then_on_and_who_is_denied_hears_it(issuer: str) -> None:
+    said: list[str] = []
+    waits: list[float] = []
+
+    def person(pause_s: float) -> None:
+        waits.append(pause_s)
+        if len(waits) == 4:
+            where, code = re.findall(r"open (\S+) and give it the code (\S+)", said[0])[0]
+            httpx.post(where, data={"user_code": code, "sub": "ada", "action": "deny"}).raise_for_status()
+
+    offer = SignIn(issuer=issuer, client_id="loractl", scope="openid email profile")
+    with pytest.raises(SignInFailed, match="access_denied"):
+        signin.sign_in_elsewhere(offer, said.append, person)
+    assert waits == [1, 1, 6, 11]  # nobody really waited
+
+
+def test_a_provider_without_sign_in_for_devices_or_that_is_away_is_said() -> None:
+    with servers.oidc_provider(ADA, devices=False) as issuer:
+        offer = SignIn(issuer=issuer, client_id="loractl", scope="openid")
+        with pytest.raises(SignInFailed, match="no sign-in for machines without a browser"):
+            signin.sign_in_elsewhere(offer, print)
+    with pytest.raises(ProviderDown):
+        signin.sign_in_elsewhere(offer, print)
+
+
+def test_a_registry_without_a_provider_has_nowhere_to_sign_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with live.registry(tmp_path) as found:
+        assert run(["login", found.url, "--device"]) == 2
+    assert "knows no identity provider" in capsys.readouterr().err
+    assert run(["login", "http://127.0.0.1:1", "--device", "--token", "t"]) == 2
