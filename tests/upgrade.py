@@ -86,9 +86,9 @@ class Upgrade:
         self.v1, self.v2 = tiny_base(self.folder / "v1"), tiny_base(self.folder / "v2", seed=1)
         self.world.push_base(self.v1, line="demo")
         self.old, self.new = str(base_of(self.v1).digest), str(base_of(self.v2).digest)
-        self.world.push_rows("suite", "team/suite", _lines(ROWS))
+        self.world.push_rows("suite", "team/suite", lines(ROWS))
         row = {"prompt": "1+1=", "completion": " 2"}
-        self.data = self.world.push_rows("dataset", "team/data", _lines([row]))["digest"]
+        self.data = self.world.push_rows("dataset", "team/data", lines([row]))["digest"]
 
     # ── what people do ───────────────────────────────────────────────────────
 
@@ -294,5 +294,5 @@ def _digest(folder: Path) -> str:
     return str(base_of(folder).digest)
 
 
-def _lines(rows: list[dict[str, Any]]) -> bytes:
+def lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

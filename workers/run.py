@@ -141,7 +141,7 @@ def run(
     began = time.monotonic()
     with inputs.naming():
         facts = _facts(recipe, inputs, out, report, checkpoint, ranks)
-    result = _stamped(recipe, facts, began, ranks.many)
+    result = _stamped(recipe, facts, time.monotonic() - began, ranks.many)
     if ranks.first:
         _leave(result, out)
     ranks.wait()
@@ -190,8 +190,8 @@ class _Company:
         self.inputs = [one if isinstance(one, Inputs) else Inputs(one) for one in inputs]
         self.outs, self.refused = outs, 0
         self._recipes, self._report, self.checkpoint = recipes, report, checkpoint
-        self._began = time.monotonic()
         self._left = list(range(len(recipes)))
+        self._seconds, self._counted = [0.0] * len(recipes), time.monotonic()
         for out in outs:
             out.mkdir(parents=True, exist_ok=True)
             (out / _REFUSAL).unlink(missing_ok=True)
@@ -210,14 +210,21 @@ class _Company:
 
     def end(self, place: int, outcome: LoractlError | dict[str, Any]) -> None:
         """Leave the facts of a result, or the refusal, and say that it lies there."""
+        self._count()
         self._left.remove(place)
         if isinstance(outcome, LoractlError):
             self.refused += 1
             _refused(outcome, self.outs[place])
         else:
-            _leave(_stamped(self._recipes[place], outcome, self._began, 1), self.outs[place])
+            _leave(_stamped(self._recipes[place], outcome, self._seconds[place], 1), self.outs[place])
         with contextlib.suppress(KeyboardInterrupt):  # the next step hears of it
             self._report({"task": place, "ended": True})
+
+    def _count(self) -> None:
+        """Time since the last end is equally that of those who were here: together they cost what passed."""
+        since, self._counted = self._counted, time.monotonic()
+        for place in self._left:
+            self._seconds[place] += (self._counted - since) / len(self._left)
 
     def teller(self, place: int) -> Report:
         """Who hears of what is done for one alone."""
@@ -302,10 +309,10 @@ def _facts(
             return _compare(recipe, inputs, report)
 
 
-def _stamped(recipe: Recipe, facts: dict[str, Any], began: float, processes: int) -> Result:
+def _stamped(recipe: Recipe, facts: dict[str, Any], seconds: float, processes: int) -> Result:
     """The result of a recipe, with what else there is to know of how it came about."""
     how = {
-        "seconds": round(time.monotonic() - began, 3),
+        "seconds": round(seconds, 3),
         "recipe": str(recipe_digest(recipe)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": processes,

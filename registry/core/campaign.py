@@ -243,6 +243,8 @@ class Facts(Frozen):
     trained_steps: int | None = None
     """Steps of the serving version's own training, where recorded: what retraining costs."""
     trained_seconds: float | None = None
+    spent_before: Annotated[float, Field(ge=0)] = 0.0
+    """Device seconds that went into tiers which count no more: what served moved meanwhile."""
 
     def tier(self, tier: Tier) -> TierFacts:
         """What came of ``tier``."""
@@ -260,7 +262,7 @@ class Facts(Frozen):
             update={
                 "serving": self.serving_now or self.serving, "source": None, "serving_scores": nothing, "tiers": (),
                 "approved": None, "decided_by": "", "bare_old_scores": nothing,
-                "pool": self.pool and self.pool.unasked(),
+                "pool": self.pool and self.pool.unasked(), "spent_before": self.spent,
             }
         )
 
@@ -293,8 +295,9 @@ class Facts(Frozen):
 
     @property
     def spent(self) -> float:
-        """Device seconds of all tiers, and of the pool."""
-        return sum(facts.seconds for facts in self.tiers) + (self.pool.seconds if self.pool else 0.0)
+        """Device seconds of all tiers, and of the pool, whatever they were tried against."""
+        tiers = sum(facts.seconds for facts in self.tiers)
+        return self.spent_before + tiers + (self.pool.seconds if self.pool else 0.0)
 
 
 # ── actions ──────────────────────────────────────────────────────────────────

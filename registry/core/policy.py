@@ -117,7 +117,7 @@ def variants_pay(steps: int, batch_tokens: int, suite_bytes: int) -> bool:
 
 
 def loosened(before: Policy, after: Policy) -> list[str]:
-    """What ``after`` asks less of a candidate than ``before``, in words: gates, guard, margins, alpha, evidence.
+    """What ``after`` asks less of a candidate than ``before``, in words: gates, guard, margins, alpha, flips, evidence.
 
     A gate is the same one when suite and metric are, whichever version of the suite it names. A margin in another
     unit cannot be compared, so it counts as wider.
@@ -136,6 +136,8 @@ def loosened(before: Policy, after: Policy) -> list[str]:
                 found.append(f"{called} had the margin {gate.margin} and has {', '.join(map(str, margins))}")
     if before.gates and after.alpha > before.alpha:
         found.append(f"alpha was {before.alpha:g} and is {after.alpha:g}")
+    if before.gates and after.max_negative_flips > before.max_negative_flips:
+        found.append(f"negative flips were {before.max_negative_flips:g} at most and are {after.max_negative_flips:g}")
     if before.evidence is not None and not (after.evidence and after.evidence.at_least(before.evidence)):
         found.append(f"the evidence was {before.evidence} and is {after.evidence or 'any'}")
     return found

@@ -416,6 +416,8 @@ class Search(Frozen):
             raise ValueError("the training recipe is for another base")
         if self.training.start is not None:
             raise ValueError("a search trains from nothing: leave start out of the training recipe")
+        if self.training.quantised is not None:
+            raise ValueError("a search compares what it finds with full weights: leave quantised out of the recipe")
         if self.over != "rank" and (self.energy is not None or self.full_rank is not None):
             raise ValueError(f"energy and full_rank are for a search over the rank, not over the {self.over}")
         if self.over == "scale" and self.bytes is not None:

@@ -4,6 +4,7 @@ A name is resolved once, its address is checked, and the connection goes to just
 something else a moment later leads nowhere inside. Redirects are not followed.
 """
 
+import asyncio
 import ipaddress
 import socket
 from urllib.parse import urlsplit
@@ -51,25 +52,35 @@ def send(hook: Webhook, secret: str, row: AuditRow, parts: Parts) -> str | None:
     try:
         address = reachable(hook.url, private=parts.settings.webhook_private)
         url, host = httpx.URL(hook.url), urlsplit(hook.url).netloc
-        with httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
-            reply = client.post(
-                url.copy_with(host=address),
-                content=told,
-                headers={
-                    "host": host,
-                    "content-type": "application/json",
-                    "user-agent": "loractl-webhook",
-                    "x-loractl-event": row.event,
-                    "x-loractl-seq": str(row.seq),
-                    "x-loractl-signature": webhooks.signature(secret, told, parts.clock()),
-                },
-                extensions={"sni_hostname": url.host},
-            )
+        headers = {
+            "host": host,
+            "content-type": "application/json",
+            "user-agent": "loractl-webhook",
+            "x-loractl-event": row.event,
+            "x-loractl-seq": str(row.seq),
+            "x-loractl-signature": webhooks.signature(secret, told, parts.clock()),
+        }
+        status = asyncio.run(_post(url.copy_with(host=address), told, headers, {"sni_hostname": url.host}))
     except AddressRefused as refusal:
         return refusal.message
+    except TimeoutError:
+        return f"no answer within {TIMEOUT_S:g} s"
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if reply.is_success else f"HTTP {reply.status_code}"
+    return None if 200 <= status < 300 else f"HTTP {status}"
+
+
+async def _post(url: httpx.URL, body: bytes, headers: dict[str, str], extensions: dict[str, str]) -> int:
+    """The answer's status, and nothing else of it: a receiver may answer as slowly and as long as it likes.
+
+    `TimeoutError` where all of it took too long.
+    """
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
+        client.stream("POST", url, content=body, headers=headers, extensions=extensions) as reply,
+    ):
+        return reply.status_code
 
 
 def reachable(url: str, *, private: bool) -> str:

@@ -433,7 +433,7 @@ class Version(SQLModel, table=True):
             "uq_versions_latest", "adapter_id", "base_id", unique=True,
             sqlite_where=text("latest"), postgresql_where=text("latest"),
         ),
-        Index(
+        Index(  # nothing asks by it any more; a release that still does may run beside this one
             "ix_versions_fallen", "id",
             sqlite_where=text("status <> 'live'"), postgresql_where=text("status <> 'live'"),
         ),

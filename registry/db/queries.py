@@ -23,6 +23,7 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy import select as columns
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, func, select
 
 from registry.core.lifecycle import VersionState
@@ -506,8 +507,9 @@ def compatible_versions(
         if alias is None:
             query = query.where(col(Version.latest))
         else:
-            fallen = columns(col(Version.id)).where(col(Version.status) != VersionState.LIVE)
-            query = query.where(col(Alias.name) == alias, key.not_in(fallen))
+            pointed = aliased(Version)  # asked of each by its id: a set of all that fell would hold every tombstone
+            status = columns(col(pointed.status)).where(col(pointed.id) == key).scalar_subquery()
+            query = query.where(col(Alias.name) == alias, status == VersionState.LIVE)
             if any(narrow is not None for narrow in (max_rank, engine_bit, evidence, namespaces, task)):
                 query = query.join(Version, col(Version.id) == key)
         if target_set_id is not None:

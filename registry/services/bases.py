@@ -105,13 +105,16 @@ def _audit(
 
 def keep_full(session: Session, base: Base, model: BaseModel) -> None:
     """Mark a base as read completely; its table and tokenizer are what the files hold."""
-    tokenizer = model.tokenizer
+    tokenizer, before = model.tokenizer, base.vocabulary_digest
     base.weights = "full"
     base.vocabulary_digest = str(tokenizer.vocabulary) if tokenizer.vocabulary else None
     base.template_digest = str(tokenizer.chat_template) if tokenizer.chat_template else None
     table = session.get_one(BaseTable, base.id)
     table.body = model.to_compressed()
     session.add_all([base, table])
+    if base.vocabulary_digest != before:
+        session.flush()
+        fits.recompute_all(session, base)
 
 
 def not_taken(base: Base, model: BaseModel) -> list[str]:
@@ -132,6 +135,9 @@ def not_taken(base: Base, model: BaseModel) -> list[str]:
 
 def apply_wishes(session: Session, base: Base, wishes: Wishes, actor: str, now: datetime) -> Revision | None:
     """Names, a declared derivation and the line that a push or a registration asked for."""
+    if wishes.names:  # which others may be adding to
+        query = select(Base).where(Base.id == base.id).with_for_update()
+        base = session.exec(query.execution_options(populate_existing=True)).one()
     fresh = [name for name in wishes.names if name not in base.names]
     if fresh:
         names = [*base.names, *fresh]

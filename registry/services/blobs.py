@@ -58,19 +58,19 @@ def blob_key(digest: str) -> str:
 
 def readable_manifests(caller: Caller) -> SelectOfScalar[str]:
     """The query for digests of manifests that ``caller`` may read."""
+    digest = col(StoredManifest.digest)
     given = col(Version.status).in_((VersionState.LIVE, VersionState.YANKED))
-    adapters = select(Version.digest).join(Adapter).where(given)
-    datasets = select(DatasetVersion.digest).join(Dataset)
-    bases = select(Base.manifest).where(col(Base.manifest).is_not(None))
+    adapters = select(Version.id).join(Adapter).where(col(Version.digest) == digest, given)
+    datasets = select(DatasetVersion.id).join(Dataset).where(col(DatasetVersion.digest) == digest)
+    bases = select(Base.id).where(col(Base.manifest) == digest)
     namespaces = caller.readable()
     if namespaces is not None:
         adapters = adapters.where(col(Adapter.namespace).in_(namespaces))
         datasets = datasets.where(col(Dataset.namespace).in_(namespaces))
         if not namespaces:
             bases = bases.where(false())
-    query = select(StoredManifest.digest)
-    digest = col(StoredManifest.digest)
-    return query.where(or_(digest.in_(adapters), digest.in_(datasets), digest.in_(bases)))
+    # each looked up by its index: sets of all that there is would grow with the registry
+    return select(StoredManifest.digest).where(or_(adapters.exists(), datasets.exists(), bases.exists()))
 
 
 def held(session: Session, caller: Caller, digests: Iterable[str]) -> set[str]:

@@ -6,7 +6,6 @@ they were when the push was opened. Two pushes of one folder give one version, w
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +14,16 @@ from sqlmodel import Session, col, select, update
 from registry.core.adapter import AdapterSpec
 from registry.core.digest import Digest
 from registry.core.engines import bits, profiles
-from registry.core.errors import AliasMoved, BadRequest, BaseNotFound, GateNotPassed, SignatureRequired
+from registry.core.errors import (
+    AliasMoved,
+    BadRequest,
+    BaseNotFound,
+    GateNotPassed,
+    SignatureRequired,
+    VersionDeleted,
+    VersionQuarantined,
+    VersionYanked,
+)
 from registry.core.fit import Binding, TargetSet, binding_evidence
 from registry.core.lifecycle import VersionState
 from registry.core.manifest import Listing, Manifest
@@ -34,6 +42,9 @@ from registry.db.models import (
 from registry.schemas import Wishes
 
 from . import aliases, audit, bases, blobs, fits, policies, pushes, signatures, standing
+
+ALIAS_WAITS = (AliasMoved, SignatureRequired, VersionYanked, VersionQuarantined, VersionDeleted)
+"""Why an alias does not move to the result of a job, which is there all the same."""
 
 # ── before the bytes ─────────────────────────────────────────────────────────
 
@@ -164,8 +175,12 @@ def commit_verified(session: Session, push_id: str, job: Job, now: datetime) -> 
     same = push.kind == "base" or f"{push.namespace}/{push.name}" == job.output.get("adapter")
     if push.state != "committed" or not same:
         raise BadRequest(problems=f"pushes: {push_id} is not a push of job {job.id}")
-    with suppress(SignatureRequired), session.begin_nested():  # the work is there; its aliases wait for a signature
-        wish_again(session, push, pushes.wishes_of_job(Wishes(), push.kind, job), job.created_by, now)
+    made = dict(push.outcome or {})
+    try:
+        with session.begin_nested():
+            wish_again(session, push, pushes.wishes_of_job(Wishes(), push.kind, job), job.created_by, now)
+    except ALIAS_WAITS as error:  # the work is there all the same
+        return made | {"warnings": [*made.get("warnings", ()), error.message]}
     return push.outcome or {}
 
 
@@ -470,10 +485,10 @@ def _move_for_job(
     try:
         with session.begin_nested():
             _move_aliases(session, adapter, base, version, expected, author, wishes.message, now)
-    except AliasMoved as error:
-        return error.message
     except SignatureRequired as error:
         return f"{error.message} Sign it, and move '{', '.join(expected)}' then: {error.hint}"
+    except ALIAS_WAITS as error:
+        return error.message
     return None
 
 

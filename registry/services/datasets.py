@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sqlmodel import Session, col, select
 
-from registry.core.errors import BadDataset
+from registry.core.errors import BadDataset, UnusableDataset
 from registry.core.records import item_id, split_of
 from registry.core.rows import MAX_LINE_BYTES, parse_input, parse_object, parse_row
 from registry.db import queries
@@ -13,6 +13,9 @@ from registry.schemas import DatasetInfo
 
 from .references import find_dataset
 from .tokens import Caller
+
+MAX_ITEMS = 1_000_000
+"""Of a suite: all are held against one another, some 150 bytes each."""
 
 
 def count_rows(
@@ -46,6 +49,8 @@ def count_rows(
             item = item_id(row)
             if item in items:
                 raise BadDataset(path=path, line=number, reason=f"it is the same item as {items[item]}")
+            if len(items) >= MAX_ITEMS:
+                raise UnusableDataset(path=path, reason=f"a suite has at most {MAX_ITEMS:,} items")
             items[item] = f"{path}, line {number}"
             gate += split_of(item) == "gate"
             calibration += split_of(item) == "calibration"

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import func
-from sqlmodel import Session, col, delete, select
+from sqlalchemy import ColumnElement, func
+from sqlmodel import Session, and_, col, delete, or_, select
 
 from registry.core.base_model import BaseModel
 from registry.core.fit import Derivation as Descent
@@ -56,10 +56,19 @@ def ensure_pair(session: Session, *, old: Base, target_set_id: int) -> int:
 def recompute(session: Session, *, old: Base, new: Base) -> int:
     """Compute again how adapters on ``old`` stand to ``new``, after a measurement; how many."""
     _one_at_a_time(session)
-    rows = session.exec(select(TargetFit).where(TargetFit.old_id == old.id, TargetFit.new_id == new.id)).all()
-    assert old.id is not None and new.id is not None
-    triples = [(old.id, new.id, row.target_set_id) for row in rows]
-    session.exec(delete(TargetFit).where(col(TargetFit.old_id) == old.id, col(TargetFit.new_id) == new.id))
+    return _again(session, and_(col(TargetFit.old_id) == old.id, col(TargetFit.new_id) == new.id))
+
+
+def recompute_all(session: Session, base: Base) -> int:
+    """Compute again all fits from and to ``base``, whose tokenizer came or changed; how many."""
+    _one_at_a_time(session)
+    return _again(session, or_(col(TargetFit.old_id) == base.id, col(TargetFit.new_id) == base.id))
+
+
+def _again(session: Session, which: ColumnElement[bool]) -> int:
+    rows = session.exec(select(TargetFit).where(which)).all()
+    triples = [(row.old_id, row.new_id, row.target_set_id) for row in rows]
+    session.exec(delete(TargetFit).where(which))
     session.expire_all()
     return _compute(session, triples)
 

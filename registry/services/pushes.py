@@ -65,6 +65,8 @@ from .tokens import Caller
 BASES = "base"
 """The namespace whose scopes decide about base models."""
 UNFINISHED = lifecycle.UNFINISHED
+VERIFIED_WITHIN = timedelta(days=1)
+"""How long a push whose commit was asked for may wait for a verifier at least, however little time was left."""
 MAX_PARTS = 10_000
 MAX_CONTENTS = 4
 """Contents of one part that are remembered as signed for."""
@@ -391,6 +393,8 @@ def seal(
             before={"version": push.draft}, after={"version": push.manifest_digest},
         )  # fmt: skip
         _name_late(session, caller, settings, push, manifest)
+        session.flush()
+        quotas.require_room(session, push, now)  # late files counted nothing before
     return push
 
 
@@ -667,7 +671,7 @@ def ask_commit(database: Database, store: BlobStore, caller: Caller, push_id: st
             raise refusal(push)
         if push.state in (PushState.OPEN, PushState.UPLOADING):
             move(session, push, "verify", now, actor=caller.token_id)
-            push.lease_until = None
+            push.lease_until, push.expires_at = None, max(push.expires_at, now + VERIFIED_WITHIN)
         elif push.state == PushState.VERIFIED and push.job_id is None:
             commits.commit(session, push, now)
         session.add(push)

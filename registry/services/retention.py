@@ -29,14 +29,24 @@ def retire(database: Database, now: datetime) -> int:
         bounded = session.exec(select(Namespace).where(col(Namespace.keep_days).is_not(None))).all()
     gone = 0
     for row in bounded:
-        with database.read() as session:
-            old = _old(session, row.name, now - timedelta(days=row.keep_days or 0))
-        for version_id in old:
-            gone += _retire(database, row.name, version_id, f"kept for {row.keep_days} days", now)
+        gone += _retire_some(database, row.name, row.keep_days or 0, now)
     return gone
 
 
-def _old(session: Session, namespace: str, before: datetime) -> list[int]:
+def _retire_some(database: Database, namespace: str, days: int, now: datetime) -> int:
+    """Of those that are old, the first that nothing refers to; those before them are in use."""
+    gone = after = 0
+    while not gone:
+        with database.read() as session:
+            old = _old(session, namespace, now - timedelta(days=days), after)
+        if not old:
+            break
+        gone = sum(_retire(database, namespace, version_id, f"kept for {days} days", now) for version_id in old)
+        after = old[-1]
+    return gone
+
+
+def _old(session: Session, namespace: str, before: datetime, after: int) -> list[int]:
     child = exists().where(
         col(VersionParent.parent) == Version.digest,
         col(VersionParent.version_id).in_(select(Version.id).where(Version.status != VersionState.DELETED)),
@@ -45,6 +55,7 @@ def _old(session: Session, namespace: str, before: datetime) -> list[int]:
         select(Version.id)
         .join(Adapter)
         .where(Adapter.namespace == namespace, col(Version.created_at) < before, ~col(Version.latest))
+        .where(col(Version.id) > after)
         .where(col(Version.status).in_((VersionState.LIVE, VersionState.YANKED)))
         .where(~exists().where(col(Alias.version_id) == Version.id), ~child)
     )

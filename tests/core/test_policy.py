@@ -114,6 +114,14 @@ def test_what_asks_no_less_twice_asks_no_less(a: Policy, b: Policy, c: Policy) -
 
 
 @given(POLICIES)
+def test_more_flips_from_right_to_wrong_are_less(policy: Policy) -> None:
+    gated = policy.model_copy(update={"gates": (GATE,), "max_negative_flips": 0.02})
+    [told] = loosened(gated, gated.model_copy(update={"max_negative_flips": 1.0}))
+    assert "flips" in told
+    assert loosened(gated, gated.model_copy(update={"max_negative_flips": 0.0})) == []
+
+
+@given(POLICIES)
 def test_nothing_is_looser_than_no_policy(policy: Policy) -> None:
     assert loosened(Policy(), policy) == []
 

@@ -160,6 +160,7 @@ def test_a_search_is_written_and_read_and_names_what_it_needs() -> None:
     [
         ({"base": B1}, "for another base"),
         ({"training": TRAIN | {"start": S2}}, "trains from nothing"),
+        ({"training": TRAIN | {"quantised": "nf4"}}, "full weights"),
         ({"energy": 0.5, "bytes": 100}, "exclude each other"),
         ({"over": "targets", "energy": 0.5}, "not over the targets"),
         ({"over": "scale", "bytes": 100}, "rank or the targets"),

@@ -5,7 +5,9 @@ import hmac
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -328,3 +330,37 @@ def test_a_webhook_whose_key_is_missing_waits_and_loses_nothing(world: World, re
     while outbox.step(parts_of(world, keys=(other, key))):
         pass
     assert receiver.told() == [row.id, "one"]  # that it was added, and the change
+
+
+@pytest.mark.parametrize(("answer", "then", "told"), [
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 100000000000\r\n\r\n", b"x" * 65536, None),
+    (b"HTTP/1.1 500 No\r\ncontent-length: 100000000000\r\n\r\n", b"x" * 65536, "HTTP 500"),
+    (b"HTTP/1.1 200 OK\r\n", b"x-more: x\r\n", "no answer within 1 s"),
+], ids=["a body without end", "likewise refused", "headers without end"])  # fmt: skip
+def test_a_receiver_that_never_comes_to_an_end_holds_nobody_up(
+    embedded: World, answer: bytes, then: bytes, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "TIMEOUT_S", 1.0)
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            taken, _ = server.accept()
+            with taken, suppress(OSError):
+                taken.recv(65536)
+                taken.sendall(answer)
+                while not done.wait(0.3):
+                    taken.sendall(then)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        parts = parts_of(embedded)
+        hook, _ = add(embedded, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        began = time.monotonic()
+        row = AuditRow(event="alias.moved", subject="team/bot", namespace="team", seq=1, at=embedded.now, actor="a")
+        try:
+            assert outbox.send(hook, "secret", row, parts) == told
+        finally:
+            done.set()
+            thread.join()
+    assert time.monotonic() - began < 20  # not for ever

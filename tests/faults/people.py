@@ -10,6 +10,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ BOTS = ("town/ada", "town/bob", "town/eve")
 LATER = (Unavailable, PushExpired, DiskFull)
 LINE, WORKSHOP = "letters", "gpu"
 """What is trained on, and the queue of those who can."""
+PLENTY = 50
+"""Jobs that wait; nobody asks for more."""
 LOST_RACE = (AliasMoved, LeaseLost, NotYourJob, JobNotFound, VersionInUse)
 
 
@@ -106,12 +109,18 @@ class Person:
         self.base = str(digest_base(place.base).digest)
         self.home = place.folder / "homes" / name
         self.home.mkdir(parents=True, exist_ok=True)
-        self._journals, self._pushed = Journals(place.folder), list[Line]()
+        self._journals, self._pushed, self._jobs = Journals(place.folder), list[Line](), Counter[str]()
 
     def pushed(self) -> list[Line]:
         """What was committed for anybody."""
-        self._pushed += [line for line in self._journals.news() if line["did"] == "pushed"]
+        for line in self._journals.news():
+            self._pushed += [line] if line["did"] == "pushed" else []
+            self._jobs[line["did"]] += 1
         return self._pushed
+
+    def waits(self) -> int:
+        """How much work was asked for and is not done, as far as is known."""
+        return self._jobs["asked"] - self._jobs["finished"]
 
     def note(self, did: str, **facts: Any) -> None:
         line = json.dumps({"did": did, "who": self.name, **facts}) + "\n"
@@ -249,7 +258,7 @@ def planner(place: Place, name: str, seed: int) -> None:
 
     def ask_one() -> None:
         known = [line["digest"] for line in me.pushed() if line["name"] in BOTS]  # what is brief may be deleted
-        if not known:
+        if not known or me.waits() > PLENTY:
             time.sleep(0.05)
             return
         recipe = {"kind": "compress", "base": me.base, "adapter": me.chance.choice(known),

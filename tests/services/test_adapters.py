@@ -154,7 +154,7 @@ def test_taking_the_last_gate_from_an_alias_needs_admin(here: Upgrade) -> None:
         with here.world.database.write() as session:
             policies.put(session, who, "team", name, policy, here.world.now)
 
-    put(promoter, "", POLICY.model_copy(update={"max_negative_flips": 0.4}))
+    put(promoter, "", POLICY.model_copy(update={"max_negative_flips": 0.2}))
     for name in ("", "bot"):  # an adapter's own policy goes before its namespace's
         for policy in (Policy(), POLICY.model_copy(update={"aliases": ("canary",)}), wanting):
             with pytest.raises(ScopeMissing):

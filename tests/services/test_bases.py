@@ -1,6 +1,8 @@
 """Base models: named by content, registered by table, members of lines, derived from each other."""
 
+import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from registry.db.models import Base, Derivation, Revision, TargetFit
 from registry.schemas import BaseRegistration, DerivationRequest, Wishes
 from registry.services import bases, fits, pushes
 from registry.storage.local import LocalStore
-from tests.factories import base_of, tiny_adapter, tiny_base
+from tests.factories import base_of, readable_base, tiny_adapter, tiny_base
 from tests.world import ADMIN, SETTINGS, World, adapter_push, caller, table_of
 
 AUTHOR = caller("alice", team=["read", "publish"])
@@ -236,3 +238,30 @@ def test_a_wish_that_is_only_half_made_is_refused(embedded: World, one: Path) ->
     request = BaseRegistration(table=table_of(base_of(one)), wishes=Wishes(parent="b3:" + "0" * 64, parent_kind="cast"))
     with embedded.database.write() as session, pytest.raises(BaseNotFound):
         bases.register(session, ADMIN, SETTINGS, base_of(one), request, embedded.now)
+
+
+def test_names_that_two_give_at_once_both_stay(world: World, one: Path) -> None:
+    world.register(base_of(one))
+    with world.database.write() as session:
+        base = session.exec(select(Base)).one()
+        assert base.names == []
+        session.connection().execute(sql("UPDATE bases SET names = '[\"org/one\"]'"))  # another, since it was read
+        bases.apply_wishes(session, base, Wishes(names=["org/two"]), "ada", world.now)
+    assert world.one(select(Base.names)) == ["org/one", "org/two"]
+
+
+def test_a_tokenizer_that_comes_with_the_weights_changes_what_fits_say(world: World, tmp_path: Path) -> None:
+    one, two = readable_base(tmp_path / "one"), readable_base(tmp_path / "two", drift=0.1)
+    file = two / "tokenizer.json"
+    told = json.loads(file.read_text())
+    names = list(vocabulary := told["model"]["vocab"])
+    vocabulary[names[10]], vocabulary[names[11]] = vocabulary[names[11]], vocabulary[names[10]]
+    file.write_text(json.dumps(told))
+    for folder in (one, two):
+        model = base_of(folder)
+        world.register(replace(model, tokenizer=type(model.tokenizer)()))
+    world.push_adapter(tiny_adapter(tmp_path / "adapter", one, record_base=True), "team/bot", base_of(one))
+    assert world.all(select(TargetFit.vocabulary_changed)) == [False]
+    world.push_base(one)
+    world.push_base(two)
+    assert world.all(select(TargetFit.vocabulary_changed)) == [True]

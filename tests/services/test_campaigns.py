@@ -26,10 +26,21 @@ from registry.core.manifest import Lineage
 from registry.core.names import SeriesName
 from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.core.recipes import FineTune
-from registry.db.models import AliasMove, Base, Campaign, CampaignItem, Decision, Evaluation, Job, Token, Version
+from registry.db.models import (
+    Adapter,
+    AliasMove,
+    Base,
+    Campaign,
+    CampaignItem,
+    Decision,
+    Evaluation,
+    Job,
+    Token,
+    Version,
+)
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, JobRequest, UpgradeRequest
-from registry.services import aliases, campaigns, jobs
+from registry.services import aliases, campaigns, jobs, withdrawals
 from registry.services.campaigns import running
 from registry.services.references import find_adapter
 from registry.services.tokens import Caller
@@ -1189,3 +1200,107 @@ def test_a_campaign_that_is_started_twice_is_started_once(upgrade: Upgrade) -> N
         campaigns.start(session, ADMIN, campaign, upgrade.world.now)
     assert len(upgrade.jobs()) == before
     assert len(upgrade.world.all(select(Decision).where(Decision.kind == "started"))) == 1
+
+
+# ── work that others want too, and what is taken back ────────────────────────
+
+
+def _offered(upgrade: Upgrade) -> Job | None:
+    upgrade.world.later(seconds=1)
+    with upgrade.world.database.write() as session:
+        request = ClaimRequest(queue="cpu", worker="w")
+        return jobs.claim(session, WORKER, request, upgrade.world.settings.lease_s, upgrade.world.now)
+
+
+def _handed_back(upgrade: Upgrade, job: Job) -> None:
+    problem = {"code": "work-failed", "detail": "its worker stopped"}
+    with upgrade.world.database.write() as session:
+        jobs.fail(
+            session, WORKER, job.id, attempt=job.attempt, problem=problem, retryable=True, cancelled=True,
+            now=upgrade.world.now,
+        )  # fmt: skip
+
+
+def _aborted(upgrade: Upgrade, campaign: str) -> None:
+    with upgrade.world.database.write() as session:
+        campaigns.abort(session, ADMIN, campaign, "again", upgrade.world.now)
+
+
+def test_work_that_is_being_stopped_goes_on_for_who_asks_for_it_again(upgrade: Upgrade) -> None:
+    upgrade.skills["carry"] = 1.0
+    campaign = upgrade.begin()
+    upgrade.tick()
+    while (job := _claimed(upgrade)).kind != "rebase":
+        with upgrade.world.database.write() as session:
+            done = upgrade.results(job)
+            jobs.finish(session, upgrade.world.store, WORKER, job.id, done, upgrade.world.now)
+    _aborted(upgrade, campaign)
+    assert upgrade.world.one(select(Job.cancel_requested).where(Job.id == job.id))
+    upgrade.begin_again(compare=False)
+    upgrade.tick()
+    assert not upgrade.world.one(select(Job.cancel_requested).where(Job.id == job.id))
+    _handed_back(upgrade, job)  # its worker had heard that it shall stop
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "carry")
+    assert len([one for one in upgrade.jobs() if one.kind == "rebase"]) == 1
+
+
+def test_who_was_given_a_campaigns_job_keeps_it_when_the_campaign_ends(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    [queued, *others] = upgrade.jobs("queued")
+    ann = upgrade.world.grant(caller("ann", team=["run", "read"], base=["run"]))
+    for _ in range(2):  # asking twice says nothing new
+        with upgrade.world.database.write() as session:
+            request = JobRequest(recipe=queued.recipe, namespace=queued.namespace)
+            found, reused = jobs.submit(session, ann, request, upgrade.world.now)
+        assert (found.id, reused) == (queued.id, True)
+    _aborted(upgrade, campaign)
+    states = {job.id: job.state for job in upgrade.jobs()}
+    assert states[queued.id] == "queued"
+    assert {states[job.id] for job in others} <= {"cancelled"}
+
+
+def test_a_candidate_that_was_taken_back_is_passed_over(upgrade: Upgrade) -> None:
+    upgrade.skills |= {"carry": 1.0, "warm-start": 1.0}
+    campaign = upgrade.begin()
+    upgrade.run()
+    assert upgrade.item().tier == "carry"
+    with upgrade.world.database.write() as session:
+        campaigns.roll_back(session, ADMIN, campaign, upgrade.world.now, adapter=None, alias="prod", reason="bad")
+    with upgrade.world.database.write() as session:
+        version = session.get_one(Version, upgrade.items()[0].final_id)
+        adapter = session.get_one(Adapter, version.adapter_id)
+        withdrawals.move(
+            session, ADMIN, adapter, version, "yank", reason="bad", force=True, now=upgrade.world.now
+        )
+    upgrade.begin_again(compare=False)
+    upgrade.run()
+    assert (upgrade.state(), upgrade.item().tier) == ("promoted", "warm-start"), upgrade.item().reason
+
+
+def test_what_was_spent_before_the_alias_moved_is_spent(upgrade: Upgrade) -> None:
+    upgrade.begin()
+    upgrade.run(rounds=3)
+    before = Facts.model_validate(upgrade.items()[0].facts).spent
+    assert before > 0
+    upgrade.serve(seed=7)
+    upgrade.tick()
+    facts = Facts.model_validate(upgrade.items()[0].facts)
+    assert facts.spent_before == before
+    assert facts.spent >= before
+
+
+def test_a_pause_also_holds_what_goes_back_to_the_queue(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin()
+    upgrade.tick()
+    job = _claimed(upgrade)
+    with upgrade.world.database.write() as session:
+        campaigns.pause(session, ADMIN, campaign, upgrade.world.now)
+    _handed_back(upgrade, job)
+    assert _offered(upgrade) is None
+    with upgrade.world.database.write() as session:
+        campaigns.resume(session, ADMIN, campaign, upgrade.world.now)
+    again = _offered(upgrade)
+    assert again is not None
+    assert again.id == job.id

@@ -32,6 +32,15 @@ def test_counting_does_not_depend_on_how_the_bytes_arrive(prompts: list[str], si
     assert datasets.count_rows([data.rstrip(b"\n")], "data.jsonl", suite=False) == (len(rows), 0, 0)
 
 
+def test_a_suite_has_no_more_items_than_a_verifier_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "MAX_ITEMS", 3)
+    rows = [{"prompt": str(number), "completion": "x"} for number in range(4)]
+    assert datasets.count_rows([lines(*rows[:3])], "data.jsonl", suite=True)[0] == 3
+    assert datasets.count_rows([lines(*rows)], "data.jsonl", suite=False)[0] == 4
+    with pytest.raises(UnusableDataset, match="at most 3 items"):
+        datasets.count_rows([lines(*rows)], "data.jsonl", suite=True)
+
+
 def test_a_dataset_and_a_suite_are_numbered_series_of_their_own(world: World) -> None:
     assert world.push_rows("dataset", "team/rows", lines(PAIR, CHAT))["ref"] == "team/rows@v1"
     assert world.push_rows("dataset", "team/rows", lines(PAIR))["ref"] == "team/rows@v2"

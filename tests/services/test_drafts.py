@@ -18,13 +18,14 @@ from registry.core.errors import (
     DraftTaken,
     NotSealed,
     PushExpired,
+    QuotaExceeded,
     UploadNotFound,
 )
 from registry.daemons import gc
 from registry.db.models import AuditRow, Base, Blob, Push, PushBlob
 from registry.files import Sketch, sketch_base
-from registry.schemas import BlobState, PartsInfo, PartsRequest, PartWanted, PushInfo, PushRequest, Wishes
-from registry.services import blobs, pushes
+from registry.schemas import BlobState, PartsInfo, PartsRequest, PartWanted, PushInfo, PushRequest, QuotaRequest, Wishes
+from registry.services import blobs, pushes, quotas
 from registry.services.tokens import Caller
 from tests.daemons.test_gc import parts_of
 from tests.factories import base_of, tiny_base, write_json, write_safetensors
@@ -510,3 +511,13 @@ def test_an_adapter_is_pushed_beside_a_draft_as_ever(embedded: World, tmp_path: 
     embedded.push_base(base)
     request, contents = adapter_push(tiny_adapter(tmp_path / "adapter", base), base)
     assert embedded.push("adapter", "team/bot", request, contents)["ref"] == "team/bot@v1"
+
+
+def test_what_a_draft_did_not_tell_at_first_counts_when_it_is_sealed(world: World, base: Path) -> None:
+    with world.database.write() as session:
+        quotas.put(session, ADMIN, "base", QuotaRequest(quota_bytes=10_000, keep_days=None), world.now)
+    request, sketch = draft(base)
+    info = world.open("base", None, request)
+    with pytest.raises(QuotaExceeded):
+        seal(world, info, digests(sketch))
+    assert not world.describe(info.id).sealed

@@ -1161,3 +1161,16 @@ def test_the_alias_of_another_base_is_another_alias(world: World, tmp_path: Path
     assert aliases.ANY not in {row.generation for row in rows}
     with world.database.read() as session:
         assert queries.adapter_by_name(session, "team", "bot") is not None
+
+
+def test_a_commit_that_was_asked_for_in_time_does_not_expire_while_it_waits(world: World) -> None:
+    request, contents = files_push("dataset", {"data.jsonl": b'{"prompt": "a", "completion": "b"}\n'})
+    info = world.open("dataset", "team/late", request)
+    world.send(info, contents)
+    world.later(seconds=world.settings.push_ttl_s - 10)
+    assert world.ask(info.id).state == "verifying"
+    world.later(seconds=20)  # verifiers were busy
+    with world.database.write() as session:
+        assert pushes.expire(session, world.now) == []
+    assert world.verify()
+    assert world.ask(info.id).state == "committed"

@@ -8,8 +8,8 @@ from sqlmodel import col, select
 
 from registry.core.errors import QuotaExceeded, ScopeMissing
 from registry.db.models import Version
-from registry.schemas import QuotaInfo, QuotaRequest
-from registry.services import pushes, quotas, retention
+from registry.schemas import JobRequest, Output, QuotaInfo, QuotaRequest
+from registry.services import jobs, pushes, quotas, retention
 from registry.services.tokens import Caller
 from tests.factories import tiny_base
 from tests.services.test_standing import Shelf
@@ -144,3 +144,16 @@ def test_what_something_was_made_from_stays_as_long_as_that_does(shelf: Shelf) -
 def test_a_namespace_that_says_nothing_keeps_everything(shelf: Shelf) -> None:
     shelf.world.later(days=9999)
     assert retention.retire(shelf.world.database, shelf.world.now) == 0
+
+
+def test_what_is_in_use_does_not_keep_what_is_not(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = shelf.world
+    monkeypatch.setattr(retention, "_AT_ONCE", 1)
+    bound(world, keep_days=30)
+    compress = {"kind": "compress", "adapter": "team/bot@v1", "rank": 1}
+    with world.database.write() as session:
+        jobs.submit(session, ADMIN, JobRequest(recipe=compress, output=Output(adapter="team/small")), world.now)
+    world.later(days=31)
+    assert retention.retire(world.database, world.now) == 1
+    assert standing(shelf) == {"v1": "live", "v2": "deleted", "v3": "live"}
+    assert retention.retire(world.database, world.now) == 0

@@ -20,7 +20,7 @@ from registry.core.errors import (
     VersionYanked,
 )
 from registry.core.manifest import Lineage
-from registry.core.names import Reference
+from registry.core.names import Reference, SeriesName
 from registry.db.models import Alias, Version
 from registry.files import scan_folder
 from registry.services import adapters, aliases, blobs, downloads, withdrawals
@@ -242,3 +242,19 @@ def test_the_bytes_of_a_deleted_version_are_offered_to_nobody(shelf: Shelf) -> N
     with shelf.world.database.read() as session:
         left = session.exec(blobs.readable_manifests(ADMIN)).all()
     assert set(readable) - set(left) == {shelf.digests[2]}
+
+
+def test_who_saw_a_version_yanked_does_not_reinstate_what_is_quarantined_by_now(shelf: Shelf) -> None:
+    shelf.move("yank", "team/bot@v1")
+    publisher = caller("pam", team=["read", "publish"])
+    with shelf.world.database.read() as session:
+        adapter = find_adapter(session, publisher, SeriesName.parse("team/bot"))
+        before = find_version(session, adapter, Reference.parse("team/bot@v1"))
+        session.expunge_all()
+    shelf.move("quarantine", "team/bot@v1")
+    assert before.status == "yanked"
+    with pytest.raises(ScopeMissing), shelf.world.database.write() as session:
+        withdrawals.move(
+            session, publisher, adapter, before, "reinstate", reason="mine", force=False, now=shelf.world.now
+        )
+    assert shelf.world.one(select(Version.status).where(Version.id == before.id)) == "quarantined"

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -469,8 +470,11 @@ def test_adapters_trained_together_are_as_trained_alone_and_one_that_is_refused_
     recipes = [
         factories.recipe(steps=4), factories.recipe(targets=("nothing",), steps=4), factories.recipe(steps=6, rank=2),
     ]  # fmt: skip
+    began = time.monotonic()
     status, outs = together(tmp_path, recipes, folders)
+    took = time.monotonic() - began
     assert status == 1
+    assert sum(result(outs[place])["seconds"] for place in (0, 2)) <= took  # what passed is shared, not told twice
     assert json.loads((outs[1] / "error.json").read_text())["code"] == "unknown-targets"
     for place in (0, 2):
         alone = run(recipes[place], folders, tmp_path / f"alone-{place}", silent).facts

@@ -219,8 +219,8 @@ class _Weights:
 
     def clear(self) -> None:
         """Forget the gradients."""
-        for exact in self.exact.values():
-            exact.grad = None
+        for name, exact in self.exact.items():
+            exact.grad = self._computed[name].grad = None  # memory may run out before one is handed over
 
     def norm(self) -> float:
         """‖gradient‖ over all weights together."""

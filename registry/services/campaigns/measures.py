@@ -10,13 +10,15 @@ from registry.core.errors import LoractlError
 from registry.db.models import Adapter, Base, Campaign, Version
 from registry.schemas import JobRequest
 
-from .. import jobs, policies
+from .. import fits, jobs, policies
 from ..references import find_data
 from ..tokens import Caller
 from . import access, actors, reading
 
-_COMPARED = 100
-"""Adapters that one comparison of two bases takes."""
+_COMPARED, _HELD = 100, 4 << 30
+"""Adapters that one comparison of two bases takes, and bytes of likelihoods that it may hold of them."""
+_LIKELIHOODS = 2 * 512 * 4
+"""Bytes by which one adapter's likelihoods, and the bare base's beside them, grow with the vocabulary."""
 
 
 def measure(session: Session, campaign: Campaign, now: datetime) -> None:
@@ -49,13 +51,20 @@ def _measure_adapters(session: Session, campaign: Campaign, old: Base, new: Base
         except LoractlError:
             continue
         together.setdefault((adapter.namespace, inputs), set()).add(source.digest)
+    most = min(_COMPARED, max(1, _HELD // (_LIKELIHOODS * _vocabulary(session, old))))
     for (namespace, inputs), versions in together.items():
-        for some in _parts(sorted(versions), _COMPARED):
+        for some in _parts(sorted(versions), most):
             recipe = {"kind": "compare", "old": old.digest, "base": new.digest, "adapters": some, "inputs": inputs}
             request = JobRequest(recipe=recipe, queue=campaign.queue, namespace=namespace)
             with suppress(LoractlError), session.begin_nested():
                 actor, origin = whose[namespace], actors.origin_of(campaign)
                 jobs.submit(session, actor, request, now, campaign_id=campaign.id, origin=origin)
+
+
+def _vocabulary(session: Session, base: Base) -> int:
+    """Rows of its largest tensor, which for nearly all is the embedding: at least as many as it has tokens."""
+    assert base.id is not None
+    return max((tensor.shape[0] for tensor in fits.model_of(session, base.id).tensors if tensor.shape), default=1)
 
 
 def _parts(values: list[str], most: int) -> list[list[str]]:

@@ -10,7 +10,7 @@ from sqlmodel import Session, col, func, select
 from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
 from registry.core.digest import Digest
 from registry.core.errors import LoractlError
-from registry.core.lifecycle import JobState
+from registry.core.lifecycle import JobState, VersionState
 from registry.core.manifest import canonical_json
 from registry.core.policy import Gate, Policy
 from registry.core.route import Signals
@@ -98,6 +98,7 @@ def facts_of(session: Session, actor: Caller, campaign: Campaign, item: Campaign
         trained_seconds=_number(made.result.get("seconds")) if made and made.result else None,
         approved=known.approved if known else None,
         decided_by=known.decided_by if known else "",
+        spent_before=known.spent_before if known else 0.0,
     )
     rules = rules_of(policy, suites)
     if any(suite.gate_n is None for suite in facts.suites):  # the machine freezes it with the reason
@@ -280,6 +281,9 @@ def _tier_facts(
     digest = str(made[0]["digest"])
     version = queries.version_by_digest(session, item.adapter_id, digest)
     evaluate = _progress(session, campaign, new, digest, suites)
+    if version is not None and version.status != VersionState.LIVE:  # equal work was done before, and taken back
+        evaluate = Progress(job=JobState.FAILED, error=f"@v{version.number} is {version.status}")
+        mine = mine.model_copy(update={"verdict": None})
     result = job.result or {}
     return mine.model_copy(
         update={

@@ -9,11 +9,12 @@ from sqlmodel import Session, col, select
 
 from registry.core.errors import JobNotFound
 from registry.core.lifecycle import JOB, JobState
-from registry.db.models import Job, JobEvent
+from registry.db.models import Campaign, Job, JobEvent
 
 from .. import audit
 from ..tokens import Caller
 
+_JOINED = "joined"
 MAX_EVENTS = 10_000
 """Events kept of one job's attempts together; what a worker reports beyond is dropped."""
 MAX_EVENT_BYTES = 4096
@@ -48,9 +49,17 @@ def ended(
     move = "cancel" if cancelled else "requeue" if again else "fail"
     job.state = JOB.after(move, job.state, job.id)
     job.lease_until, job.error = None, plain(problem)
+    if move == "requeue" and _is_paused(session, job):
+        job.held_by = job.campaign_id
     job.finished_at = None if move == "requeue" else now
     session.add(job)
     note(session, job, {"requeue": "requeued", "cancel": "cancelled", "fail": "failed"}[move], job.error, now)
+
+
+def _is_paused(session: Session, job: Job) -> bool:
+    """Whether only a campaign that begins nothing now wants the job."""
+    campaign = session.get(Campaign, job.campaign_id) if job.campaign_id else None
+    return campaign is not None and campaign.paused_at is not None and not is_shared(session, job)
 
 
 def locked(session: Session, caller: Caller, identity: str) -> Job:
@@ -66,6 +75,23 @@ def row(session: Session, identity: str) -> Job | None:
     """The job as it is now, held until the end of the transaction, whatever the session saw of it before."""
     query = select(Job).where(Job.id == identity).with_for_update().execution_options(populate_existing=True)
     return session.exec(query).first()
+
+
+def join(session: Session, job: Job, asker: str, now: datetime) -> None:
+    """Somebody else, a token or a campaign, asked for the same work."""
+    if asker not in (job.created_by, *_joined(session, job)):
+        session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=_JOINED, data={"asker": asker}, at=now))
+        session.flush()
+
+
+def is_shared(session: Session, job: Job) -> bool:
+    """Whether others than who asked first count on the job."""
+    return bool(_joined(session, job))
+
+
+def _joined(session: Session, job: Job) -> list[str]:
+    events = session.exec(select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.kind == _JOINED))
+    return [str(data.get("asker")) for data in events]
 
 
 def note(

@@ -1,7 +1,7 @@
 """Asking for work: equal work is one job, and what cannot be done is refused before anybody waits for it."""
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -63,7 +63,7 @@ def submit(
     if (told := request.model_dump(mode="json")) != access.plain(told):
         raise BadRequest(problems="text with NUL or half a surrogate pair, or a number that is not finite")
     recipe = planning.planned(session, caller, request.recipe, suites)
-    namespace = request.namespace or _namespace(session, request, recipe)
+    namespace = request.namespace or _namespace(session, caller, request, recipe)
     check_name(namespace, "namespace")
     caller.require("run", namespace)
     _check_output(caller, request, recipe)
@@ -99,10 +99,23 @@ def submit(
             continue
         access.note(session, job, "queued", {"by": caller.name}, now, caller.token_id)
         return job, False
-    if found.held_by not in (None, campaign_id):  # who pauses a campaign keeps nobody else waiting
-        found.held_by = None
-        session.add(found)
+    _wanted_again(session, found, caller, campaign_id, now)
     return found, True
+
+
+def _wanted_again(session: Session, found: Job, caller: Caller, campaign_id: str | None, now: datetime) -> None:
+    """Equal work is under way: it goes on, whoever asked for it first and wants it no more, or holds it."""
+    if found.state not in access.ACTIVE:
+        return
+    job = access.row(session, found.id)
+    assert job is not None
+    if campaign_id is None or job.campaign_id != campaign_id:
+        access.join(session, job, campaign_id or caller.token_id, now)
+        job.held_by = None  # who pauses a campaign keeps nobody else waiting
+    if job.cancel_requested and job.state == JobState.RUNNING:
+        job.cancel_requested = False  # a worker that heard of it already hands its attempt back
+        access.note(session, job, "wanted-again", {"by": caller.name}, now, caller.token_id)
+    session.add(job)
 
 
 def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
@@ -111,17 +124,30 @@ def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
     return session.exec(query).first()
 
 
-def _namespace(session: Session, request: JobRequest, recipe: AnyRecipe) -> str:
+def _namespace(session: Session, caller: Caller, request: JobRequest, recipe: AnyRecipe) -> str:
+    """Where the work is filed: at its output, else at an input, in a namespace that the caller may read.
+
+    Equal content may lie in many: those in which the caller may run go first, of these the ones that were named.
+    """
     if request.output.adapter:
         return SeriesName.parse(request.output.adapter).namespace
+    named = {text.partition("/")[0] for text in _texts(request.recipe)}
     for digest in inputs_of(recipe).values():
-        owners = queries.namespaces_of_version(session, digest)
-        if owners:
-            return owners[0]
-        data = session.exec(select(Dataset.namespace).join(DatasetVersion).where(DatasetVersion.digest == digest))
-        if owner := data.first():
-            return owner
+        data = select(Dataset.namespace).join(DatasetVersion).where(DatasetVersion.digest == digest)
+        owners = queries.namespaces_of_version(session, digest) or session.exec(data.distinct()).all()
+        mine = [owner for owner in owners if caller.can("read", owner)]
+        if mine:
+            return min(mine, key=lambda owner: (not caller.can("run", owner), owner not in named, owner))
     return BASES
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in what a request says."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> None:

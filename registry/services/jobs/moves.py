@@ -21,9 +21,13 @@ def cancel(session: Session, caller: Caller, identity: str, now: datetime) -> Jo
 
 
 def withdraw(session: Session, campaign_id: str, identity: str, now: datetime) -> None:
-    """Cancel a job that a campaign asked for, when it needs it no more; whatever became of its creator's rights."""
+    """Cancel a job that a campaign asked for, when it needs it no more; whatever became of its creator's rights.
+
+    One that somebody else asked for since goes on.
+    """
     job = access.row(session, identity)
-    if job is not None and job.campaign_id == campaign_id and job.state in access.ACTIVE:
+    mine = job is not None and job.campaign_id == campaign_id and job.state in access.ACTIVE
+    if job is not None and mine and not access.is_shared(session, job):
         _stopped(session, job, f"campaign {campaign_id}", now)
 
 

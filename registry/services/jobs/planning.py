@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlmodel import Session, select
 
 from registry.core.errors import BadRequest, NotRunnable
+from registry.core.lifecycle import VersionState
 from registry.core.names import Reference
 from registry.core.recipes import (
     BASE_ROLES,
@@ -78,10 +79,13 @@ def meant(session: Session, caller: Caller, text: str, base: Base | None) -> Ver
     """The adapter version that a recipe names: by its digest, or as ``namespace/name@vN`` or ``:alias`` on ``base``."""
     if text.startswith("sha256:"):
         found = session.exec(select(Version, Adapter).join(Adapter).where(Version.digest == text)).all()
-        for version, adapter in found:
-            if caller.can("read", adapter.namespace):
-                return version
-        raise BadRequest(problems=f"no adapter version {text[:80]}")
+        mine = [(version, adapter) for version, adapter in found if caller.can("read", adapter.namespace)]
+        if not mine:
+            raise BadRequest(problems=f"no adapter version {text[:80]}")
+        at_hand = (VersionState.LIVE, VersionState.YANKED)
+        version, adapter = next((one for one in mine if one[0].status in at_hand), mine[0])
+        standing.require_bytes(version, standing.ref(adapter, version))
+        return version
     reference = Reference.parse(text)
     if reference.alias is not None:
         return resolve(session, caller, reference, base).version

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -9,18 +10,18 @@ from sqlalchemy import func
 from sqlmodel import Session, col, delete, select
 
 from registry.core.digest import Digest
-from registry.core.errors import BadRequest, LeaseLost, NotYourJob, WorkFailed
+from registry.core.errors import BadRequest, LeaseLost, NotYourJob, TokenRefused, WorkFailed
 from registry.core.lifecycle import JOB, JobState
 from registry.core.recipes import Answers, AnyRecipe, Evaluate, MakesAdapter, MakesBase, parse_recipe
 from registry.core.recipes import Compare as CompareRecipe
 from registry.core.records import parse_records
 from registry.db import queries
-from registry.db.models import Checkpoint, DatasetVersion, Job, JobEvent, Version
+from registry.db.models import Adapter, Checkpoint, Dataset, DatasetVersion, Job, JobEvent, Version
 from registry.schemas import FinishRequest, ScoredInfo
 from registry.storage.base import BlobStore
 
 from .. import bases, blobs, commits, evaluations, fits, pools
-from ..tokens import Caller
+from ..tokens import Caller, acting
 from . import access
 
 
@@ -104,12 +105,42 @@ def _made(session: Session, job: Job, recipe: AnyRecipe, pushed: Sequence[str], 
     return [commits.commit_verified(session, identity, job, now) for identity in pushed]
 
 
+def _suite_of(session: Session, job: Job, recipe: Evaluate, now: datetime) -> DatasetVersion:
+    """The suite as the job knows it: equal content may lie elsewhere too, under a name that its people may not read."""
+    query = select(DatasetVersion, Dataset).join(Dataset).where(DatasetVersion.digest == recipe.suite)
+    rows = session.exec(query.order_by(col(DatasetVersion.id))).all()
+    ranks = _rank(session, job, [data.namespace for _, data in rows], now)
+    return min(zip(ranks, rows, strict=True), key=lambda ranked: ranked[0])[1][0]
+
+
+def _scored(session: Session, job: Job, digest: str, now: datetime) -> list[Version]:
+    """The versions with this content that the score is told of: the job's own, else others that its asker may run."""
+    query = select(Version, Adapter).join(Adapter).where(Version.digest == digest).order_by(col(Version.id))
+    rows = session.exec(query).all()
+    ranks = _rank(session, job, [adapter.namespace for _, adapter in rows], now)
+    return [version for rank, (version, _) in zip(ranks, rows, strict=True) if rank == min(ranks)]
+
+
+def _rank(session: Session, job: Job, namespaces: Sequence[str], now: datetime) -> list[int]:
+    """Of each: 0 the job's own, 1 where its asker may run, 2 read, 3 neither."""
+    asker = None
+    with suppress(TokenRefused):
+        asker = acting(session, job.created_by, now)
+
+    def rank(namespace: str) -> int:
+        if namespace == job.namespace:
+            return 0
+        may = [asker is not None and asker.can(scope, namespace) for scope in ("run", "read")]
+        return may.index(True) + 1 if any(may) else 3
+
+    return [rank(namespace) for namespace in namespaces]
+
+
 def _keep_evaluations(
     session: Session, store: BlobStore, job: Job, recipe: Evaluate, found: Iterable[ScoredInfo], now: datetime
 ) -> None:
-    base = queries.base_by_digest(session, recipe.base)
-    suite = session.exec(select(DatasetVersion).where(DatasetVersion.digest == recipe.suite)).first()
-    assert base is not None and suite is not None
+    base, suite = queries.base_by_digest(session, recipe.base), _suite_of(session, job, recipe, now)
+    assert base is not None
     scored: set[str | None] = set()
     for item in found:
         adapter = item.adapter
@@ -120,8 +151,7 @@ def _keep_evaluations(
         records = parse_records(body)
         digest = Digest.sha256(body)
         blobs.put(session, store, digest, body, now)
-        versions = session.exec(select(Version).where(Version.digest == adapter)).all() if adapter else [None]
-        for version in versions:
+        for version in _scored(session, job, adapter, now) if adapter else (None,):
             evaluations.record(
                 session,
                 store,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from registry.core.errors import NotRunnable, TrainingFailed, Unchanged, UnknownTargets
 from registry.core.recipes import Extract, FullFineTune
 from tests.workers import factories
+from workers.compute import full
 from workers.compute.bank import attached
 from workers.compute.course import learning_rate
 from workers.compute.data import Packed, batches, tokenize
@@ -223,3 +224,34 @@ def test_an_adapter_extracted_from_a_full_fine_tune_answers_as_it_does(base: Pat
     assert (factories.logits(model) - factories.logits(tuned)).abs().max() > 0.1
     with attached(model, made.adapter):
         torch.testing.assert_close(factories.logits(model), factories.logits(tuned), atol=1e-3, rtol=1e-3)
+
+
+def test_a_gradient_that_memory_ran_out_for_is_not_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, asked = factories.saved(factories.llama(), tmp_path / "base"), recipe(precision="bf16", steps=1)
+    hand_over, handed = full._hand_over, list[int]()
+
+    def out_of_memory_once(parameter: Tensor, exact: Tensor) -> None:
+        handed.append(0)
+        if len(handed) == 3:
+            raise torch.OutOfMemoryError
+        hand_over(parameter, exact)
+
+    of_all = full._Weights.norm
+
+    def norm_of_a_step() -> float:
+        seen = list[float]()
+
+        def looked_at(weights: full._Weights) -> float:
+            seen.append(of_all(weights))
+            return seen[-1]
+
+        monkeypatch.setattr(full._Weights, "norm", looked_at)
+        train(base, asked)
+        return seen[0]
+
+    expected = norm_of_a_step()
+    monkeypatch.setattr(full, "_hand_over", out_of_memory_once)
+    assert norm_of_a_step() == pytest.approx(expected, rel=0.02)  # in two passes, in bfloat16
+    assert len(handed) > 3

@@ -17,8 +17,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from registry.core.errors import NotRunnable
+from registry.core.errors import BadDataset, NotRunnable, UnusableDataset
 from registry.core.recipes import Distil, FineTune, Rebase, Steps
 from registry.core.records import item_id
 
@@ -161,9 +161,8 @@ def read_lesson(folder: Path, tokenizer: Tokenizer, size: int | None = None) -> 
     rows = [Row(each["row"], *each.get("input", (_TEXTS, at))) for at, each in enumerate(told, start=1)]
     tokens = sum(each["tokens"] for each in told)
     if not by_logits:
-        kept = [(each, row) for each, row in zip(told, rows, strict=True) if _text_of(row)]
-        found = zip(encoded(tokenizer, [row for _, row in kept]), kept, strict=True)
-        return Lesson([one if each["ended"] else replace(one, end=()) for one, (each, _) in found], tokens, by_logits)
+        read = [(each, one) for each, row in zip(told, rows, strict=True) for one in _encoded(tokenizer, row)]
+        return Lesson([one if each["ended"] else replace(one, end=()) for each, one in read], tokens, by_logits)
     examples, at = [], 0
     for each, row, prompt in zip(told, rows, prompts_of(tokenizer, rows), strict=True):
         span = slice(at, at := at + each["tokens"])
@@ -172,9 +171,13 @@ def read_lesson(folder: Path, tokenizer: Tokenizer, size: int | None = None) -> 
     return Lesson(examples, tokens, by_logits)
 
 
-def _text_of(row: Row) -> str:
+def _encoded(tokenizer: Tokenizer, row: Row) -> Iterable[Example]:
+    """What a student reads of a text; nothing of one that gives it no token, or that its template writes otherwise."""
     text: str = row.value["messages"][-1]["content"] if "messages" in row.value else row.value["completion"]
-    return text
+    if not text:
+        return
+    with suppress(BadDataset, UnusableDataset):
+        yield from encoded(tokenizer, [row])
 
 
 def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, starts: Starts) -> Race:
@@ -189,6 +192,8 @@ def distil(model: Model, tokenizer: Tokenizer, recipe: Rebase, folder: Path, sta
     starts = fitting(model, starts)
     if not starts.adapters:
         raise NotRunnable(what="Distilling", reason="; ".join(starts.refused.values()))
+    if not lesson.examples:
+        raise NotRunnable(what="Distilling", reason="the teacher wrote nothing that the new base can read")
     kept, held = _apart(lesson.examples, recipe.distil.held_out)
     agreed = partial(_agreement, model, held[:: -(-len(held) // _MOST_LOOKED_AT)])
     told: dict[str, dict[str, Any]] = {name: {"refused": why} for name, why in starts.refused.items()}

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from workers.compute.rebase.distil import distil, is_written, read_lesson, write
 from workers.compute.rebase.race import Chosen, as_raced, raced
 from workers.compute.rebase.starts import SCRATCH, Starts
 from workers.compute.rebase.warm_start import warm_start
+from workers.compute.weights import write_tensors
 
 TOKENIZER = factories.tokenizer()
 ROWS = factories.rows(40)
@@ -190,3 +192,30 @@ def test_students_and_warm_starts_go_through_one_run(lesson: Path, teacher: Adap
         torch.testing.assert_close(
             torch.tensor(beside.trained.losses), torch.tensor(alone.trained.losses), rtol=1e-3, atol=1e-4
         )
+
+
+def in_other_words(folder: Path, texts: list[str]) -> Path:
+    """A lesson of chats by a teacher of another vocabulary, who said these texts."""
+    folder.mkdir()
+    with (folder / "lesson.jsonl").open("w") as file:
+        for number, text in enumerate(texts):
+            said = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": text}]
+            file.write(json.dumps({"row": {"messages": said}, "tokens": 1, "ended": True}) + "\n")
+    tensors = {"ids": torch.zeros(len(texts), dtype=torch.int32), "top": torch.zeros(len(texts), 1, dtype=torch.int32),
+               "log_p": torch.zeros(len(texts), 1)}  # fmt: skip
+    write_tensors(folder / "lesson.safetensors", tensors, {"vocabulary": "another"})
+    return folder
+
+
+def test_texts_that_the_students_template_takes_away_are_left_out_and_no_more(tmp_path: Path) -> None:
+    student = factories.tokenizer()
+    student.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    lesson = read_lesson(in_other_words(tmp_path / "some", ["yes", "\n", "", "no"]), student)
+    assert [example.value["messages"][0]["content"] for example in lesson.examples] == ["0", "3"]
+    nothing = in_other_words(tmp_path / "none", ["", "\n"])
+    model = factories.llama()
+    with pytest.raises(NotRunnable, match="wrote nothing"):
+        distil(model, student, recipe(), nothing, Starts({"carry": factories.random_adapter(model)}, {}))
