@@ -57,7 +57,8 @@ def steps(folder: Path, mine: Mine = every) -> int:
 
 
 def gather(earlier: Sequence[Path], folder: Path) -> None:
-    """Link into ``folder`` what runs left in ``earlier`` ones, in other company or elsewhere; the furthest of each."""
+    """Link into ``folder`` what runs left in ``earlier`` ones, in other company or elsewhere; the furthest of each, and
+    what lies beside them: lessons, which are written once."""
     folder.mkdir(parents=True, exist_ok=True)
     before = files_of(folder)
     index = dict(before)
@@ -69,8 +70,22 @@ def gather(earlier: Sequence[Path], folder: Path) -> None:
                         (folder / name).unlink(missing_ok=True)
                         os.link(place / name, folder / name)
                     index[identity] = names
+        _bring(place, folder)
     if index != before:
         write_index(folder, index)
+
+
+def _bring(place: Path, folder: Path) -> None:
+    """Link folders of ``place`` that are no runs' and of which nothing is there; in the order of names, in which a
+    lesson's end comes last."""
+    for inner in sorted(path for path in place.glob("*/**") if path.is_dir()):
+        there, files = folder / inner.relative_to(place), sorted(path for path in inner.iterdir() if path.is_file())
+        if (inner / INDEX).exists() or (there.exists() and any(there.iterdir())):
+            continue
+        there.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # whoever goes on there writes it anew
+            for path in files:
+                os.link(path, there / path.name)
 
 
 def take(folder: Path, copies: Mapping[Path, Mine]) -> None:

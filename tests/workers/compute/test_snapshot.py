@@ -111,3 +111,24 @@ def test_the_furthest_of_each_run_is_gathered(tmp_path: Path, own: int) -> None:
         snapshot.gather([tmp_path / "alone", tmp_path / "company"], tmp_path / "here")
         assert read(tmp_path / "here", "a", "b") == [max(5, own), 3]
     assert read(tmp_path / "alone", "a") == [5]
+
+
+def test_a_lesson_that_was_written_is_gathered_whole_and_none_that_is_there_is_touched(tmp_path: Path) -> None:
+    for place in ("first", "second"):
+        for lesson in ("a", "b"):
+            folder = tmp_path / place / "lessons" / lesson
+            folder.mkdir(parents=True)
+            for name in ("lesson.jsonl", "lesson.safetensors"):
+                (folder / name).write_text(f"{place} {lesson}")
+        left(tmp_path / place, 3, "a")
+        left(tmp_path / place / "phase", 5, "a")
+    here = tmp_path / "here" / "lessons" / "b"
+    here.mkdir(parents=True)
+    (here / "lesson.jsonl").write_text("half of mine")
+    snapshot.gather([tmp_path / "first", tmp_path / "second"], tmp_path / "here")
+    assert {path.relative_to(tmp_path / "here").as_posix(): path.read_text()
+            for path in (tmp_path / "here").rglob("lesson.*")} == {
+        "lessons/a/lesson.jsonl": "first a", "lessons/a/lesson.safetensors": "first a",
+        "lessons/b/lesson.jsonl": "half of mine",
+    }  # fmt: skip
+    assert not (tmp_path / "here" / "phase" / snapshot.INDEX).exists()
