@@ -75,13 +75,10 @@ def readable_manifests(caller: Caller) -> SelectOfScalar[str]:
 
 def held(session: Session, caller: Caller, digests: Iterable[str]) -> set[str]:
     """Those of ``digests`` that are here, were read completely, and may be read by ``caller``."""
-    query = (
-        select(ManifestBlob.blob)
-        .join(Blob, col(Blob.digest) == ManifestBlob.blob)
-        .where(col(ManifestBlob.blob).in_(list(digests)), Blob.verified == "full")
-        .where(col(ManifestBlob.manifest).in_(readable_manifests(caller)))
-    )
-    return _kept(session, session.exec(query.distinct()).all())
+    readable = readable_manifests(caller).where(col(StoredManifest.digest) == ManifestBlob.manifest).exists()
+    naming = select(ManifestBlob.blob).where(ManifestBlob.blob == Blob.digest, readable).exists()  # one is enough
+    query = select(Blob.digest).where(col(Blob.digest).in_(list(digests)), Blob.verified == "full", naming)
+    return _kept(session, session.exec(query).all())
 
 
 def _kept(session: Session, digests: Sequence[str]) -> set[str]:
