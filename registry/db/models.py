@@ -676,6 +676,12 @@ class Job(SQLModel, table=True):
     created_by: str = Field(max_length=16)
     created_at: datetime = _time("when it was asked for")
     started_at: datetime | None = _time("when the last attempt began", nullable=True)
+    company: int = Field(
+        default=1, sa_column_kwargs={"comment": "jobs that the last attempt is made with, itself too", "server_default": "1"}
+    )
+    lost_seconds: float = Field(
+        default=0.0, sa_column_kwargs={"comment": "device seconds of attempts without a result", "server_default": "0"}
+    )
     finished_at: datetime | None = _time("when it came to its end", nullable=True)
 
 

@@ -41,7 +41,7 @@ from registry.db.models import (
 from registry.files import scan_folder
 from registry.schemas import ClaimRequest, JobRequest, UpgradeRequest
 from registry.services import aliases, campaigns, jobs, withdrawals
-from registry.services.campaigns import running
+from registry.services.campaigns import reading, running
 from registry.services.references import find_adapter
 from registry.services.tokens import Caller
 from tests.factories import base_of, tiny_adapter, tiny_base
@@ -1248,7 +1248,8 @@ def test_work_that_is_being_stopped_goes_on_for_who_asks_for_it_again(upgrade: U
 def test_who_was_given_a_campaigns_job_keeps_it_when_the_campaign_ends(upgrade: Upgrade) -> None:
     campaign = upgrade.begin()
     upgrade.tick()
-    [queued, *others] = upgrade.jobs("queued")
+    queued = next(job for job in upgrade.jobs("queued") if job.kind == "evaluate")
+    others = [job for job in upgrade.jobs("queued") if job.id != queued.id]
     ann = upgrade.world.grant(caller("ann", team=["run", "read"], base=["run"]))
     for _ in range(2):  # asking twice says nothing new
         with upgrade.world.database.write() as session:
@@ -1304,3 +1305,31 @@ def test_a_pause_also_holds_what_goes_back_to_the_queue(upgrade: Upgrade) -> Non
     again = _offered(upgrade)
     assert again is not None
     assert again.id == job.id
+
+
+def test_what_attempts_without_a_result_took_is_spent(upgrade: Upgrade) -> None:
+    campaign = upgrade.begin(budget_seconds=100.0)
+    upgrade.tick()
+    while (job := _claimed(upgrade)).kind != "rebase":
+        with upgrade.world.database.write() as session:
+            done = upgrade.results(job)
+            jobs.finish(session, upgrade.world.store, WORKER, job.id, done, upgrade.world.now)
+    with upgrade.world.database.read() as session:
+        before = reading.spent_by(session, session.get_one(Campaign, campaign))
+    upgrade.world.later(seconds=40)
+    _handed_back(upgrade, job)
+    with upgrade.world.database.read() as session:
+        assert reading.spent_by(session, session.get_one(Campaign, campaign)) == pytest.approx(before + 40)
+    again = _offered(upgrade)
+    assert again is not None
+    upgrade.world.later(seconds=70)
+    problem = {"code": "work-failed", "detail": "no memory"}
+    with upgrade.world.database.write() as session:
+        jobs.fail(
+            session, WORKER, again.id, attempt=again.attempt, problem=problem, retryable=False, cancelled=False,
+            now=upgrade.world.now,
+        )  # fmt: skip
+    upgrade.tick()
+    assert Facts.model_validate(upgrade.items()[0].facts).tier("carry").seconds == pytest.approx(110)
+    upgrade.run()
+    assert (upgrade.state(), "seconds are spent" in upgrade.item().reason) == ("frozen", True)

@@ -543,8 +543,10 @@ def test_fine_tunings_on_one_base_are_claimed_together_each_with_its_lease(small
     found = small.claim_many(3)
     assert [job.id for job in found] == asked[:3]
     assert {(job.state, job.attempt, job.token_id) for job in found} == {("running", 1, "ann")}
+    small.world.later(seconds=9)
     small.fail(found[1], retryable=True)
     assert [small.now(job).state for job in found] == ["running", "queued", "running"]
+    assert small.now(found[1]).lost_seconds == 3.0  # its share of nine
     assert {job.id for job in small.claim_many(9, BEN)} == {asked[1], asked[3]}
     assert [job.id for job in small.claim_many(9)] == [other]  # its precision is another
     assert len(small.claim_many(9)) == 1  # it divides the base among all GPUs

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pydantic import ValidationError
-from sqlmodel import Session, col, func, select
+from sqlmodel import Session, case, col, func, select
 
 from registry.core.campaign import Facts, Progress, State, SuiteFacts, TierFacts
 from registry.core.digest import Digest
@@ -42,9 +42,10 @@ _MEASURED = ("inside", "cosine", "excess", "alpha")
 
 
 def spent_by(session: Session, campaign: Campaign) -> float:
-    """Device seconds of all the campaign's jobs that came to a result."""
-    seconds = col(Job.result)["seconds"].as_float()
-    query = select(func.sum(seconds)).where(Job.campaign_id == campaign.id, Job.state == JobState.SUCCEEDED)
+    """Device seconds of all the campaign's jobs, also of attempts that came to no result."""
+    told = func.coalesce(col(Job.result)["seconds"].as_float(), 0.0)
+    made = case((col(Job.state) == JobState.SUCCEEDED, told), else_=0.0)
+    query = select(func.sum(made + col(Job.lost_seconds))).where(Job.campaign_id == campaign.id)
     return session.exec(query).one() or 0.0
 
 
@@ -95,7 +96,7 @@ def facts_of(session: Session, actor: Caller, campaign: Campaign, item: Campaign
         pool=pools.facts_of(session, actor, policy, old, known.pool if known else None),
         superseded_by=superseded_by(session, campaign),
         trained_steps=int(_number(made.result.get("steps"))) if made and made.result else None,
-        trained_seconds=_number(made.result.get("seconds")) if made and made.result else None,
+        trained_seconds=_number(made.result.get("seconds")) + made.lost_seconds if made and made.result else None,
         approved=known.approved if known else None,
         decided_by=known.decided_by if known else "",
         spent_before=known.spent_before if known else 0.0,
@@ -277,7 +278,7 @@ def _tier_facts(
     produce = Progress(job=JobState(job.state), id=job.id, error=str((job.error or {}).get("detail", "")))
     made = (job.result or {}).get("made") or []
     if not produce.done or not made:
-        return mine.model_copy(update={"produce": produce})
+        return mine.model_copy(update={"produce": produce, "seconds": job.lost_seconds})
     digest = str(made[0]["digest"])
     version = queries.version_by_digest(session, item.adapter_id, digest)
     evaluate = _progress(session, campaign, new, digest, suites)
@@ -293,7 +294,9 @@ def _tier_facts(
             "evaluate": evaluate,
             "steps": int(_number(result.get("steps"))),
             "told": {key: result[key] for key in ("start", "candidates", "signals") if key in result},
-            "seconds": _number(result.get("seconds")) + _scoring_seconds(session, new, digest, suites),
+            "seconds": _number(result.get("seconds"))
+            + job.lost_seconds
+            + _scoring_seconds(session, new, digest, suites),
         }
     )
 

@@ -44,7 +44,12 @@ def get(session: Session, caller: Caller, identity: str) -> Job:
 def ended(
     session: Session, job: Job, problem: dict[str, Any], now: datetime, *, retryable: bool, cancelled: bool = False
 ) -> None:
-    """An attempt is over without a result: the job waits again while attempts are left, else it has failed."""
+    """An attempt is over without a result: the job waits again while attempts are left, else it has failed.
+
+    What it took is kept, as a share of what those took that it was made with.
+    """
+    if job.started_at is not None:
+        job.lost_seconds += max(0.0, (now - job.started_at).total_seconds()) / job.company
     again = retryable and job.attempt < job.max_attempts
     move = "cancel" if cancelled else "requeue" if again else "fail"
     job.state = JOB.after(move, job.state, job.id)

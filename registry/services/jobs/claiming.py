@@ -57,7 +57,7 @@ def _lease(
     job.attempt += 1
     job.lease_until = now + timedelta(seconds=lease_s)
     job.token_id, job.worker = caller.token_id, request.worker
-    job.started_at, job.progress, job.error = now, None, None
+    job.started_at, job.progress, job.error, job.company = now, None, None, 1
     session.add(job)
     who = {"worker": request.worker} | ({"agent": agent[:100]} if agent else {})
     access.note(session, job, "claimed", who, now, caller.token_id)
@@ -80,6 +80,8 @@ def claim_beside(
     beside = fitting[: request.group - 1]
     for job in beside:
         _lease(session, caller, request, job, lease_s, now)
+    for job in (first, *beside):
+        job.company = 1 + len(beside)
     return beside
 
 
