@@ -84,7 +84,7 @@ def row(session: Session, identity: str) -> Job | None:
 
 def join(session: Session, job: Job, asker: str, now: datetime) -> None:
     """Somebody else, a token or a campaign, asked for the same work."""
-    if asker not in (job.created_by, *_joined(session, job)):
+    if asker not in (job.campaign_id or job.created_by, *_joined(session, job)):
         session.add(JobEvent(job_id=job.id, attempt=job.attempt, kind=_JOINED, data={"asker": asker}, at=now))
         session.flush()
 

@@ -1,7 +1,7 @@
 """Asking for work: equal work is one job, and what cannot be done is refused before anybody waits for it."""
 
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -73,7 +73,13 @@ def submit(
     where = {"adapter": output["adapter"], "line": output["line"], "aliases": sorted(set(output["aliases"]))}
     digest = recipe_digest(recipe)
     key = str(Digest.sha256(canonical_json([str(digest), where, namespace, salt])))
-    while (found := _equal(session, key, fresh=request.fresh)) is None:
+    while True:
+        states = access.ACTIVE if request.fresh else (*access.ACTIVE, JobState.SUCCEEDED)
+        found = _equal(session, key, states)
+        if found is not None and _goes_on(session, found, caller, campaign_id, now) in states:
+            return found, True
+        if found is not None:  # it ended otherwise since it was found
+            continue
         job = Job(
             id=f"j{secrets.token_hex(8)}",
             kind=recipe.kind,
@@ -99,16 +105,14 @@ def submit(
             continue
         access.note(session, job, "queued", {"by": caller.name}, now, caller.token_id)
         return job, False
-    _wanted_again(session, found, caller, campaign_id, now)
-    return found, True
 
 
-def _wanted_again(session: Session, found: Job, caller: Caller, campaign_id: str | None, now: datetime) -> None:
-    """Equal work is under way: it goes on, whoever asked for it first and wants it no more, or holds it."""
-    if found.state not in access.ACTIVE:
-        return
-    job = access.row(session, found.id)
-    assert job is not None
+def _goes_on(session: Session, found: Job, caller: Caller, campaign_id: str | None, now: datetime) -> str:
+    """Let equal work go on, whoever asked for it first and wants it no more, or holds it; its state by now."""
+    if found.state not in access.ACTIVE or (job := access.row(session, found.id)) is None:
+        return found.state
+    if job.state not in access.ACTIVE:
+        return job.state
     if campaign_id is None or job.campaign_id != campaign_id:
         access.join(session, job, campaign_id or caller.token_id, now)
         job.held_by = None  # who pauses a campaign keeps nobody else waiting
@@ -116,10 +120,10 @@ def _wanted_again(session: Session, found: Job, caller: Caller, campaign_id: str
         job.cancel_requested = False  # a worker that heard of it already hands its attempt back
         access.note(session, job, "wanted-again", {"by": caller.name}, now, caller.token_id)
     session.add(job)
+    return job.state
 
 
-def _equal(session: Session, key: str, *, fresh: bool) -> Job | None:
-    states = access.ACTIVE if fresh else (*access.ACTIVE, JobState.SUCCEEDED)
+def _equal(session: Session, key: str, states: Sequence[str]) -> Job | None:
     query = select(Job).where(Job.key == key, col(Job.state).in_(states)).order_by(col(Job.created_at).desc())
     return session.exec(query).first()
 
