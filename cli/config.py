@@ -37,11 +37,11 @@ def path(env: Mapping[str, str] = os.environ) -> Path:
 def load(env: Mapping[str, str] = os.environ) -> Login:
     """The login; the environment goes first. `NotLoggedIn` when there is none."""
     kept = _kept(path(env))
-    url = env.get("LORACTL_URL") or kept.get("url")
+    url = (env.get("LORACTL_URL") or kept.get("url") or "").strip().rstrip("/")
     if not url:
         raise NotLoggedIn
     # A kept token belongs to the kept registry: it is not sent to another one.
-    token = env.get("LORACTL_TOKEN") or (kept.get("token") if url == kept.get("url") else None)
+    token = env.get("LORACTL_TOKEN") or (kept.get("token") if url == str(kept.get("url")).rstrip("/") else None)
     return Login(url, token, "LORACTL_URL" if env.get("LORACTL_URL") else str(path(env)))
 
 

@@ -9,6 +9,7 @@ imported when they are used, so that ``loractl --help`` is quick.
 """
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -87,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # rather a question mark than no table
     command = next((word for word in arguments if word in COMMANDS), "")
     try:
         with traced(f"loractl {command}".strip()):
@@ -107,11 +111,23 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the flush at exit must not fail
         return 1
     except Exception as error:  # noqa: BLE001  # the boundary: people see a sentence, --debug shows the rest
+        if (refused := _invalid(error)) is not None:
+            _report(error, refused.problem(), refused.message, refused.hint, as_json, debug)
+            return exit_code(refused)
         detail = f"Failed in a way that loractl does not know: {type(error).__name__}: {error}"
         hint = "Repeat with --debug to see where, and report it."
         _report(error, _problem("internal-error", detail, hint), detail, hint, as_json, debug)
         return 1
     return status if isinstance(status, int) else 0  # what a command left with by click's Exit
+
+
+def _invalid(error: Exception) -> errors.BadRequest | None:
+    """The refusal of a request that was found wrong before it was sent; pydantic is not imported for this."""
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is None or not isinstance(error, pydantic.ValidationError):
+        return None
+    told = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return errors.BadRequest(problems="; ".join(told))
 
 
 @contextmanager

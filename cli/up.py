@@ -31,7 +31,7 @@ from typing import IO
 
 import click
 
-from registry.core.errors import ChildFailed, LoractlError, PathUnusable, ToolMissing
+from registry.core.errors import BadRequest, ChildFailed, LoractlError, PathUnusable, ToolMissing
 
 from .config import write_secret
 from .output import Output, command
@@ -108,6 +108,7 @@ class House:
         server, worker = self._environments()
         before = {number: signal.signal(number, self._stopped) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            self._take_port()
             self._once("migrate", [sys.executable, "-m", "registry.db.migrate"], server)
             self.children = self._lines(server, worker)
             for child in self.children:
@@ -191,6 +192,16 @@ class House:
         aside = self.folder / "up.json.new"
         aside.write_text(json.dumps({"url": self.url, "pid": os.getpid(), "pids": pids}, indent=1) + "\n")
         aside.replace(self.folder / "up.json")
+
+    def _take_port(self) -> None:
+        """Find out whether the port is free before anything runs: another registry on it would answer in our place."""
+        try:
+            with socket.create_server((self.host, self.port)):
+                pass
+        except OSError as error:
+            free = "take a free one: loractl up --port N"
+            reason = f"{self.host}:{self.port} cannot be listened on ({error.strerror}); {free}"
+            raise BadRequest(problems=reason) from error
 
     def _wait_until_ready(self) -> None:
         import httpx

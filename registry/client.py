@@ -11,6 +11,7 @@ connection (`registry.transfer`).
 import copy
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -23,7 +24,7 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from . import schemas as wire
-from .core.errors import BadName, LoractlError, Overloaded, RegistryUnreachable, UnknownProblem
+from .core.errors import BadName, LoractlError, Overloaded, RegistryUnreachable, TokenRefused, UnknownProblem
 from .core.lifecycle import JobState
 from .core.manifest import Kind
 from .core.names import Reference, SeriesName
@@ -41,6 +42,8 @@ MOST_PATIENCE_S = 30.0
 """The longest pause that is made because the registry asks for it."""
 _PASSING = {502, 503, 504}
 _PLURAL = {"adapter": "adapters", "dataset": "datasets", "suite": "suites"}
+_HEADER = re.compile("[!-~]+")
+"""What a token can hold."""
 _ALIASES = TypeAdapter(list[wire.AliasInfo])
 
 
@@ -61,8 +64,10 @@ class RegistryClient:
         timeout_s: float = 60.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+        if not url.startswith(("http://", "https://")) or not _host(url):
             raise BadName(value=url[:200], what="registry URL", rule="expected http://HOST:PORT or https://HOST")
+        if token and not _HEADER.fullmatch(token := token.strip()):  # which an error of httpx would show
+            raise TokenRefused(reason="it holds a blank, a line break or a letter that no token has")
         self.url = url.rstrip("/")
         self._sleep = sleep
         self._about: dict[str, str] = {}
@@ -623,6 +628,14 @@ def _messages(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         elif line and not line.startswith(":"):
             name, _, value = line.partition(":")
             fields[name] = value.removeprefix(" ")
+
+
+def _host(url: str) -> str:
+    """The host of a URL; nothing where it is none."""
+    try:
+        return httpx.URL(url).host
+    except httpx.InvalidURL:
+        return ""
 
 
 def _path(*parts: str) -> str:

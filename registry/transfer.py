@@ -535,7 +535,7 @@ def fetch(
     progress: Progress = silent,
     threads: int = THREADS,
 ) -> list[Path]:
-    """Every file of ``wanted`` under ``out``; identical files stay, others are replaced once verified.
+    """Every file of ``wanted`` under ``out``; identical files stay, others are replaced once all are verified.
 
     ``refresh`` gives the same files with fresh URLs. Ranges arrive in parallel while they are hashed in
     order behind them.
@@ -570,6 +570,7 @@ def fetch(
                         retire()
             while window:
                 retire()
+            _place(partials)
         except BaseException:
             crew.stop()
             raise
@@ -580,6 +581,22 @@ def fetch(
     with suppress(OSError):  # not empty: another pull's
         (out / PARTIAL).rmdir()
     return [targets[file.path] for file in lacking]
+
+
+def _place(arrived: Sequence["_Partial"]) -> None:
+    """Give all files their names at once: of two versions no folder is a mixture that loads, whoever dies in between.
+
+    So a configuration goes before anything comes, and comes after all else.
+    """
+    ordered = sorted(arrived, key=lambda one: one.target.name.endswith("config.json"))
+    if len(ordered) > 1:
+        for one in ordered:
+            if one.target.name.endswith("config.json"):
+                with _local_disk(one.target):
+                    one.target.unlink(missing_ok=True)
+    for one in ordered:
+        with _local_disk(one.target):
+            one.place()
 
 
 def _receive(store: "_Store", urls: "_Urls", file: "_Partial", number: int, crew: "_Crew", meter: "_Meter") -> None:
@@ -666,7 +683,7 @@ class _Partial:
             self._marks.flush()
 
     def take(self, number: int) -> None:
-        """Hash the next range; behind the last one verify, sync and rename."""
+        """Hash the next range; behind the last one verify and sync."""
         offset, end = number * RANGE, number * RANGE + self.length(number)
         while offset < end:
             chunk = os.pread(self._descriptor, min(CHUNK, end - offset), offset)
@@ -686,6 +703,10 @@ class _Partial:
                 path=self.file.path, actual=actual, expected=self.file.digest, size=self.file.size
             )
         os.fsync(self._descriptor)
+        self._marks.close()
+
+    def place(self) -> None:
+        """Give the file, which was verified, its name."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.path.replace(self.target)
         self._journal.unlink()
@@ -694,9 +715,10 @@ class _Partial:
 
     def close(self) -> None:
         """Let go of the files; closing again is fine."""
-        if not self._marks.closed:
-            self._marks.close()
+        self._marks.close()
+        if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class _Urls:

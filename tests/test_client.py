@@ -23,6 +23,7 @@ from registry.core.errors import (
     GateNotPassed,
     LoractlError,
     RegistryUnreachable,
+    TokenRefused,
     UnknownProblem,
     refusals,
 )
@@ -76,7 +77,7 @@ def test_nobody_there_is_unreachable_with_the_url_and_the_command_that_helps() -
     assert "loractl up" in caught.value.hint
 
 
-@pytest.mark.parametrize("url", ["", "registry.test", "ftp://registry.test", "http://", "https:///x"])
+@pytest.mark.parametrize("url", ["", "registry.test", "ftp://registry.test", "http://", "https:///x", "http://a:b"])
 def test_a_url_without_scheme_or_host_is_refused(url: str) -> None:
     with pytest.raises(BadName):
         RegistryClient(url)
@@ -351,3 +352,11 @@ def test_every_method_calls_a_route_that_the_api_has(tmp_path: Path) -> None:
 
 class _Found(Exception):  # noqa: N818
     """The request met a route."""
+
+
+@pytest.mark.parametrize("token", ["lora_a_secret x", "lora_a_sec\nret", "lora_a_secrét"])
+def test_a_token_that_is_none_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(TokenRefused) as caught:
+        RegistryClient("http://registry.test", token)
+    assert "secr" not in str(caught.value)
+    RegistryClient("http://registry.test", " lora_a_secret\n").close()

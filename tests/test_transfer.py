@@ -505,6 +505,39 @@ def test_an_interrupted_pull_leaves_only_partial_files_and_goes_on_from_them(
     assert (tmp_path / "data.jsonl").read_bytes() == large[1]
 
 
+def test_of_two_versions_no_folder_is_a_mixture(
+    client: RegistryClient, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, digest = [], str(base_of(base).digest)
+    for number, rank in enumerate((64, 32)):
+        adapter = tiny_adapter(tmp_path / f"a{number}", base, rank=rank, seed=number)
+        made.append((adapter, transfer.push_adapter(client, adapter, "team/mixed", digest).version_digest))
+    out = tmp_path / "out"
+    transfer.pull(client, made[0][1], out)
+    before = contents(out)
+
+    def stop_near_the_end(what: str, done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer.pull(client, made[1][1], out, progress=stop_near_the_end)
+    assert {name: data for name, data in contents(out).items() if transfer.PARTIAL not in name} == before
+    place = transfer._Partial.place
+
+    def killed_behind_the_first(file: transfer._Partial) -> None:
+        place(file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer._Partial, "place", killed_behind_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.pull(client, made[1][1], out)
+    assert not (out / "adapter_config.json").exists()  # so nobody loads it
+    transfer.pull(client, made[1][1], out)
+    assert contents(out) == contents(made[1][0])
+
+
 PULL = """
 import sys
 from pathlib import Path

@@ -41,6 +41,7 @@ def test_a_kept_token_is_not_sent_to_another_registry(tmp_path: Path) -> None:
     config.save(config.Login("http://a", "kept", ""), env)
     assert config.load({**env, "LORACTL_URL": "http://b"}).token is None
     assert config.load({**env, "LORACTL_URL": "http://a"}).token == "kept"
+    assert config.load({**env, "LORACTL_URL": "http://a/"}).token == "kept"
 
 
 def test_no_login_is_said_with_the_command_that_helps(tmp_path: Path) -> None:

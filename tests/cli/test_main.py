@@ -166,6 +166,27 @@ def test_a_failure_that_is_no_refusal_is_a_sentence_and_debug_shows_where(
     assert "RuntimeError: a bug" in said
 
 
+def test_a_request_that_is_wrong_is_refused_before_it_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORACTL_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("LORACTL_TOKEN", "t")
+    assert run(["yank", "team/bot@v1", "-m", "m" * 2001, "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert said["code"] == "bad-request"
+    assert "reason" in said["detail"]
+    assert "pydantic" not in said["detail"]
+
+
+def test_a_terminal_that_knows_few_letters_gets_question_marks() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LORACTL_URL": "http://127.0.0.1:9/→"}
+    line = [sys.executable, "-m", "cli.main", "whoami"]
+    done = subprocess.run(line, env=environment, capture_output=True, check=False)
+    assert done.returncode == 3
+    assert b"?" in done.stderr
+    assert b"Unicode" not in done.stderr
+
+
 def test_a_pipe_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "cli.main", "completion", "bash"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:

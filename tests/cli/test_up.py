@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def _answers(client: RegistryClient) -> bool:
         return client.health().status == "ok"
     except Exception:  # noqa: BLE001  # not yet
         return False
+
+
+def test_a_port_that_somebody_has_is_said_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert run(["up", "--dir", str(tmp_path), "--port", port, "--jobs", "0", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)["error"]["detail"]
+    assert port in said
+    assert "--port" in said
+    assert not (tmp_path / "registry.db").exists()
+    assert run(["up", "--dir", str(tmp_path), "--host", "203.0.113.7", "--port", "1", "--json"]) == 2
+    assert "203.0.113.7" in json.loads(capsys.readouterr().out)["error"]["detail"]
 
 
 def test_a_child_that_cannot_start_is_said_with_the_end_of_its_log(
