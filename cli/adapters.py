@@ -146,6 +146,7 @@ def push(
 @click.option("--key", "key_files", multiple=True, metavar="PUB", type=FILE,
               help="Refuse what none of these public keys signed; default: those of loractl key pin.")  # fmt: skip
 @click.option("--unverified", is_flag=True, help="Look at no signature, although keys are pinned or one is required.")
+@click.option("--force", is_flag=True, help="Replace files in DIR that no pull wrote.")
 def pull(
     out: Output,
     ref: str,
@@ -155,13 +156,16 @@ def pull(
     engine: str | None,
     key_files: tuple[Path, ...],
     unverified: bool,
+    force: bool,
 ) -> None:
     """Fetch the one version of REF that belongs to your weights, verified byte by byte.
+
+    What an earlier pull wrote into DIR is replaced, other files are not, unless you say --force.
 
     Signatures are verified by the keys that are pinned here, else by the living keys of the namespace, and kept in
     DIR/.loractl with the manifest.
     """
-    from registry import trust
+    from registry import pulled, trust
 
     if unverified and key_files:
         raise click.UsageError("--key and --unverified exclude each other.")
@@ -174,8 +178,10 @@ def pull(
     ):
         base = bases.wanted(base_text, bar).ref if base_text else None
         wanted = {"base": base, "engine": engine, "fit": ",".join(fit) or None}
-        found, checked, written = fetched(client, name, target, wanted, None if unverified else pinned, bar)
+        keys = None if unverified else pinned
+        found, checked, written = fetched(client, name, target, wanted, keys, bar, keep=True, force=force)
         trust.keep_beside(target, checked)
+        pulled.end(target, found.files)
     counting = checked.counting if checked is not None else []
     signed = [{"key": one.key, "name": one.name, "pinned": one.key in pinned} for one in counting]
     document = {
@@ -210,12 +216,16 @@ def fetched(
     wanted: Mapping[str, str | None],
     pinned: "Keys | None",
     bar: Bar,
+    *,
+    keep: bool = False,
+    force: bool = False,
 ) -> "tuple[Resolution, Checked | None, list[Path]]":
     """Resolve ``name`` by what is ``wanted``, verify its signatures by ``pinned``, and fetch it; None: look at none.
 
     What was found, how its signatures were judged (None: there are none to look at), and the files that came.
+    ``keep``: the folder is somebody's, whose files are replaced by ``force`` alone.
     """
-    from registry import trust
+    from registry import pulled, trust
     from registry.transfer import fetch
 
     def resolve() -> "Resolution":
@@ -226,6 +236,10 @@ def fetched(
         checked = trust.check(client, str(name.series), found.manifest, found.version.ref, pinned)
         checked.require()
         checked.require_files(found.files, found.base if found.fit.fit == "exact" else None)
+    if keep and not force:
+        pulled.require_ours(target, found.files)
+    if keep:
+        pulled.begin(target, found.files)
     return found, checked, fetch(found.files, target, refresh=lambda: resolve().files, progress=bar)
 
 

@@ -8,7 +8,6 @@ the registry says was revoked counts in neither: the worst that a lie can do the
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +136,11 @@ def keep_beside(folder: Path, checked: Checked | None) -> None:
     Those of an earlier version go; None: nothing comes in their place.
     """
     beside = folder / BESIDE
+    for old in (*beside.glob("*.sigstore.json"), beside / MANIFEST):
+        old.unlink(missing_ok=True)
     if checked is None:
-        shutil.rmtree(beside, ignore_errors=True)
         return
     beside.mkdir(exist_ok=True)
-    for old in beside.glob("*.sigstore.json"):
-        old.unlink()
     _write(beside / MANIFEST, checked.manifest.canonical())
     for one in checked.signatures:
         name = Digest.parse(one.key).hex[:16]

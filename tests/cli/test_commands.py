@@ -72,7 +72,7 @@ def adapter(bases: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".loractl"}
 
 
 def test_login_keeps_what_whoami_shows(
@@ -91,6 +91,28 @@ def test_a_wrong_token_is_refused_and_not_kept(registry: live.Live, call: Call, 
     refused = call("login", registry.url, "--token", f"lora_0123_{'x' * 40}", code=1)
     assert refused["error"]["code"] == "token-refused"
     assert not (tmp_path / "config").exists()
+
+
+def test_a_pull_replaces_what_a_pull_wrote_and_nothing_of_yours(
+    call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny_adapter(tmp_path / "other", bases[0], seed=5)
+    for folder in (adapter, other):
+        call("push", folder, "mine/bot", "--base", bases[0])
+    mine = tiny_adapter(tmp_path / "mine", bases[0], seed=7)
+    before = contents(mine)
+    refused = call("pull", "mine/bot@v1", "--out", mine, code=1)
+    assert refused["error"]["code"] == "path-unusable"
+    assert "--force" in refused["error"]["detail"]
+    assert contents(mine) == before
+    call("pull", "mine/bot@v1", "--out", mine, "--force")
+    assert contents(mine) == contents(adapter)
+    call("pull", "mine/bot@v2", "--out", mine)  # what the first one wrote
+    assert contents(mine) == contents(other)
+    call("pull", "mine/bot@v1", "--out", mine)
+    (mine / "adapter_model.safetensors").write_bytes(b"trained on")
+    assert call("pull", "mine/bot@v2", "--out", mine, code=1)["error"]["code"] == "path-unusable"
+    assert (mine / "adapter_model.safetensors").read_bytes() == b"trained on"
 
 
 def test_the_story_of_an_adapter(

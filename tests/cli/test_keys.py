@@ -370,4 +370,4 @@ def test_what_is_pulled_unverified_leaves_no_signature_of_an_earlier_version_bes
     assert (signed.folder / "out" / BESIDE).is_dir()
     signed.push(2)
     assert signed.pull(ref="@v2")["signatures"] == []
-    assert not (signed.folder / "out" / BESIDE).exists()
+    assert [path.name for path in (signed.folder / "out" / BESIDE).iterdir()] == ["pulled.json"]
