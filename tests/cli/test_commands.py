@@ -94,12 +94,12 @@ def test_a_wrong_token_is_refused_and_not_kept(registry: live.Live, call: Call, 
 
 
 def test_a_pull_replaces_what_a_pull_wrote_and_nothing_of_yours(
-    call: Call, bases: tuple[Path, Path], adapter: Path, tmp_path: Path
+    call: Call, tmp_path: Path
 ) -> None:
-    other = tiny_adapter(tmp_path / "other", bases[0], seed=5)
+    base = tiny_base(tmp_path / "base", seed=77, width=24)
+    adapter, other, mine = (tiny_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate("abc"))
     for folder in (adapter, other):
-        call("push", folder, "mine/bot", "--base", bases[0])
-    mine = tiny_adapter(tmp_path / "mine", bases[0], seed=7)
+        call("push", folder, "mine/bot", "--base", base)
     before = contents(mine)
     refused = call("pull", "mine/bot@v1", "--out", mine, code=1)
     assert refused["error"]["code"] == "path-unusable"
