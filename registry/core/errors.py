@@ -693,8 +693,11 @@ class GateIncomplete(Invalid):
 
 class GateImpossible(Invalid):
     code = "gate-impossible"
-    says = "Suite {suite} has {n} items; with margin {margin} nothing can pass below {needed}."
-    help = "Use a larger suite, or a wider margin: loractl policy set {name} --margin MARGIN"
+    says = "Suite {suite} has {n} items in its gate split; with margin {margin} nothing can pass below {needed}."
+    help = (
+        "Push a larger suite, three fifths of which are its gate split, or allow more: "
+        "loractl policy set {name} --suite {suite} --metric METRIC --margin MARGIN"
+    )
 
 
 class PoolUnusable(Invalid):
