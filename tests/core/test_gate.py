@@ -474,7 +474,8 @@ def test_who_allows_no_flip_can_still_have_none() -> None:
 
 def test_a_suite_that_can_never_pass_is_refused_with_the_number_it_needs() -> None:
     assert require_possible(ACCURACY, POLICY, n=536, name="team/bot") == 536
-    with pytest.raises(GateImpossible, match=r"has 535 items in its gate split; with margin 0\.01 nothing can pass below 536"):
+    told = r"has 535 items in its gate split; with margin 0\.01 nothing can pass below 536"
+    with pytest.raises(GateImpossible, match=told):
         require_possible(ACCURACY, POLICY, n=535, name="team/bot")
     strict = ACCURACY.model_copy(update={"margin": Margin(value=1e-9)})
     with pytest.raises(GateImpossible, match="below any number of items"):
