@@ -126,8 +126,7 @@ def _invalid(error: Exception) -> errors.BadRequest | None:
     pydantic = sys.modules.get("pydantic")
     if pydantic is None or not isinstance(error, pydantic.ValidationError):
         return None
-    told = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-    return errors.BadRequest(problems="; ".join(told))
+    return errors.BadRequest.of(error.errors())
 
 
 @contextmanager

@@ -71,8 +71,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = "; ".join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
-        return respond(errors.BadRequest(problems=found), request)
+        return respond(errors.BadRequest.of(error.errors()), request)
 
     @app.exception_handler(HTTPException)
     def unrouted(request: Request, error: HTTPException) -> Response:

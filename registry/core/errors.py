@@ -23,6 +23,7 @@ become attributes, and travel as JSON, so that a client can rebuild the same exc
 `registry/api/problems.py`; the exit status in `cli/main.py`.
 """
 
+from collections.abc import Iterable, Mapping
 from string import Formatter
 from typing import Any, ClassVar
 
@@ -168,6 +169,11 @@ class BadDigest(Usage):
 class BadRequest(Usage):
     code = "bad-request"
     says = "The request is not valid: {problems}"
+
+    @classmethod
+    def of(cls, found: Iterable[Mapping[str, Any]]) -> "BadRequest":
+        """Of what pydantic found: where, and what."""
+        return cls(problems="; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found))
 
 
 # ── files ────────────────────────────────────────────────────────────────────

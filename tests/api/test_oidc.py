@@ -203,12 +203,17 @@ def test_a_table_that_gives_what_there_is_not_is_refused_at_the_start(world: Wor
         Provider(OidcSettings("http://localhost", "x", "x", (Grant("a", "b", scopes),)), world.clock)
 
 
+def logged_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nobody is logged in anywhere, and who logs in is kept in ``folder``."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    monkeypatch.delenv("LORACTL_URL", raising=False)
+    monkeypatch.delenv("LORACTL_TOKEN", raising=False)
+
+
 def test_login_opens_the_provider_that_the_registry_names_and_keeps_what_it_gives(
     tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("LORACTL_URL", raising=False)
-    monkeypatch.delenv("LORACTL_TOKEN", raising=False)
+    logged_out(monkeypatch, tmp_path)
 
     def browser(url: str) -> bool:
         def person() -> None:
@@ -236,9 +241,7 @@ def test_login_opens_the_provider_that_the_registry_names_and_keeps_what_it_give
 def test_where_there_is_no_browser_one_signs_in_on_another_machine(
     tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("LORACTL_URL", raising=False)
-    monkeypatch.delenv("LORACTL_TOKEN", raising=False)
+    logged_out(monkeypatch, tmp_path)
     heard: list[str] = []
 
     def person(_: float) -> None:

@@ -1212,11 +1212,11 @@ def _offered(upgrade: Upgrade) -> Job | None:
         return jobs.claim(session, WORKER, request, upgrade.world.settings.lease_s, upgrade.world.now)
 
 
-def _handed_back(upgrade: Upgrade, job: Job) -> None:
+def _handed_back(upgrade: Upgrade, job: Job, *, again: bool = True) -> None:
     problem = {"code": "work-failed", "detail": "its worker stopped"}
     with upgrade.world.database.write() as session:
         jobs.fail(
-            session, WORKER, job.id, attempt=job.attempt, problem=problem, retryable=True, cancelled=True,
+            session, WORKER, job.id, attempt=job.attempt, problem=problem, retryable=again, cancelled=again,
             now=upgrade.world.now,
         )  # fmt: skip
 
@@ -1323,12 +1323,7 @@ def test_what_attempts_without_a_result_took_is_spent(upgrade: Upgrade) -> None:
     again = _offered(upgrade)
     assert again is not None
     upgrade.world.later(seconds=70)
-    problem = {"code": "work-failed", "detail": "no memory"}
-    with upgrade.world.database.write() as session:
-        jobs.fail(
-            session, WORKER, again.id, attempt=again.attempt, problem=problem, retryable=False, cancelled=False,
-            now=upgrade.world.now,
-        )  # fmt: skip
+    _handed_back(upgrade, again, again=False)
     upgrade.tick()
     assert Facts.model_validate(upgrade.items()[0].facts).tier("carry").seconds == pytest.approx(110)
     upgrade.run()
