@@ -90,7 +90,7 @@ def push(
     from registry.transfer import push_adapter
 
     name = Reference.parse(ref)
-    if name.version or name.digest:
+    if name.exact:
         raise BadReference(
             value=ref, what="an adapter to push to", rule="versions are numbered by the registry",
             examples="team/bot  team/bot:prod",
@@ -198,7 +198,7 @@ def pull(
     }
     if found.version.status == "yanked":
         out.say(f"Warning: {found.version.ref} is yanked: {found.version.status_reason or 'no reason was given'}")
-    assumed = " (the current revision of its line; name yours with --for)" if found.base_assumed else ""
+    assumed = " (the newest revision of its line; name yours with --for)" if found.base_assumed else ""
     out.emit(document, lambda: fields({
         "pulled": found.version.ref,
         "digest": short(found.version.digest),
@@ -280,7 +280,8 @@ def list_adapters(
             raise click.UsageError("--class, --engine, --alias and --max-rank need --fits BASE.")
         with config.connect() as client:
             found = list(every(lambda cursor: client.adapters(q=text, namespace=namespace, task=task, cursor=cursor)))
-        out.emit(found, lambda: _adapters(found))
+        chosen = any((text, namespace, task))
+        out.emit(found, lambda: _adapters(found, chosen=chosen))
         return
     with config.connect() as client, out.progress() as bar:
         base = bases.wanted(base_text, bar).ref
@@ -292,7 +293,7 @@ def list_adapters(
     out.emit(fitting, lambda: _fitting(fitting))
 
 
-def _adapters(found: Iterable["AdapterInfo"]) -> None:
+def _adapters(found: Iterable["AdapterInfo"], *, chosen: bool) -> None:
     def row(info: "AdapterInfo") -> list[object]:
         newest = info.latest
         pointing = ", ".join(f"{a.alias}→v{a.version} ({a.base_ref})" for a in info.aliases)
@@ -302,7 +303,8 @@ def _adapters(found: Iterable["AdapterInfo"]) -> None:
         return [info.name, f"v{newest.version}", newest.base_ref, rank, pointing, info.task, at]
 
     table(["adapter", "newest", "base", "rank", "aliases", "task", "pushed"], map(row, found),
-          empty="No adapters. Push one: loractl push DIR team/name --base BASE")  # fmt: skip
+          empty="No adapter is like that. All of them: loractl list" if chosen
+          else "No adapters. Push one: loractl push DIR team/name --base BASE")  # fmt: skip
 
 
 def _fitting(found: Iterable["CompatibleAdapter"]) -> None:
@@ -327,7 +329,7 @@ def show(out: Output, ref: str) -> None:
     name = Reference.parse(ref)
     series = str(name.series)
     with config.connect() as client:
-        if name.version or name.digest or name.alias:
+        if name.exact or name.alias:
             version = version_of(client, name)
             scores = client.evaluations(series).items
             version = version.model_copy(
@@ -499,12 +501,12 @@ def _facts(client: "RegistryClient", name: Reference) -> dict[str, Any]:
 
 
 def version_of(client: "RegistryClient", name: Reference, base: str | None = None) -> "VersionInfo":
-    """The version that a reference means: named, aliased (on ``base``, else the current one), or the newest."""
+    """The version that a reference means: named, aliased (on ``base``, else the newest of its line), or the newest."""
     series = str(name.series)
     if name.alias:
         return client.resolve(str(name), base=base).version
-    if name.version or name.digest:
-        return client.version(series, f"v{name.version}" if name.version else str(name.digest))
+    if name.exact:
+        return client.version(series, name.exact)
     newest = client.adapter(series).latest
     if newest is None:
         raise VersionNotFound(ref=series, name=series, nearest="")
@@ -571,7 +573,7 @@ def alias_list(out: Output, name: str) -> None:
 @command(None, "loractl rollback team/bot prod", "loractl rollback team/bot prod --for llama@r2 -m 'worse on names'")
 @click.argument("name", metavar="NAME")
 @click.argument("alias_name", metavar="ALIAS")
-@click.option("--for", "base_text", metavar="BASE", help="On which base; default: the current one of its line.")
+@click.option("--for", "base_text", metavar="BASE", help="On which base; default: the newest of its line.")
 @click.option("-m", "--message", default="", metavar="TEXT", help="Why.")
 def rollback(out: Output, name: str, alias_name: str, base_text: str | None, message: str) -> None:
     """Point ALIAS at what it pointed at before."""
@@ -722,7 +724,7 @@ def resolved_recipe(client: "RegistryClient", recipe: Mapping[str, Any]) -> dict
         for text in recipe["datasets"]
     ]
     base = str(recipe["base"])
-    digests = {"base": base if base.startswith("b3:") else client.base(base).digest, "datasets": datasets}
+    digests = {"base": bases.Wanted(base).digest(client), "datasets": datasets}
     return parse_recipe({**recipe, **digests}).model_dump(mode="json")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.core.errors import PathUnusable
+from registry.core.errors import BadReference, PathUnusable
 from registry.core.names import BaseReference
 
 from . import config
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.group("base", short_help="Base models: push, list, show, diff, digest.")
+@click.group("base", short_help="Base models: push, list, show, rollback, diff, digest.")
 def base() -> None:
     """Base models, identified by content and never by name alone."""
 
@@ -36,8 +36,8 @@ class Wanted:
     model: "BaseModel | None" = None
 
     def digest(self, client: "RegistryClient") -> str:
-        """The base digest; asks the registry when a line was typed."""
-        return self.ref if self.ref.startswith("b3:") else client.base(self.ref).digest
+        """The base digest; asks the registry when anything else was typed."""
+        return self.ref if BaseReference.parse(self.ref).digest else client.base(self.ref).digest
 
 
 def wanted(text: str, bar: Bar) -> Wanted:
@@ -71,6 +71,7 @@ def register(client: "RegistryClient", model: "BaseModel") -> "BaseInfo":
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--line", required=True, help="The line it becomes the newest revision of.")
 @click.option("--revision", type=click.IntRange(1), help="The number it must get; refused when it would get another.")
+@click.option("--unlike", is_flag=True, help="Go on with a model that has no tensor in common with the line's newest.")
 @click.option("--no-weights", is_flag=True, help="Register its tensor table only; jobs that need the weights wait.")
 @click.option("--location", metavar="URI", help="Where the weights are, pinned, in place of uploading them.")
 @click.option("--name", "names", multiple=True, metavar="ORG/MODEL", help="A name that adapters declare it by.")
@@ -82,6 +83,7 @@ def push(
     folder: Path,
     line: str,
     revision: int | None,
+    unlike: bool,
     no_weights: bool,
     location: str | None,
     names: tuple[str, ...],
@@ -108,6 +110,7 @@ def push(
             message=message,
             parent=wanted(parent, bar).digest(client) if parent else None,
             parent_kind=how,
+            unlike=unlike,
         )
         if no_weights or location:
             registration = BaseRegistration(table=transfer.table_of(model), wishes=wishes, location=location)
@@ -175,6 +178,22 @@ def _show(info: "BaseInfo") -> None:
         "chat template": short(info.template_digest),
         "registered": ago(info.created_at),
     })  # fmt: skip
+
+
+@command(base, "loractl base rollback llama@r1")
+@click.argument("ref", metavar="LINE@rN")
+def rollback(out: Output, ref: str) -> None:
+    """Make what an earlier revision is the newest of its line again, under a new number."""
+    from registry.schemas import RevisionRequest
+
+    reference = BaseReference.parse(ref)
+    if reference.line is None or reference.revision is None:
+        raise BadReference(
+            value=ref, what="a revision", rule="expected the line and the number to go back to", examples="llama@r1"
+        )
+    with config.connect() as client:
+        info = client.repeat_revision(reference.line, RevisionRequest(revision=reference.revision))
+    out.emit(info, lambda: _show(info))
 
 
 @command(base, "loractl base diff llama@r1 llama@r2")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.core.errors import NotLoggedIn, PathUnusable
+from registry.core.errors import LocalFailure, NotLoggedIn, PathUnusable
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -52,7 +52,7 @@ def save(login: Login, env: Mapping[str, str] = os.environ) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_secret(target, json.dumps({"url": login.url, "token": login.token}, indent=1) + "\n")
     except OSError as error:
-        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, target) from error
     return target
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.core.errors import PassphraseNeeded, PathUnusable, SigningKeyNotFound
+from registry.core.errors import LocalFailure, PassphraseNeeded, PathUnusable, SigningKeyNotFound
 from registry.core.names import Reference, SeriesName, check_name
 
-from . import config
+from . import bases, config
 from .output import Output, ago, command, fields, short, table
 from .parameters import FILE
 
@@ -39,7 +39,7 @@ def private_key(path: Path) -> "PrivateKey":
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, path) from error
     try:
         return PrivateKey.parse(data, str(path), os.environ.get(PASSPHRASE))
     except PassphraseNeeded:
@@ -86,7 +86,7 @@ def create(out: Output, target: Path | None, passphrase: bool) -> None:
             )
         config.write_secret(target, made.pem(secret), anew=True)
     except OSError as error:
-        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, target) from error
     try:
         public.write_text(made.public.pem)
     except OSError as error:
@@ -120,7 +120,7 @@ def pin(out: Output, namespace: str, file: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         config.write_secret(target, found.pem)
     except OSError as error:
-        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, target) from error
     document = {"pinned": found.fingerprint, "namespace": namespace, "file": str(target)}
     out.emit(document, lambda: click.echo(f"pinned {found.fingerprint} for {namespace}"))
 
@@ -274,13 +274,15 @@ def sign(out: Output, refs: tuple[str, ...], key_file: Path) -> None:
 @command(
     None,
     "loractl verify team/bot:prod",
+    "loractl verify team/bot:prod --for llama@r1",
     "loractl verify team/bot@v7 --key release.pub",
     "loractl verify ./bot --key release.pub",
 )
 @click.argument("what", metavar="REF|DIR")
 @click.option("--key", "key_files", multiple=True, metavar="PUB", type=FILE,
               help="Trust these public keys alone; default: the pinned ones, else the namespace's.")  # fmt: skip
-def verify(out: Output, what: str, key_files: tuple[Path, ...]) -> None:
+@click.option("--for", "base_text", metavar="BASE", help="Of an alias: on which base; default: the newest of its line.")
+def verify(out: Output, what: str, key_files: tuple[Path, ...], base_text: str | None) -> None:
     """Say who signed a version, and whether that counts; exits with 1 when nothing does.
 
     Of a folder that a pull wrote every byte is read; with --key or pinned keys no registry is asked.
@@ -293,8 +295,9 @@ def verify(out: Output, what: str, key_files: tuple[Path, ...]) -> None:
         from .adapters import version_of
 
         name = Reference.parse(what)
-        with config.connect() as client:
-            version = version_of(client, name)
+        with config.connect() as client, out.progress() as bar:
+            base = bases.wanted(base_text, bar).ref if base_text else None
+            version = version_of(client, name, base)
             pinned = pinned_keys(name.series.namespace, key_files)
             checked = trust.check(client, str(name.series), version.digest, version.ref, pinned)
     rows = [

@@ -8,6 +8,7 @@ stdout is ``{"error": {code, detail, hint, facts}}``. Commands live in the modul
 imported when they are used, so that ``loractl --help`` is quick.
 """
 
+import errno
 import importlib
 import io
 import json
@@ -69,7 +70,7 @@ class Lazy(click.Group):
         return found
 
 
-@click.command(cls=Lazy, context_settings={"max_content_width": 100})
+@click.command(cls=Lazy, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="loractl", message="loractl %(version)s")
 def cli() -> None:
     """A registry that knows which weights every LoRA adapter belongs to.
@@ -111,7 +112,9 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the flush at exit must not fail
         return 1
     except Exception as error:  # noqa: BLE001  # the boundary: people see a sentence, --debug shows the rest
-        if (refused := _invalid(error)) is not None:
+        if isinstance(error, OSError) and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what did not go out goes nowhere
+        if (refused := _known(error)) is not None:
             _report(error, refused.problem(), refused.message, refused.hint, as_json, debug)
             return exit_code(refused)
         detail = f"Failed in a way that loractl does not know: {type(error).__name__}: {error}"
@@ -121,8 +124,13 @@ def run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0  # what a command left with by click's Exit
 
 
-def _invalid(error: Exception) -> errors.BadRequest | None:
-    """The refusal of a request that was found wrong before it was sent; pydantic is not imported for this."""
+def _known(error: Exception) -> errors.LoractlError | None:
+    """The refusal that a failure is: what this machine's files refuse, and a request found wrong before it was sent.
+
+    pydantic is not imported for this.
+    """
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return errors.LocalFailure.of(error, error.filename or "what it prints")
     pydantic = sys.modules.get("pydantic")
     if pydantic is None or not isinstance(error, pydantic.ValidationError):
         return None

@@ -17,12 +17,11 @@ def _move(out: Output, move: str, ref: str, reason: str, *, force: bool = False)
     from registry.schemas import StandingRequest
 
     name = Reference.parse(ref)
-    if name.version is None and name.digest is None:
+    if name.exact is None:
         raise BadRequest(problems=f"'{ref}' does not name one version; expected {name.series}@vN or a digest")
-    version = f"v{name.version}" if name.version is not None else str(name.digest)
     with config.connect() as client:
         request = StandingRequest(reason=reason, force=force)
-        done = client.change_standing(str(name.series), version, move, request)
+        done = client.change_standing(str(name.series), name.exact, move, request)
     out.emit(done, lambda: fields({
         "version": done.version.ref,
         "standing": done.version.status,

@@ -31,7 +31,7 @@ from typing import IO
 
 import click
 
-from registry.core.errors import BadRequest, ChildFailed, LoractlError, PathUnusable, ToolMissing
+from registry.core.errors import BadRequest, ChildFailed, LocalFailure, LoractlError, PathUnusable, ToolMissing
 
 from .config import write_secret
 from .output import Output, command
@@ -307,7 +307,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / "up.lock").open("w")
     except OSError as error:
-        raise PathUnusable(path=str(folder), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, folder) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from registry.core.errors import CampaignNotFound, PathUnusable
+from registry.core.errors import NoCampaigns, PathUnusable
 from registry.core.names import SeriesName, check_name
 
 from . import bases, config
@@ -343,7 +343,7 @@ def _request(
 def _newest(client: "RegistryClient") -> "CampaignInfo":
     found = client.upgrades(limit=1).items
     if not found:
-        raise CampaignNotFound(id="newest")
+        raise NoCampaigns
     return client.upgrade(found[0].id)
 
 
@@ -389,11 +389,12 @@ def _counts(info: "CampaignInfo") -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
 
-def _heading(info: "CampaignInfo") -> None:
+def _heading(info: "CampaignInfo", *, planned: bool = False) -> None:
+    """``planned``: nobody has stored it, so its id means nothing."""
     fields({
-        "upgrade": info.id,
+        "upgrade": "" if planned else info.id,
         "line": f"{info.line}: {info.old_ref} → {info.new_ref}",
-        "state": info.state + (f" ({info.reason})" if info.reason else ""),
+        "state": "" if planned else info.state + (f" ({info.reason})" if info.reason else ""),
         "adapters": _counts(info),
         "at once": info.parallel,
         "device time": _spent(info),
@@ -415,7 +416,7 @@ def _took(info: "CampaignInfo") -> str:
 
 
 def _plan(info: "CampaignInfo") -> None:
-    _heading(info)
+    _heading(info, planned=True)
     table(
         ["adapter", "alias", "serving", "fit", "signals", "action", "route", "expected", "gate", "data",
          "retraining costs", "why"],

@@ -31,22 +31,29 @@ def show(out: Output, namespace: str) -> None:
 @command(
     quota,
     "loractl quota set team --bytes 200GB",
-    "loractl quota set team --bytes 200GB --keep-days 90",
+    "loractl quota set team --bytes any --keep-days 90",
     name="set",
 )
 @click.argument("namespace", metavar="NAMESPACE")
-@click.option("--bytes", "allowed", metavar="SIZE", help="At most so much, such as 200GB; without it, any amount.")
-@click.option("--keep-days", type=click.IntRange(1), metavar="N",
-              help="Delete older versions that nothing refers to; without it, keep them.")  # fmt: skip
-def set_bounds(out: Output, namespace: str, allowed: str | None, keep_days: int | None) -> None:
-    """Set both bounds of a namespace.
+@click.option("--bytes", "allowed", metavar="SIZE", help="At most so much, such as 200GB; 'any': any amount.")
+@click.option("--keep-days", metavar="N", help="Delete older versions that nothing refers to; 'all': keep them.")
+def set_bounds(out: Output, namespace: str, allowed: str | None, keep_days: str | None) -> None:
+    """Set the bounds of a namespace; what is not named stays as it is.
 
     Kept whatever its age is what an alias points at, what something was made from, and the newest on each base.
     """
     from registry.schemas import QuotaRequest
 
-    request = QuotaRequest(quota_bytes=bytes_of(allowed) if allowed else None, keep_days=keep_days)
+    if allowed is None and keep_days is None:
+        raise click.UsageError("Say what to set: --bytes SIZE, --keep-days N.")
+    if keep_days not in (None, "all") and not (keep_days.isdigit() and int(keep_days)):
+        raise click.UsageError(f"--keep-days {keep_days}: expected a number of days, from 1, or 'all'.")
     with config.connect() as client:
+        now = client.quota(namespace)
+        request = QuotaRequest(
+            quota_bytes=now.quota_bytes if allowed is None else None if allowed == "any" else bytes_of(allowed),
+            keep_days=now.keep_days if keep_days is None else None if keep_days == "all" else int(keep_days),
+        )
         info = client.set_quota(namespace, request)
     out.emit(info, lambda: _quota(info))
 

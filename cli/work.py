@@ -15,6 +15,7 @@ import click
 from registry.core.errors import (
     BadConfig,
     BadRequest,
+    LocalFailure,
     LoractlError,
     PathUnusable,
     ToolMissing,
@@ -51,7 +52,7 @@ def load_recipe(path: Path) -> RecipeFile:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(path=str(path), reason=f"it is not TOML: {error}") from error
     except OSError as error:
-        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, path) from error
     output = found.pop("output", {})
     if not isinstance(output, dict) or not set(output) <= {"adapter", "line", "aliases", "message", "task"}:
         raise BadConfig(path=str(path), reason="[output] takes adapter (or line), aliases, message and task")
@@ -262,7 +263,7 @@ def _merge_here(
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent)
     except OSError as error:
-        raise PathUnusable(path=str(target), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, target) from error
     with beside as scratch, out.progress() as bar:  # on the disk of the result, which is renamed
         digest = digested(base, progress=bar, cache=config.hashes()).digest
         adapter = Path(ref)

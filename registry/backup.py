@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from registry.core.errors import LoractlError
+from registry.core.errors import LocalFailure, LoractlError
 from registry.db import migrate
 from registry.parts import Parts
 from registry.services import backup
@@ -43,6 +43,9 @@ def main(arguments: list[str]) -> int:
             )
     except LoractlError as error:
         tell(error=error.problem())
+        return 1
+    except OSError as error:
+        tell(error=LocalFailure.of(error, error.filename or folder).problem())
         return 1
     finally:
         if parts is not None:

@@ -170,6 +170,10 @@ class RegistryClient:
         """A base by its tensor table, without weights."""
         return self._post("/v1/bases", wire.BaseInfo, request, again=True)
 
+    def repeat_revision(self, line: str, request: wire.RevisionRequest) -> wire.BaseInfo:
+        """Make an earlier revision's base the newest of ``line`` again."""
+        return self._post(_path("lines", line, "revisions"), wire.BaseInfo, request, again=True)
+
     def bases(self, *, line: str | None = None, cursor: str | None = None) -> wire.Page[wire.BaseInfo]:
         """Bases, newest first."""
         return self._get("/v1/bases", wire.Page[wire.BaseInfo], line=line, cursor=cursor)

@@ -6,7 +6,6 @@ instead costs a third of the speed (benchmarks/digest.py).
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import mmap
@@ -20,7 +19,7 @@ from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from blake3 import blake3
 
@@ -41,6 +40,7 @@ from registry.core.errors import (
     BadPath,
     DiskFull,
     DuplicateTensor,
+    LocalFailure,
     NonFinite,
     NotABase,
     NotAnAdapter,
@@ -323,7 +323,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
     try:
         file = path.open("rb", buffering=0)  # no buffer: whoever reads brings its own
     except OSError as error:
-        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, path) from error
     with file:
         yield file
 
@@ -485,6 +485,8 @@ def base_shards(folder: Path) -> list[Path]:
     """
     present = _top(folder)
     found = {name: path for name, path in present.items() if name.endswith(".safetensors")}
+    if CONFIG_FILE in present and "config.json" not in present:
+        raise NotABase(path=str(folder), reason=f"it holds an adapter: there is {CONFIG_FILE}, and no config.json")
     if not found:
         for name in present:
             if name.endswith(_PICKLES) and not _TRAINER.fullmatch(name):
@@ -557,7 +559,7 @@ def _top(folder: Path) -> dict[str, Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise PathUnusable(path=str(folder), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, folder) from error
     found = {path.name: path for path in entries if not path.name.startswith(".") and path.is_file()}
     for name, path in found.items():
         check_path(name)
@@ -686,7 +688,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        refuse_os_error(error, path)
+        raise LocalFailure.of(error, path) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -699,10 +701,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def refuse_os_error(error: OSError, path: Path) -> NoReturn:
-    """Raise our refusal for a failure of the file system at ``path``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise DiskFull(path=str(path)) from error
-    raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from . import files
-from .core.errors import PathUnusable
+from .core.errors import LocalFailure, PathUnusable
 from .core.signatures import BESIDE
 from .schemas import Download
 
@@ -57,4 +57,4 @@ def _write(folder: Path, record: Mapping[str, list[str]]) -> None:
         with files.atomic_write(path) as file:
             file.write(json.dumps(record, indent=1, sort_keys=True).encode())
     except OSError as error:
-        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, path) from error

@@ -202,6 +202,8 @@ class Wishes(Request):
     parent: BaseDigest | None = None
     parent_kind: Literal["cast", "quantised", "merged", "continued"] | None = None
     """Bases: a declared derivation."""
+    unlike: Annotated[bool, Field(exclude_if=lambda it: not it)] = False
+    """Bases: the line goes on with a model that shares no tensor's name with its newest. Sent where it is so."""
 
 
 class PushRequest(Request):
@@ -325,6 +327,11 @@ class DiffInfo(Answer):
     derivation: dict[str, Any] | None
     drift: float | None
     """Median relative drift of changed tensors, None: not measured."""
+
+
+class RevisionRequest(Request):
+    revision: Annotated[int, Field(ge=1, le=999_999_999)]
+    """The earlier one whose base the line goes back to."""
 
 
 class DerivationRequest(Request):

@@ -43,6 +43,7 @@ from .core.errors import (
     ChecksumRefused,
     DigestMismatch,
     DraftTaken,
+    LocalFailure,
     LoractlError,
     PathUnusable,
     PushExpired,
@@ -53,7 +54,7 @@ from .core.errors import (
 )
 from .core.manifest import FileEntry, Kind, Lineage, Listing, Manifest, check_path
 from .core.signatures import Bundle
-from .core.tasks import parse_tasks
+from .core.suites import SuiteSpec
 from .files import HashCache, Scan, Sketch
 from .schemas import (
     BlobState,
@@ -187,9 +188,10 @@ def push_dataset(
 ) -> PushInfo:
     """Push a JSONL file as the next version of a dataset or suite; ``spec`` is what belongs to its identity.
 
-    A suite may be a folder of such files. The tasks of its spec are checked before anything is sent.
+    A suite may be a folder of such files. Its spec is checked before anything is sent.
     """
-    parse_tasks(spec or {})
+    if kind == "suite":
+        SuiteSpec.parse(spec or {})
     scan = scanned(kind, file, config=spec, progress=progress, cache=cache)
     try:
         return push(client, kind, name, scan, Wishes(message=message), progress=progress)
@@ -942,4 +944,4 @@ class _local_disk:  # noqa: N801  # a context manager that reads like a word
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError):
-            files.refuse_os_error(error, self._path)
+            raise LocalFailure.of(error, self._path) from error

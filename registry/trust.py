@@ -16,7 +16,7 @@ from typing import Any
 from . import files
 from .client import RegistryClient
 from .core.digest import Digest
-from .core.errors import BadManifest, BadSignature, BadSigningKey, NotVerified, PathUnusable
+from .core.errors import BadManifest, BadSignature, BadSigningKey, LocalFailure, NotVerified
 from .core.manifest import Manifest
 from .core.signatures import BESIDE, Bundle
 from .keys import PublicKey
@@ -81,7 +81,7 @@ def read_key(path: Path) -> PublicKey:
     try:
         return PublicKey.parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise PathUnusable(path=str(path), reason=error.strerror or str(error)) from error
+        raise LocalFailure.of(error, path) from error
 
 
 def manifest_of(client: RegistryClient, series: str, digest: str) -> Manifest:

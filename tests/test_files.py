@@ -26,6 +26,7 @@ from registry.core.errors import (
     DiskFull,
     DuplicateTensor,
     LfsPointer,
+    LocalFailure,
     NonFinite,
     NotABase,
     NotAnAdapter,
@@ -46,7 +47,6 @@ from registry.files import (
     read_header,
     read_spec,
     read_tokenizer,
-    refuse_os_error,
     scan_folder,
     sha256_file,
     sketch_base,
@@ -547,7 +547,7 @@ def test_a_device_without_room_is_a_full_disk() -> None:
     with pytest.raises(OSError, match="No space left") as failure, full.open("wb", buffering=0) as file:
         file.write(b"x")
     with pytest.raises(DiskFull):
-        refuse_os_error(failure.value, full)
+        raise LocalFailure.of(failure.value, full)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from registry.core.digest import Digest
-from registry.files import refuse_os_error
+from registry.core.errors import LocalFailure
 from registry.schemas import Download
 from registry.transfer import Progress, fetch, silent
 
@@ -61,7 +61,7 @@ class Cache:
         try:
             (folder / _COMPLETE).touch()
         except OSError as error:
-            refuse_os_error(error, folder)
+            raise LocalFailure.of(error, folder) from error
 
     def _make_room(self, size: int) -> None:
         """Remove what was used longest ago, halves of broken downloads too, until ``size`` more fit."""

@@ -28,11 +28,12 @@ from registry.core.errors import (
     FileTooLarge,
     JobNotFound,
     LeaseLost,
+    LocalFailure,
     NotYourJob,
     RouteNotFound,
 )
 from registry.core.manifest import FileEntry
-from registry.files import CHUNK, refuse_os_error, sha256_range
+from registry.files import CHUNK, sha256_range
 from registry.schemas import CheckpointRequest, CheckpointsRequest, Download
 from registry.transfer import Progress, Stretch, fetch, send
 
@@ -104,7 +105,7 @@ def _put_together(folder: Path) -> None:
                     shutil.copyfileobj(source, target, CHUNK)
                 piece.unlink()
             except OSError as error:
-                refuse_os_error(error, whole)
+                raise LocalFailure.of(error, whole) from error
 
 
 class Keeper:

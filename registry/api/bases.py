@@ -4,7 +4,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Page
+from registry.schemas import (
+    BaseInfo,
+    BaseRegistration,
+    DerivationInfo,
+    DerivationRequest,
+    DiffInfo,
+    Page,
+    RevisionRequest,
+)
 from registry.services import bases, pushes
 
 from .deps import InTurn, Parts, User
@@ -76,3 +84,12 @@ def derive(ref: str, request: DerivationRequest, parts: Parts, caller: User) -> 
     """Declare how a base came from another."""
     with parts.database.write() as session:
         return bases.derive(session, caller, ref, request, parts.clock())
+
+
+@router.post("/lines/{line}/revisions", status_code=201)
+def go_back(line: str, request: RevisionRequest, parts: Parts, caller: User) -> BaseInfo:
+    """Make what an earlier revision is the line's newest again, under a new number."""
+    with parts.database.write() as session:
+        base = bases.repeat(session, caller, line, request, parts.clock())
+    with parts.database.read() as session:
+        return bases.infos(session, [base])[0]

@@ -15,7 +15,8 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 def add_webhook(request: WebhookRequest, parts: Parts, caller: User) -> NewWebhook:
     """Tell an address what changes from now on; the secret that signs is in this answer and nowhere else."""
     with parts.database.write() as session:
-        row, secret = webhooks.add(session, caller, request, parts.clock(), Seals(parts.settings.seal_keys))
+        seals, private = Seals(parts.settings.seal_keys), parts.settings.webhook_private
+        row, secret = webhooks.add(session, caller, request, parts.clock(), seals, private=private)
         return NewWebhook.model_validate(row.model_dump() | {"secret": secret})
 
 

@@ -14,6 +14,7 @@ from .errors import BadDigest
 
 Algorithm = Literal["sha256", "b3"]
 _FORM = re.compile(r"(sha256|b3):([0-9a-f]{64})")
+_BEGINNING = re.compile(r"(sha256|b3):([0-9a-f]{8,63})")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,3 +59,27 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A digest by its first digits, as tables show it; it names what begins so, where that is one thing."""
+
+    algorithm: Algorithm
+    hex: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``sha256:0123abcd…`` or ``b3:…`` with 8 to 63 digits; `BadDigest` for anything else."""
+        match = _BEGINNING.fullmatch(text)
+        if match is None:
+            raise BadDigest(value=text[:100])
+        return cls(match[1], match[2])  # type: ignore[arg-type]  # the pattern allows only the two
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+def named(text: str) -> Digest | Beginning:
+    """What people type for a digest: all of it, or its beginning."""
+    return Beginning.parse(text) if _BEGINNING.fullmatch(text) else Digest.parse(text)

@@ -23,6 +23,7 @@ become attributes, and travel as JSON, so that a client can rebuild the same exc
 `registry/api/problems.py`; the exit status in `cli/main.py`.
 """
 
+import errno
 from collections.abc import Iterable, Mapping
 from string import Formatter
 from typing import Any, ClassVar
@@ -132,7 +133,13 @@ class Unavailable(LoractlError): ...
 class Limited(Unavailable): ...
 
 
-class LocalFailure(LoractlError): ...
+class LocalFailure(LoractlError):
+    @staticmethod
+    def of(error: OSError, path: object) -> "LocalFailure":
+        """What the operating system refused at ``path``: no room, or its own words."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return DiskFull(path=str(path))
+        return PathUnusable(path=str(path), reason=error.strerror or str(error))
 
 
 class UnknownProblem(LoractlError):
@@ -163,7 +170,7 @@ class BadReference(Usage):
 
 class BadDigest(Usage):
     code = "bad-digest"
-    says = "'{value}' is not a digest: expected 'sha256:' or 'b3:' and 64 lower-case hexadecimal digits."
+    says = "'{value}' is not a digest: expected 'sha256:' or 'b3:' and 64 lower-case hexadecimal digits, in a reference at least the first 8."
 
 
 class BadRequest(Usage):
@@ -471,6 +478,12 @@ class CampaignNotFound(NotFound):
     help = "Show them: loractl upgrade status"
 
 
+class NoCampaigns(NotFound):
+    code = "no-campaigns"
+    says = "There is no upgrade yet."
+    help = "Plan one: loractl upgrade plan LINE --to BASE"
+
+
 class PushNotFound(NotFound):
     code = "push-not-found"
     says = "No push '{id}'."
@@ -660,6 +673,12 @@ class RevisionTaken(Conflict):
     code = "revision-taken"
     says = "The next revision of line '{line}' is r{next}; r{wanted} was asked for."
     help = "Look first, then repeat: loractl base list"
+
+
+class UnlikeLine(Conflict):
+    code = "unlike-line"
+    says = "Line '{line}' goes on from {newest}, and no tensor of base {base} has a name of one there: it is another model."
+    help = "Name another line (--line); if this one goes on with another model, say so: --unlike"
 
 
 class LeaseLost(Conflict):
@@ -885,7 +904,7 @@ class NotLoggedIn(Usage):
 class DiskFull(LocalFailure):
     code = "disk-full"
     says = "No room left on this machine while writing '{path}'."
-    help = "Free space and repeat; finished parts are kept."
+    help = "Free some, then repeat the command; what it says to have kept is not fetched again."
 
 
 class PathUnusable(LocalFailure):

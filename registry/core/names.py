@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-from .digest import Digest
+from .digest import Beginning, Digest, named
 from .errors import BadDigest, BadName, BadReference
 
 NAME_RULE = "1 to 64 characters from a-z, 0-9, '-', '_' and '.', starting and ending with a letter or digit, no '..'"
@@ -45,12 +45,13 @@ class SeriesName:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A series, and at most one of an alias, a version number and a digest."""
+    """A series, and at most one of an alias, a version number and a digest, or the first digits of one."""
 
     series: SeriesName
     alias: str | None = None
     version: int | None = None
     digest: Digest | None = None
+    begins: Beginning | None = None
 
     EXAMPLES = "team/bot  team/bot:prod  team/bot@v7  team/bot@sha256:…"
 
@@ -74,28 +75,37 @@ class Reference:
                 return cls(series)
             if match := _VERSION.fullmatch(exact):
                 return cls(series, version=int(match[1]))
-            digest = Digest.parse(exact)
+            digest = named(exact)
         except (BadName, BadDigest) as error:
             raise refused(error.message) from error
         if digest.algorithm != "sha256":
             raise refused("versions have sha256 digests")
+        if isinstance(digest, Beginning):
+            return cls(series, begins=digest)
         return cls(series, digest=digest)
+
+    @property
+    def exact(self) -> str | None:
+        """The one version that is meant, as a path spells it: ``v7``, a digest or its beginning; None for others."""
+        if self.version is not None:
+            return f"v{self.version}"
+        found = self.digest or self.begins
+        return str(found) if found else None
 
     def __str__(self) -> str:
         if self.alias is not None:
             return f"{self.series}:{self.alias}"
-        if self.version is not None:
-            return f"{self.series}@v{self.version}"
-        return f"{self.series}@{self.digest}" if self.digest else str(self.series)
+        return f"{self.series}@{self.exact}" if self.exact else str(self.series)
 
 
 @dataclass(frozen=True, slots=True)
 class BaseReference:
-    """A base model: a digest, or a line with or without a revision (without: its newest)."""
+    """A base model: a digest or its first digits, or a line with or without a revision (without: its newest)."""
 
     line: str | None = None
     revision: int | None = None
     digest: Digest | None = None
+    begins: Beginning | None = None
 
     EXAMPLES = "llama  llama@r2  b3:…"
 
@@ -108,10 +118,10 @@ class BaseReference:
 
         try:
             if text.startswith(("b3:", "sha256:")):
-                digest = Digest.parse(text)
+                digest = named(text)
                 if digest.algorithm != "b3":
                     raise refused("base digests start with b3:")
-                return cls(digest=digest)
+                return cls(begins=digest) if isinstance(digest, Beginning) else cls(digest=digest)
             line, at, revision = text.partition("@")
             check_name(line, "line")
         except (BadName, BadDigest) as error:
@@ -122,6 +132,6 @@ class BaseReference:
         return cls(line=line, revision=int(match[1]) if match else None)
 
     def __str__(self) -> str:
-        if self.digest is not None:
-            return str(self.digest)
+        if found := self.digest or self.begins:
+            return str(found)
         return f"{self.line}@r{self.revision}" if self.revision else str(self.line)

@@ -5,7 +5,6 @@ something else a moment later leads nowhere inside. Redirects are not followed.
 """
 
 import asyncio
-import ipaddress
 import socket
 from urllib.parse import urlsplit
 
@@ -89,8 +88,5 @@ def reachable(url: str, *, private: bool) -> str:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     address = str(found[0][4][0])
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if not private and (not ip.is_global or ip.is_multicast):
-        raise AddressRefused(host=parts.hostname or "", address=address)
+    webhooks.check_address(address, parts.hostname or "", private=private)
     return address

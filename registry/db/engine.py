@@ -16,7 +16,7 @@ from sqlite3 import Connection as SqliteConnection
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     DatabaseError,
     DataError,
@@ -35,6 +35,11 @@ from registry.core.errors import BadRequest, DatabaseDown, WriteConflict
 
 REST_S = 1.0
 """A pooled connection that was not used for longer is asked whether it is alive."""
+PATIENCE = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=120s"
+"""To PostgreSQL: whoever stands still in the middle of a transaction loses it, with all that waits for them; and who
+waits for one is refused before it waits for all of that. What the URL's own ``options`` say goes before it."""
+KEPT_ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+"""Seconds: a machine that went away without a word is noticed within a minute."""
 
 
 class Database:
@@ -89,7 +94,9 @@ class Database:
 def make_engine(url: str) -> Engine:
     """An engine for ``url``; SQLite gets WAL, foreign keys and explicit BEGIN."""
     if not url.startswith("sqlite"):
-        engine = create_engine(url, pool_size=20, max_overflow=20, pool_timeout=10)
+        said = make_url(url).query.get("options", "")
+        patient = {"options": f"{PATIENCE} {said if isinstance(said, str) else ' '.join(said)}", **KEPT_ALIVE}
+        engine = create_engine(url, connect_args=patient, pool_size=20, max_overflow=20, pool_timeout=10)
         _ping_the_rested(engine)
         return engine
     engine = create_engine(url, connect_args={"timeout": 30}, pool_size=20, max_overflow=20)

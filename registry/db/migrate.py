@@ -34,6 +34,7 @@ def config() -> Config:
 def _alone(database: Database) -> Iterator[Connection]:
     with database.engine.begin() as connection:
         if database.dialect == "postgresql":
+            connection.execute(text("SET LOCAL lock_timeout = 0"))  # another's migrations take as long as they take
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         yield connection
 

@@ -56,6 +56,11 @@ def base_by_digest(session: Session, digest: str) -> Base | None:
     return session.exec(select(Base).where(Base.digest == digest)).first()
 
 
+def bases_beginning(session: Session, digits: str) -> Sequence[Base]:
+    """Bases whose digest begins so; of many the first two."""
+    return session.exec(select(Base).where(col(Base.digest).startswith(digits)).limit(2)).all()
+
+
 def base_of_revision(session: Session, line: str, number: int | None) -> Base | None:
     """The base behind ``line@rN``; the newest revision without a number."""
     query = select(Base).join(Revision).join(Line).where(Line.name == line)
@@ -157,6 +162,12 @@ def _version_by_digest() -> Select[Version]:
     return columns(Version).where(
         col(Version.adapter_id) == bindparam("adapter"), col(Version.digest) == bindparam("digest")
     )
+
+
+def versions_beginning(session: Session, adapter_id: int, digits: str) -> Sequence[Version]:
+    """Versions of a series whose digest begins so; of many the first two."""
+    query = select(Version).where(Version.adapter_id == adapter_id, col(Version.digest).startswith(digits))
+    return session.exec(query.limit(2)).all()
 
 
 def latest_version(session: Session, adapter_id: int, base_id: int | None = None) -> Version | None:
@@ -433,9 +444,9 @@ def _scorings(session: Session, query: Select[*tuple[Any, ...]], values: dict[st
 
 
 def dataset_version(
-    session: Session, kind: str, namespace: str, name: str, number: int | None = None, digest: str | None = None
+    session: Session, kind: str, namespace: str, name: str, number: int | None = None, digits: str | None = None
 ) -> DatasetVersion | None:
-    """A version of a dataset or suite; the newest without a number or digest."""
+    """A version of a dataset or suite: the newest, or that of a number, or the newest whose digest begins so."""
     query = (
         select(DatasetVersion)
         .join(Dataset)
@@ -443,8 +454,8 @@ def dataset_version(
     )
     if number is not None:
         query = query.where(DatasetVersion.number == number)
-    if digest is not None:
-        query = query.where(DatasetVersion.digest == digest)
+    if digits is not None:
+        query = query.where(col(DatasetVersion.digest).startswith(digits))
     return session.exec(query.order_by(col(DatasetVersion.number).desc()).limit(1)).first()
 
 

@@ -8,7 +8,7 @@ Fit is never computed adapter by adapter: it is stored per (base, base, target s
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlmodel import Session, col, select
 
@@ -307,7 +307,7 @@ def resolve(
     )
     for fit, version in graded:
         if fit.fit in classes and (bit is None or version.engines & bit):
-            if reference.version is None and reference.digest is None:
+            if reference.exact is None:
                 signatures.require_signed(session, adapter, version)
             return Resolved(version, adapter, base, fit, assumed)
     raise NoCompatibleVersion(
@@ -344,15 +344,15 @@ def pointer(caller: Caller, reference: Reference, base: str | None) -> queries.P
 
 
 def _assumed_base(session: Session, adapter: Adapter, reference: Reference) -> Base:
-    version = find_version(session, adapter, Reference(reference.series, None, reference.version, reference.digest))
-    if reference.version is not None or reference.digest is not None:
+    version = find_version(session, adapter, replace(reference, alias=None))
+    if reference.exact is not None:
         return session.get_one(Base, version.base_id)
     return queries.current_base_of_line_of(session, version.base_id) or session.get_one(Base, version.base_id)
 
 
 def _candidates(session: Session, adapter: Adapter, reference: Reference, base: Base) -> Sequence[Version]:
     assert adapter.id is not None and base.id is not None
-    if reference.version is not None or reference.digest is not None:
+    if reference.exact is not None:
         named = find_version(session, adapter, reference)
         standing.require_bytes(named, standing.ref(adapter, named))
         return [named]

@@ -29,6 +29,13 @@ BATCH = 1000
 """Rows that get their place in one transaction."""
 
 
+SUBJECTS = (
+    "adapter", "alias", "base", "blob", "dataset", "evaluation", "fsck", "job", "key", "line", "namespace", "policy",
+    "push", "registry", "schedule", "suite", "token", "upgrade", "version", "webhook",
+)  # fmt: skip
+"""What events are about: the word before their point."""
+
+
 def record(
     session: Session,
     event: str,

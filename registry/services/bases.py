@@ -18,16 +18,24 @@ from sqlmodel import Session, col, select, update
 
 from registry.core.base_model import BaseModel, diff
 from registry.core.digest import Digest
-from registry.core.errors import BadRequest, BaseNotFound, PathUnusable, RevisionTaken
-from registry.core.names import BaseReference
+from registry.core.errors import BadRequest, BaseNotFound, PathUnusable, RevisionTaken, UnlikeLine
+from registry.core.names import BaseReference, check_name
 from registry.db import queries
 from registry.db.models import Base, BaseTable, Derivation, Line, Revision, StoredManifest
-from registry.schemas import BaseInfo, BaseRegistration, DerivationInfo, DerivationRequest, DiffInfo, Wishes
+from registry.schemas import (
+    BaseInfo,
+    BaseRegistration,
+    DerivationInfo,
+    DerivationRequest,
+    DiffInfo,
+    RevisionRequest,
+    Wishes,
+)
 from registry.settings import Settings
 
 from . import audit, fits
 from .blobs import add_once
-from .references import nearest
+from .references import nearest, one_of
 from .tokens import Caller
 
 NAMESPACE = "base"
@@ -48,6 +56,8 @@ def register(
     wishes = request.wishes
     if wishes.line or wishes.names or wishes.parent or request.location or not caller.can_somewhere("publish"):
         caller.require("publish", NAMESPACE)
+    if wishes.line and not wishes.unlike:
+        require_like(session, wishes.line, model)
     location = check_location(request.location, settings) if request.location else None
     base = ensure(session, model, caller.token_id, now)
     if location and base.location != location:
@@ -149,6 +159,27 @@ def apply_wishes(session: Session, base: Base, wishes: Wishes, actor: str, now: 
     return add_revision(session, wishes.line, base, wishes.revision, actor, now) if wishes.line else None
 
 
+def require_like(session: Session, line: str, model: BaseModel) -> None:
+    """`UnlikeLine` when ``line`` would go on with another model.
+
+    A line is what upgrades follow: each adapter on its newest revision would be carried to what is none of its kind.
+    """
+    newest = queries.base_of_revision(session, line, None)
+    if newest is None or newest.id is None or newest.digest == str(model.digest):
+        return
+    if not fits.model_of(session, newest.id).by_name.keys() & model.by_name.keys():
+        called = labels(session, [newest])[newest.id]
+        raise UnlikeLine(line=line, newest=called, base=model.digest.short)
+
+
+def repeat(session: Session, caller: Caller, line: str, request: RevisionRequest, now: datetime) -> Base:
+    """Make what an earlier revision of ``line`` is its newest again; it gets a new number, and nothing is rewritten."""
+    caller.require("publish", NAMESPACE)
+    base = find(session, f"{check_name(line, 'line')}@r{request.revision}")
+    add_revision(session, line, base, None, caller.token_id, now)
+    return base
+
+
 def add_revision(session: Session, line: str, base: Base, wanted: int | None, actor: str, now: datetime) -> Revision:
     """Make ``base`` the newest revision of ``line``; the same one when it is that already.
 
@@ -248,10 +279,15 @@ def derive(session: Session, caller: Caller, ref: str, request: DerivationReques
 
 
 def find(session: Session, ref: str) -> Base:
-    """The base that ``ref`` means: a digest, ``line@rN``, or a line's newest; `BaseNotFound` with the nearest name."""
+    """The base that ``ref`` means: a digest or its beginning, ``line@rN``, or a line's newest.
+
+    `BaseNotFound` with the nearest name.
+    """
     reference = BaseReference.parse(ref)
     if reference.digest is not None:
         found = queries.base_by_digest(session, str(reference.digest))
+    elif reference.begins is not None:
+        found = one_of(queries.bases_beginning(session, str(reference.begins)), ref, "one base model")
     else:
         found = queries.base_of_revision(session, str(reference.line), reference.revision)
     if found is None:

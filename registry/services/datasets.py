@@ -7,6 +7,7 @@ from sqlmodel import Session, col, select
 from registry.core.errors import BadDataset, UnusableDataset
 from registry.core.records import item_id, split_of
 from registry.core.rows import MAX_LINE_BYTES, parse_input, parse_object, parse_row
+from registry.core.suites import SuiteSpec, metrics_of
 from registry.db import queries
 from registry.db.models import Dataset, DatasetVersion
 from registry.schemas import DatasetInfo
@@ -22,17 +23,17 @@ def count_rows(
     chunks: Iterable[bytes],
     path: str,
     *,
-    suite: bool,
-    tasks: bool = False,
+    suite: SuiteSpec | None,
     scored: bool = True,
     seen: dict[str, str] | None = None,
 ) -> tuple[int, int, int]:
     """Rows, and rows in the gate and in the calibration split, of one JSONL file that arrives in chunks.
 
-    ``tasks``: the suite is one of tasks of lm-eval, whose rows are any objects; and where they are not ``scored``, but
+    ``suite``: None for a dataset. Rows of tasks of lm-eval are any objects; and where they are not ``scored``, but
     examples in front of others, they do not count. ``seen`` collects a suite's items over its files: an item that
     occurs twice would be scored twice. `BadDataset` names the line.
     """
+    tasks = suite is not None and bool(suite.tasks)
     rows = gate = calibration = 0
     items = seen if seen is not None else {}
     for number, line in enumerate(_lines(chunks, path), start=1):
@@ -46,6 +47,9 @@ def count_rows(
             raise BadDataset(path=path, line=number, reason="rows with 'choices' and 'answer' belong in a suite")
         rows += 1
         if suite:
+            if not tasks and not metrics_of(suite.metrics, choices="choices" in row):
+                reason = f"none of the suite's metrics applies to it: {', '.join(suite.metrics or ())}"
+                raise BadDataset(path=path, line=number, reason=reason)
             item = item_id(row)
             if item in items:
                 raise BadDataset(path=path, line=number, reason=f"it is the same item as {items[item]}")

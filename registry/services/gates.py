@@ -16,9 +16,10 @@ from registry.core.errors import DatasetNotFound, GateIncomplete, ItemsDiffer
 from registry.core.policy import Gate, Policy
 from registry.core.records import Record, parse_records
 from registry.db import queries
-from registry.db.models import Base, DatasetVersion, Evaluation, Version
+from registry.db.models import Adapter, Base, DatasetVersion, Evaluation, Version
 from registry.storage.base import BlobStore
 
+from . import standing
 from .blobs import blob_key
 from .references import find_dataset
 
@@ -83,7 +84,7 @@ def verdict(
         ledger = _Ledger(session, store, candidate)
         pairs = [(scored, suite) for suite in suites.values() for scored in needed]
         if absent := [pair for pair in pairs if not ledger.has(*pair)]:
-            return _lacking(absent, suites)
+            return _lacking(session, absent, suites)
         verdicts = []
         for gate in policy.gates:
             suite = suites[gate.suite]
@@ -125,10 +126,20 @@ def quoted(
     return tuple(one for one in found if one)
 
 
-def _lacking(absent: list[tuple[Scored, DatasetVersion]], suites: dict[str, DatasetVersion]) -> Lacking:
+def _lacking(
+    session: Session, absent: list[tuple[Scored, DatasetVersion]], suites: dict[str, DatasetVersion]
+) -> Lacking:
     called = {suite.id: name for name, suite in suites.items()}
     told = "; ".join(f"{scored} has no evaluation on {called[suite.id]} in one harness" for scored, suite in absent)
-    return Lacking(f"{told}. Run: loractl evaluate", tuple(absent))
+    work: dict[tuple[str, str], list[str]] = {}
+    for scored, suite in absent:  # the bare base is scored beside whatever is
+        refs = work.setdefault((Digest.parse(scored.base.digest).short, called[suite.id]), [])
+        if scored.version is not None:
+            refs.append(standing.ref(session.get_one(Adapter, scored.version.adapter_id), scored.version))
+    run = (
+        " ".join(["loractl evaluate", *refs, "--for", base, "--suite", suite]) for (base, suite), refs in work.items()
+    )
+    return Lacking(f"{told}. Run: {'; '.join(run)}", tuple(absent))
 
 
 class _Ledger:

@@ -10,6 +10,7 @@ from registry.core.metrics import is_binary
 from registry.core.names import check_name
 from registry.core.policy import Policy, loosened
 from registry.core.recipes import FineTune, parse_recipe
+from registry.core.suites import SuiteSpec
 from registry.db import queries
 from registry.db.models import StoredPolicy
 
@@ -70,9 +71,14 @@ def put(
     notes = [note] if note else []
     for gate in every_gate(policy):
         suite = find_dataset(session, caller, "suite", gate.suite)
+        if gate.metric not in (measured := SuiteSpec.parse(suite.spec).measured()):
+            told = f"{gate.suite} does not measure {gate.metric}, so its gate could never open"
+            raise BadRequest(problems=f"{told}; what it measures: {', '.join(measured)}")
         needed = require_possible(gate, policy, n=suite.gate_rows, name=subject)
         kind = "without a flip, at least" if is_binary(gate.metric) else "at least"
         notes.append(f"{gate.suite}: {suite.gate_rows} gate items; {kind} {needed} are needed at margin {gate.margin}")
+    if name and queries.adapter_by_name(session, namespace, name) is None:
+        notes.append(f"there is no adapter {subject} yet: the policy waits for its first push")
     before = queries.newest_policy(session, namespace, name)
     row = StoredPolicy(
         namespace=namespace,

@@ -115,12 +115,14 @@ def open_push(
     if kind == "adapter":
         commits.require_not_deleted(session, series, manifest)
     signed = _signed(session, series, manifest, request) if job is None else []
+    model = _promised(request, manifest) if kind == "base" else None
+    if model is not None and wishes.line and not wishes.unlike:
+        bases.require_like(session, wishes.line, model)
     if (found := committed(session, kind, series, manifest)) and not blobs.lacking(session, manifest):
         if job is None:
             commits.sign_again(session, found, signed, caller.token_id, now)
             commits.wish_again(session, found, wishes, caller.token_id, now)
         return found
-    model = _promised(request, manifest) if kind == "base" else None
     if kind == "adapter":
         commits.look_early(session, series, manifest, wishes)
     seen = commits.seen(session, series, manifest, wishes) if kind == "adapter" else {}
@@ -309,8 +311,8 @@ def _check_wishes(kind: Kind, wishes: Wishes) -> None:
         raise BadRequest(problems="wishes.names: at most 20 names of 1 to 200 characters")
     elsewhere = {
         "base": wishes.aliases or wishes.trust_base or wishes.allow_zero,
-        "adapter": wishes.line or wishes.names or wishes.parent,
-    }.get(kind, wishes.aliases or wishes.line or wishes.names or wishes.parent)
+        "adapter": wishes.line or wishes.names or wishes.parent or wishes.unlike,
+    }.get(kind, wishes.aliases or wishes.line or wishes.names or wishes.parent or wishes.unlike)
     if elsewhere:
         raise BadRequest(problems=f"wishes: some of them do not belong to a push of kind '{kind}'")
 
@@ -530,12 +532,15 @@ def parts(
     `DraftTaken` when a part of a late file was signed for with other bytes: two files go by its name.
     """
     with database.read() as session:
-        push = get(session, caller, push_id)
-        PUSH.after("upload", _alive(push, now).state, push.id)
+        push = _alive(get(session, caller, push_id), now)
+        if whole := push.state in (PushState.VERIFYING, PushState.VERIFIED, PushState.COMMITTED):
+            pass  # two send one push, and the other was done first
+        else:
+            PUSH.after("upload", push.state, push.id)
         row = _row(session, push_id, request.digest)
     if row is None or row.part_size is None or (row.state == "present" and row.path is None):
         raise BlobNotFound(digest=f"{request.digest} in parts of push {push_id}")
-    if row.state == "present":  # sealed meanwhile, and here already
+    if whole or row.state == "present":  # sealed meanwhile, and here already
         return PartsInfo(digest=request.digest, part_size=row.part_size, arrived=_every(row), put={})
     key = blobs.staged_at(row)
     upload_id = row.upload_id or _begin(database, store, key, row, now)

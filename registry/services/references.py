@@ -3,25 +3,35 @@
 What the caller may not read is refused in the same words as what is not there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
 from sqlmodel import Session, select
 
-from registry.core.errors import AdapterNotFound, BadRequest, DatasetNotFound, VersionNotFound
+from registry.core.errors import AdapterNotFound, BadReference, BadRequest, DatasetNotFound, VersionNotFound
 from registry.core.lifecycle import VersionState
 from registry.core.names import Reference, SeriesName
 from registry.db import queries
-from registry.db.models import Adapter, Dataset, DatasetVersion, Version
+from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Version
 
 from . import standing
 from .tokens import Caller
+
+Row = TypeVar("Row", Base, Version)
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
     """``" Did you mean 'x'?"``, or nothing."""
     found = get_close_matches(wanted, list(names), n=1)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def one_of(found: Sequence[Row], text: str, what: str) -> Row | None:
+    """The one row whose digest begins as ``text`` says, None when there is none; `BadReference` of several."""
+    if len(found) > 1:
+        raise BadReference(value=text[:200], what=what, rule="several begin so", examples="the same with more digits")
+    return found[0] if found else None
 
 
 def find_adapter(session: Session, caller: Caller, series: SeriesName) -> Adapter:
@@ -49,6 +59,9 @@ def find_version(session: Session, adapter: Adapter, reference: Reference, *, go
         row = queries.version_by_number(session, adapter.id, reference.version)
     elif reference.digest is not None:
         row = queries.version_by_digest(session, adapter.id, str(reference.digest))
+    elif reference.begins is not None:
+        digits = str(reference.begins)
+        row = one_of(queries.versions_beginning(session, adapter.id, digits), str(reference), "one version")
     else:
         row = queries.latest_version(session, adapter.id)
     if row is None:
@@ -72,8 +85,10 @@ def find_dataset(session: Session, caller: Caller | None, kind: str, text: str) 
     """
     reference = Reference.parse(text, kind)
     series = reference.series
-    digest = str(reference.digest) if reference.digest else None
-    row = queries.dataset_version(session, kind, series.namespace, series.name, reference.version, digest)
+    digits = reference.digest or reference.begins
+    row = queries.dataset_version(
+        session, kind, series.namespace, series.name, reference.version, str(digits) if digits else None
+    )
     if row is None or (caller is not None and not caller.can("read", series.namespace)):
         known = queries.dataset_names(session, kind, caller.readable() if caller else None)
         others = [name for name in known if name != str(series)]

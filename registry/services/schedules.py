@@ -14,12 +14,22 @@ from croniter import croniter
 from pydantic import ValidationError
 from sqlmodel import Session, col, select
 
-from registry.core.errors import BadRequest, CampaignExists, LoractlError, ScheduleNotFound, Unavailable
+from registry.core.errors import (
+    BadRequest,
+    BaseNotFound,
+    CampaignExists,
+    LoractlError,
+    ScheduleNotFound,
+    Unavailable,
+    WeightsAbsent,
+)
 from registry.core.names import Reference, SeriesName, check_name
-from registry.db.models import Base, Dataset, DatasetVersion, Firing, Line, Revision, Schedule
+from registry.db import queries
+from registry.db.models import Base, Dataset, DatasetVersion, Firing, Job, Line, Revision, Schedule
 from registry.schemas import JobRequest, ScheduleInfo, ScheduleRequest, UpgradeRequest
 
 from . import audit, campaigns, jobs
+from .references import find_dataset, nearest
 from .tokens import Caller, acting
 
 Due = tuple[str, dict[str, Any]]
@@ -43,9 +53,13 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
             reason = f"'{request.subject}' is not a cron expression with a next time, such as '0 3 * * 1'"
             raise BadRequest(problems=reason) from error
     elif request.trigger == "base-upgrade":
-        check_name(request.subject, "line")
+        known = queries.line_names(session)
+        if check_name(request.subject, "line") not in known:
+            raise BaseNotFound(ref=request.subject, nearest=nearest(request.subject, known))
     else:
-        caller.require("read", SeriesName.parse(request.subject, "dataset").namespace)
+        series = SeriesName.parse(request.subject, "dataset")
+        caller.require("read", series.namespace)
+        find_dataset(session, caller, "dataset", str(series))
     schedule = Schedule(
         id=f"s{secrets.token_hex(6)}",
         namespace=request.namespace,
@@ -58,7 +72,10 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
     )
     session.add(schedule)
     session.flush()
-    if found := _NEWEST[request.trigger](session, schedule):
+    found = _NEWEST[request.trigger](session, schedule)
+    if kind == "job":
+        _try(session, caller, schedule, found[1] if found else {}, now)
+    if found:
         # What was there before is no news, whatever the clocks of those who made it say.
         session.add(Firing(schedule_id=schedule.id, key=found[0], outcome={_BEFORE: True}, at=now))
     audit.record(
@@ -71,6 +88,20 @@ def add(session: Session, caller: Caller, request: ScheduleRequest, now: datetim
         after={"trigger": schedule.trigger, "subject": schedule.subject, "action": schedule.action},
     )
     return schedule
+
+
+def _try(session: Session, caller: Caller, schedule: Schedule, facts: dict[str, Any], now: datetime) -> None:
+    """Ask for the job as a firing will, and forget it: what is refused then is refused now, while somebody looks.
+
+    Weights may still arrive.
+    """
+    attempt = session.begin_nested()
+    try:
+        _submit(session, caller, schedule, facts, "trial", now)
+    except WeightsAbsent:
+        pass
+    finally:
+        attempt.rollback()
 
 
 def _action_kind(request: ScheduleRequest) -> str:
@@ -238,6 +269,13 @@ def _act(
         campaign = campaigns.create(session, caller, request, now)
         campaigns.start(session, caller, campaign.id, now, origin=jobs.Origin(schedule.id))
         return {"campaign": campaign.id}, {campaign.queue}
+    job = _submit(session, caller, schedule, facts, key, now)
+    return {"job": job.id}, {job.queue}
+
+
+def _submit(
+    session: Session, caller: Caller, schedule: Schedule, facts: dict[str, Any], key: str, now: datetime
+) -> Job:
     words = JobRequest.model_validate(schedule.action["job"])
     recipe = _of_now(words.recipe, facts, schedule.subject)
     if isinstance(training := recipe.get("training"), dict):
@@ -246,7 +284,7 @@ def _act(
     job, _ = jobs.submit(
         session, caller, request_, now, salt=f"{schedule.id} {key}", origin=jobs.Origin(schedule.id)
     )
-    return {"job": job.id}, {job.queue}
+    return job
 
 
 def _of_now(recipe: dict[str, Any], facts: dict[str, Any], subject: str) -> dict[str, Any]:

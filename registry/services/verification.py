@@ -53,7 +53,8 @@ from registry.core.lifecycle import PushState
 from registry.core.manifest import FileEntry, Manifest
 from registry.core.names import SeriesName
 from registry.core.safetensors import MAX_TENSORS, Header, header_bytes
-from registry.core.tasks import parse_tasks, require_files
+from registry.core.suites import SuiteSpec
+from registry.core.tasks import require_files
 from registry.db.engine import Database
 from registry.db.models import Base, Blob, Push, PushBlob
 from registry.files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Read, check_adapter_tensors, header_from, parse_json
@@ -675,8 +676,8 @@ def _damaged(database: Database, store: BlobStore, manifest: Manifest, claim: Cl
 def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
     rows = gate = calibration = 0
     seen: dict[str, str] = {}
-    tasks = parse_tasks(reading.manifest.config) if suite else []
-    scored = require_files(tasks, (entry.path for entry in reading.manifest.files))
+    spec = SuiteSpec.parse(reading.manifest.config) if suite else None
+    scored = require_files(spec.tasks if spec else (), (entry.path for entry in reading.manifest.files))
     for entry in reading.manifest.files:
         if not entry.path.endswith(".jsonl"):
             raise UnusableDataset(path=entry.path, reason="a dataset holds .jsonl files only")
@@ -684,7 +685,7 @@ def _read_dataset(reading: Reading, *, suite: bool) -> dict[str, Any]:
             sniff(reader.read(0, min(64, entry.size)), entry)
             stream = Stream(reader, entry, reading.tick)
             more, gated, calibrating = datasets.count_rows(
-                stream.chunks(), entry.path, suite=suite, tasks=bool(tasks), scored=entry.path in scored, seen=seen
+                stream.chunks(), entry.path, suite=spec, scored=entry.path in scored, seen=seen
             )
             stream.finish()
         rows, gate, calibration = rows + more, gate + gated, calibration + calibrating

@@ -13,21 +13,24 @@ The secret must be at hand; where the registry has keys it is kept sealed (`regi
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from urllib.parse import urlsplit
 
 from sqlalchemy import or_
 from sqlmodel import Session, col, select, update
 
-from registry.core.errors import BadRequest, WebhookNotFound
+from registry.core.errors import AddressRefused, BadRequest, WebhookNotFound
 from registry.core.names import check_name
 from registry.db.models import AuditHead, AuditRow, Webhook
 from registry.schemas import WebhookRequest
 
 from . import audit
+from .references import nearest
 from .seals import Seals
 from .tokens import EVERYWHERE, Caller
 
@@ -44,8 +47,12 @@ _LOOKED_AT = 500
 # ── a person's side ──────────────────────────────────────────────────────────
 
 
-def check_url(url: str) -> str:
-    """``url`` itself when a webhook may lead there; `BadRequest` when not."""
+def check_url(url: str, *, private: bool = True) -> str:
+    """``url`` itself when a webhook may lead there; `BadRequest` when not.
+
+    Unless ``private``: `AddressRefused` for one that is an address and not on the internet. What a name means is
+    looked up by who delivers, each time.
+    """
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna"), parts.port
@@ -53,17 +60,47 @@ def check_url(url: str) -> str:
         host, port = b"", None
     if not host or port == 0 or parts.scheme not in ("http", "https") or parts.username or parts.password:
         raise BadRequest(problems=f"url: '{url[:100]}' is not http(s)://HOST/… without a password in it")
+    name = str(parts.hostname)
+    with suppress(ValueError):
+        check_address("127.0.0.1" if name == "localhost" else name, name, private=private)
     return url
 
 
+def check_address(address: str, host: str, *, private: bool) -> None:
+    """`AddressRefused` for an address that is not on the internet, unless ``private``; ValueError when it is none."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not private and (not ip.is_global or ip.is_multicast):
+        raise AddressRefused(host=host, address=address)
+
+
+def _check_event(event: str) -> None:
+    """`BadRequest` for what no event is, and none begins with."""
+    subject, point, _ = event.partition(".")
+    if not (subject in audit.SUBJECTS if point else any(known.startswith(subject) for known in audit.SUBJECTS)):
+        said = f"events: no event begins with '{event[:60]}'.{nearest(subject, audit.SUBJECTS)}"
+        raise BadRequest(problems=f"{said} They are about: {', '.join(audit.SUBJECTS)}")
+
+
 def add(
-    session: Session, caller: Caller, request: WebhookRequest, now: datetime, seals: Seals = NONE
+    session: Session,
+    caller: Caller,
+    request: WebhookRequest,
+    now: datetime,
+    seals: Seals = NONE,
+    *,
+    private: bool = False,
 ) -> tuple[Webhook, str]:
-    """A new webhook, and its secret, shown this once: for admins of the namespace, or of everything without one."""
+    """A new webhook, and its secret, shown this once: for admins of the namespace, or of everything without one.
+
+    ``private``: its address may be one that is not on the internet.
+    """
     if request.namespace is not None:
         check_name(request.namespace, "namespace")
     caller.require("admin", request.namespace or EVERYWHERE)
-    check_url(request.url)
+    check_url(request.url, private=private)
+    for event in request.events:
+        _check_event(event)
     secret = secrets.token_urlsafe(32)
     row = Webhook(
         id=f"w{secrets.token_hex(6)}",

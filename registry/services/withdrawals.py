@@ -115,8 +115,9 @@ def _consequences(
     told += [f"job {job} reads it, and fails" for job in _jobs(session, version)] if name != "yank" else []
     in_the_way = name == "delete" and bool(working)
     if told and name != "quarantine" and (in_the_way or not force):
-        helps = "abort the upgrade first" if in_the_way else f"repeat with --force: loractl {name} --force"
-        raise VersionInUse(ref=ref(adapter, version), move=name, holders="; ".join(told), helps=helps, listed=told)
+        mine = ref(adapter, version)
+        helps = "abort the upgrade first" if in_the_way else f"repeat with --force: loractl {name} {mine} --force"
+        raise VersionInUse(ref=mine, move=name, holders="; ".join(told), helps=helps, listed=told)
     return told
 
 

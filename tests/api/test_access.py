@@ -119,6 +119,9 @@ ROWS: dict[str, Row] = {
     "DELETE /v1/pushes/{push_id}": Row("anyone", ("admin",), OWN_PUSH),
     "POST /v1/downloads": sees(body=lambda f: {"manifests": [f["version"]]}),
     "POST /v1/bases": Row("user", ("publish",), TO_BASES, lambda f: {"table": f["table"]}, named=False, refused=403, where=("base",)),
+    "POST /v1/lines/{line}/revisions": Row(
+        "user", ("publish",), TO_BASES, lambda _: {"revision": 1}, named=False, refused=403, where=("base",)
+    ),
     "GET /v1/bases": of_bases(),
     "GET /v1/bases/{ref}": of_bases(),
     "GET /v1/bases/{ref}/table": of_bases(),
@@ -283,7 +286,7 @@ def seeded(world: World, folder: Path) -> Iterator[Api]:
         "adapter", "team/bot", adapter_push(tiny_adapter(folder / "new", upgrade.v1, seed=77), upgrade.v1)[0]
     )
     with world.database.write() as session:
-        request = ScheduleRequest(namespace="team", trigger="cron", subject="0 3 * * 1", action={"job": {"recipe": {}}})
+        request = ScheduleRequest(namespace="team", trigger="base-upgrade", subject="demo", action={"upgrade": {}})
         schedule = schedules.add(session, ADMIN, request, world.now)
         asked = WebhookRequest(url="https://x.example", namespace="team")
         hook, _ = webhooks.add(session, ADMIN, asked, world.now)
@@ -294,7 +297,7 @@ def seeded(world: World, folder: Path) -> Iterator[Api]:
         )
     rows = b'{"prompt": "1+1=", "completion": " 3"}\n'
     facts: Facts = {
-        "namespace": "team", "name": "bot", "version": digest, "alias": "prod", "ref": "demo", "base": "demo",
+        "namespace": "team", "name": "bot", "version": digest, "alias": "prod", "ref": "demo", "base": "demo", "line": "demo",
         "fingerprint": REVOKED.public.fingerprint, "public": KEY.public.pem, "bundle": signed(world, digest),
         "a": "demo@r1", "b": "demo@r2", "move": "reinstate",
         "ids": {

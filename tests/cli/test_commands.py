@@ -219,7 +219,8 @@ def test_a_gate_may_be_on_a_metric_whose_code_is_only_on_workers(call: Call, tmp
     suite = tmp_path / "suite.jsonl"
     rows = ({"prompt": f"{i}", "completion": "x", "references": ["y"]} for i in range(700))
     suite.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pushed = call("suite", "push", suite, "custom/s", "--metric", "chrf", "--metric", "custom:sql", "--form", "json")
+    pushed = call("suite", "push", suite, "custom/s", "--metric", "chrf", "--metric", "custom:sql",
+                  "--metric", "custom-binary:runs", "--form", "json")  # fmt: skip
     assert pushed["outcome"]["ref"] == "custom/s@v1"
     gate = ["--suite", "custom/s", "--margin", "0.02"]
     mean = call("policy", "set", "custom/a", *gate, "--metric", "custom:sql")
@@ -496,6 +497,13 @@ def test_doctor_looks_here_and_there(call: Call) -> None:
     assert {"loractl", "disk", "login", "clock", "versions", "database"} <= {f["check"] for f in report["findings"]}
 
 
+def test_doctor_finds_no_fault_in_somebody_who_is_no_admin(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = call("token", "create", "guest", "--scope", "read", "--namespace", "team")
+    monkeypatch.setenv("LORACTL_TOKEN", made["token"])
+    [left] = [finding for finding in call("doctor")["findings"] if finding["check"] == "its parts"]
+    assert "needs the scope 'admin'" in left["detail"]
+
+
 def test_doctor_exits_with_1_when_something_is_wrong(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORACTL_TOKEN", "lora_0123_" + "x" * 40)
     report = call("doctor", code=1)
@@ -506,6 +514,27 @@ def test_a_base_that_is_no_folder_and_no_reference_is_wrong_usage(call: Call, ad
     assert call("push", adapter, "team/bot", "--base", "./nowhere", code=1)["error"]["code"] == "path-unusable"
     assert call("push", adapter, "team/bot", "--base", "No Base", code=2)["error"]["code"] == "bad-reference"
     assert call("push", adapter, "team/bot@v3", "--base", "x", code=2)["error"]["code"] == "bad-reference"
+
+
+def test_an_adapter_is_no_base(call: Call, adapter: Path) -> None:
+    refused = call("base", "push", adapter, "--line", "mistaken", code=1)["error"]
+    assert refused["code"] == "not-a-base"
+    assert "it holds an adapter" in refused["detail"]
+    assert call("base", "list", "--line", "mistaken") == []
+
+
+def test_a_line_is_taken_back_by_its_last_good_revision(call: Call, bases: tuple[Path, Path]) -> None:
+    for folder in bases:
+        call("base", "push", folder, "--line", "regretted", "--no-weights")
+    first = call("base", "show", "regretted@r1")["digest"]
+    back = call("base", "rollback", "regretted@r1")
+    assert (back["digest"], back["revisions"][-1]) == (first, "regretted@r3")
+    assert call("base", "show", first[:15])["digest"] == first
+    assert call("base", "rollback", "regretted", code=2)["error"]["code"] == "bad-reference"
+
+
+def test_what_is_looked_for_and_not_there_is_not_nothing(told: Callable[..., str]) -> None:
+    assert "No adapter is like that" in told("list", "zzz")
 
 
 def test_a_pickle_is_refused_with_how_to_convert_it(call: Call, bases: tuple[Path, Path], tmp_path: Path) -> None:

@@ -113,6 +113,22 @@ def test_exit_codes_are_those_of_the_contract(error: LoractlError, code: int) ->
     assert set(EXIT.values()) == {1, 2, 3, 4}
 
 
+def test_output_that_does_not_go_out_is_a_full_disk() -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cli.main", "completion", "bash"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(b"Error: No room left on this machine while writing 'what it prints'.\nHelp:  Free")
+    assert b"Traceback" not in ended.stderr
+    assert b"Exception ignored" not in ended.stderr
+
+
+def test_the_short_option_helps_too() -> None:  # in a process of its own: click keeps an option once it was shown
+    words = [sys.executable, "-m", "cli.main", "base", "push", "-h"]
+    assert "Usage: loractl base push" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_refusal_is_a_sentence_and_a_command_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["whoami"]) == 2
     said = capsys.readouterr()

@@ -23,6 +23,12 @@ def test_a_quota_is_shown_set_and_kept_to(call: Callable[..., Any], tmp_path: Pa
     assert call("quota", "show", "team")["used"] == len(ROWS)
     bounded = call("quota", "set", "team", "--bytes", "50B", "--keep-days", "30")
     assert (bounded["quota_bytes"], bounded["keep_days"]) == (50, 30)
+    for changed, expected in ((("--keep-days", "all"), (50, None)), (("--keep-days", "9"), (50, 9)),
+                              (("--bytes", "any"), (None, 9)), (("--bytes", "50B"), (50, 9))):  # fmt: skip
+        bounded = call("quota", "set", "team", *changed)
+        assert (bounded["quota_bytes"], bounded["keep_days"]) == expected
+    for wrong in ((), ("--keep-days", "0"), ("--keep-days", "soon"), ("--bytes", "much")):
+        assert call("quota", "set", "team", *wrong, code=2)["error"]["code"] == "usage"
     data.write_text(ROWS * 1 + ROWS.replace("1+1", "2+2"))
     assert call("dataset", "push", str(data), "team/rows", code=1)["error"]["code"] == "quota-exceeded"
     assert run(["quota", "show", "team"]) == 0

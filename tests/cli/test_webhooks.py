@@ -24,7 +24,12 @@ def test_a_webhook_lives_and_goes(
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
         monkeypatch.setenv("LORACTL_URL", registry.url)
         monkeypatch.setenv("LORACTL_TOKEN", registry.token)
-        made = call("webhook", "add", "http://127.0.0.1:9/x", "--namespace", "team", "--event", "alias.")
+        refused = call("webhook", "add", "http://127.0.0.1:9/x", code=1)["error"]
+        assert (refused["code"], refused["facts"]["address"]) == ("address-refused", "127.0.0.1")
+        assert call("webhook", "add", "http://localhost/x", code=1)["error"]["code"] == "address-refused"
+        refused = call("webhook", "add", "https://ci.example/x", "--event", "aliass.moved", code=2)["error"]
+        assert "Did you mean 'alias'" in refused["detail"]
+        made = call("webhook", "add", "https://ci.example/x", "--namespace", "team", "--event", "alias.")
         assert len(made["secret"]) > 40
         [found] = call("webhook", "list")
         assert (found["id"], found["events"]) == (made["id"], ["alias."])

@@ -4,24 +4,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.core.digest import Digest
+from registry.core.digest import Beginning, Digest
 from registry.core.errors import BadName, BadReference
 from registry.core.names import BaseReference, Reference, SeriesName, check_name
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9_-]{0,10}[a-z0-9])?", fullmatch=True)
 SHA = st.from_regex(r"[0-9a-f]{64}", fullmatch=True).map(lambda h: Digest("sha256", h))
 B3 = st.from_regex(r"[0-9a-f]{64}", fullmatch=True).map(lambda h: Digest("b3", h))
+DIGITS = st.from_regex(r"[0-9a-f]{8,63}", fullmatch=True)
 SERIES = st.builds(SeriesName, NAMES, NAMES)
 REFERENCES = st.one_of(
     st.builds(Reference, SERIES),
     st.builds(Reference, SERIES, alias=NAMES),
     st.builds(Reference, SERIES, version=st.integers(1, 999_999_999)),
     st.builds(Reference, SERIES, digest=SHA),
+    st.builds(Reference, SERIES, begins=DIGITS.map(lambda digits: Beginning("sha256", digits))),
 )
 BASES = st.one_of(
     st.builds(BaseReference, line=NAMES),
     st.builds(BaseReference, line=NAMES, revision=st.integers(1, 999_999_999)),
     st.builds(BaseReference, digest=B3),
+    st.builds(BaseReference, begins=DIGITS.map(lambda digits: Beginning("b3", digits))),
 )
 
 
@@ -72,6 +75,8 @@ def test_these_are_not_and_the_rule_is_said(name: str) -> None:
         ("team/bot@7", "not a digest"),
         ("team/bot:", "alias"),
         ("team/bot@b3:" + "0" * 64, "versions have sha256 digests"),
+        ("team/bot@b3:" + "0" * 12, "versions have sha256 digests"),
+        ("team/bot@sha256:0123abc", "at least the first 8"),
     ],
 )
 def test_a_reference_that_is_none_says_why(text: str, word: str) -> None:

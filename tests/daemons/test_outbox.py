@@ -75,7 +75,7 @@ def parts_of(world: World, *, private: bool = True, keys: tuple[str, ...] = ()) 
 
 def add(world: World, url: str, who: Caller = ADMIN, **more: Any) -> tuple[Webhook, str]:
     with world.database.write() as session:
-        return webhooks.add(session, who, WebhookRequest(url=url, **more), world.now)
+        return webhooks.add(session, who, WebhookRequest(url=url, **more), world.now, private=True)
 
 
 def change(world: World, subject: str, event: str = "alias.moved", namespace: str | None = "team") -> None:
@@ -287,7 +287,7 @@ def test_with_a_key_the_database_has_no_secret_and_the_receiver_sees_no_differen
     key = Fernet.generate_key().decode()
     with world.database.write() as session:
         request = WebhookRequest(url=receiver.url)
-        hook, secret = webhooks.add(session, ADMIN, request, world.now, Seals([key]))
+        hook, secret = webhooks.add(session, ADMIN, request, world.now, Seals([key]), private=True)
     assert (hook.secret, secret in str(hook.sealed)) == ("", False)
     change(world, "one")
     outbox.step(parts_of(world, keys=(key,)))

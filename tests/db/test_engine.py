@@ -114,6 +114,40 @@ def test_a_deadlock_is_told_as_a_database_that_is_down_and_changes_nothing(postg
     assert told == ["deadlock detected"]
 
 
+def test_who_stands_still_in_a_transaction_holds_nobody_up_for_ever(postgres_database: Database) -> None:
+    with postgres_database.write() as session:
+        session.add(line("n"))
+    url = postgres_database.engine.url.update_query_dict(
+        {"options": "-c lock_timeout=50ms -c idle_in_transaction_session_timeout=400ms"}
+    )
+    hasty = Database(url.render_as_string(hide_password=False))
+    mine = select(Line).where(Line.name == "n").with_for_update()
+
+    def stand_still() -> None:
+        with hasty.write() as session:
+            session.exec(mine).one().next_revision = 1
+            with pytest.raises(DatabaseDown, match="lock timeout"):
+                lock()
+            for _ in range(100):  # until the transaction is taken away
+                with suppress(DatabaseDown):
+                    lock()
+                    return
+
+    def lock() -> None:
+        with hasty.write() as session:
+            session.exec(mine).one().next_revision = 7
+
+    with pytest.raises(DatabaseDown):
+        stand_still()
+    with hasty.read() as session:
+        assert session.exec(select(Line.next_revision).where(Line.name == "n")).one() == 7
+    hasty.close()
+    with postgres_database.read() as session:
+        told = [session.connection().execute(text(f"SHOW {name}")).scalar() for name in
+                ("lock_timeout", "idle_in_transaction_session_timeout")]  # fmt: skip
+    assert told == ["30s", "2min"]
+
+
 def test_a_database_that_is_not_there_is_down_and_its_password_is_not_told() -> None:
     nowhere = Database("postgresql+psycopg://nobody:secret@127.0.0.1:9/none")
     with pytest.raises(DatabaseDown) as caught:

@@ -131,6 +131,12 @@ def somebody_freezes(town: Town, chance: random.Random) -> None:
     time.sleep(town.settings.lease_s + chance.uniform(0.2, 1))
 
 
+def api_freezes(town: Town, chance: random.Random) -> None:
+    """One stands still, in the middle of a transaction perhaps, and takes connections that it does not answer."""
+    town.freeze(town.lives[f"api-{chance.randint(1, 2)}"][0].process.pid)
+    time.sleep(chance.uniform(0.5, 2 * town.settings.lease_s))
+
+
 def daemons_freeze(town: Town, chance: random.Random) -> None:
     """One set stands still, in the middle of a transaction perhaps, while the other goes on."""
     town.freeze(town.lives[f"daemons-{chance.randint(1, 2)}"][0].process.pid)
@@ -200,7 +206,7 @@ def _wire(town: Town, chance: random.Random) -> Link:
 
 ANYWHERE: tuple[Fault, ...] = (
     nothing, client_dies, api_dies, apis_die, daemons_die, woken_for_nothing, wire_is_cut, wire_is_slow, wire_is_deaf,
-    connections_break, somebody_freezes, daemons_freeze, all_of_ours_die, two_at_once,
+    connections_break, somebody_freezes, api_freezes, daemons_freeze, all_of_ours_die, two_at_once,
 )  # fmt: skip
 SERVERS: dict[str, tuple[Fault, ...]] = {
     "database": (database_dies,), "store": (store_dies,), "broker": (broker_forgets,),

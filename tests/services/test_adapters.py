@@ -3,20 +3,25 @@
 from pathlib import Path
 
 import pytest
+from sqlmodel import col, select, update
 
 from registry.core.errors import (
     AdapterNotFound,
     AliasNotFound,
+    BadReference,
     BadRequest,
+    BaseNotFound,
     DatasetNotFound,
     GateImpossible,
     NoCompatibleVersion,
     PolicyNotFound,
     ScopeMissing,
+    VersionNotFound,
 )
 from registry.core.fit import FitClass
 from registry.core.names import Reference
 from registry.core.policy import Evidence, Gate, Margin, Policy
+from registry.db.models import Base, Version
 from registry.schemas import ClaimRequest, JobRequest, Output, Provenance
 from registry.services import adapters, bases, jobs, policies
 from registry.services.adapters import Filter
@@ -50,6 +55,27 @@ def test_each_base_has_its_own_version_behind_an_alias(here: Upgrade) -> None:
     assert resolved(here, "team/bot:prod", "demo@r2") == "v2 exact False"
     assert resolved(here, "team/bot:prod", None) == "v2 exact True"
     assert resolved(here, "team/bot@v1", None) == "v1 exact True"
+
+
+def test_what_tables_show_of_a_digest_names_what_it_is_the_beginning_of(here: Upgrade) -> None:
+    here.push("team/bot", seed=8)
+    with here.world.database.read() as session:
+        first, second = (bases.find(session, f"demo@r{number}").digest for number in (1, 2))
+        assert bases.find(session, first[:15]).digest == first
+        with pytest.raises(BaseNotFound):
+            bases.find(session, "b3:" + "0" * 12)
+    with here.world.database.write() as session:  # as somebody might make them
+        session.exec(update(Base).where(col(Base.digest) == second).values(digest=first[:15] + "0" * 52))
+    with here.world.database.read() as session, pytest.raises(BadReference, match="several begin so"):
+        bases.find(session, first[:15])
+    digests = here.world.all(select(Version.digest).order_by(col(Version.number)))
+    assert resolved(here, f"team/bot@{digests[0][:15]}", None) == "v1 exact True"
+    with pytest.raises(VersionNotFound):
+        resolved(here, "team/bot@sha256:00000000", None)
+    with here.world.database.write() as session:
+        session.exec(update(Version).where(col(Version.number) == 2).values(digest=digests[0][:15] + "0" * 56))
+    with pytest.raises(BadReference, match="several begin so"):
+        resolved(here, f"team/bot@{digests[0][:15]}", None)
 
 
 def test_what_does_not_belong_is_refused_with_the_nearest_and_given_only_by_name(here: Upgrade) -> None:

@@ -13,12 +13,21 @@ from sqlmodel import select
 
 from registry.core.base_model import BaseModel, Tensor
 from registry.core.digest import Digest
-from registry.core.errors import BadManifest, BadRequest, BaseNotFound, PathUnusable, RevisionTaken, ScopeMissing
+from registry.core.errors import (
+    BadManifest,
+    BadRequest,
+    BaseNotFound,
+    PathUnusable,
+    RevisionTaken,
+    ScopeMissing,
+    UnlikeLine,
+)
 from registry.core.fit import FitClass
 from registry.db.engine import Database
 from registry.db.models import Base, Derivation, Revision, TargetFit
-from registry.schemas import BaseRegistration, DerivationRequest, Wishes
+from registry.schemas import BaseRegistration, DerivationRequest, RevisionRequest, Wishes
 from registry.services import bases, fits, pushes
+from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
 from tests.factories import base_of, readable_base, tiny_adapter, tiny_base
 from tests.world import ADMIN, SETTINGS, World, adapter_push, caller, table_of
@@ -78,6 +87,39 @@ def test_a_line_grows_by_one_and_its_newest_member_is_not_repeated(world: World,
         assert bases.find(session, "demo@r2").digest == str(base_of(two).digest)
         with pytest.raises(BaseNotFound, match="Did you mean 'demo'"):
             bases.find(session, "dem0")
+
+
+def test_a_line_goes_back_to_an_earlier_revision_under_a_new_number(world: World, one: Path, two: Path) -> None:
+    for folder in (one, two):
+        world.push_base(folder, line="demo")
+
+    def go_back(revision: int, who: Caller = ADMIN, line: str = "demo") -> str:
+        with world.database.write() as session:
+            return bases.repeat(session, who, line, RevisionRequest(revision=revision), world.now).digest
+
+    assert go_back(1) == go_back(1) == str(base_of(one).digest)
+    assert go_back(3) == str(base_of(one).digest)  # which it is
+    with world.database.read() as session:
+        assert bases.find(session, "demo").digest == bases.find(session, "demo@r3").digest == str(base_of(one).digest)
+        assert bases.find(session, "demo@r2").digest == str(base_of(two).digest)
+    assert len(world.all(select(Revision))) == 3
+    with pytest.raises(BaseNotFound):
+        go_back(4)
+    with pytest.raises(BaseNotFound):
+        go_back(1, line="other")
+    with pytest.raises(ScopeMissing):
+        go_back(1, AUTHOR)
+
+
+def test_a_line_does_not_go_on_with_another_model_by_mistake(world: World, one: Path) -> None:
+    other = BaseModel.of([replace(tensor, name=f"other.{tensor.name}") for tensor in base_of(one).tensors])
+    world.push_base(one, line="demo")
+    with pytest.raises(UnlikeLine, match="goes on from demo@r1"):
+        world.register(other, line="demo")
+    assert len(world.all(select(Revision))) == 1
+    world.register(other, line="other")
+    world.register(other, line="demo", unlike=True)
+    assert len(world.all(select(Revision))) == 3
 
 
 def test_revisions_that_race_get_numbers_of_their_own(world: World, tmp_path: Path) -> None:

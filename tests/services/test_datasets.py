@@ -9,6 +9,7 @@ from sqlmodel import select
 
 from registry.core.errors import BadConfig, BadDataset, DatasetNotFound, PickleRefused, UnusableDataset
 from registry.core.records import item_id, split_of
+from registry.core.suites import SuiteSpec
 from registry.db.models import DatasetVersion
 from registry.services import datasets
 from tests.world import ADMIN, World, caller, files_push
@@ -28,17 +29,27 @@ def test_counting_does_not_depend_on_how_the_bytes_arrive(prompts: list[str], si
     data = lines(*rows)
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
     gate, calibration = (sum(split_of(item_id(row)) == split for row in rows) for split in ("gate", "calibration"))
-    assert datasets.count_rows(chunks, "data.jsonl", suite=True) == (len(rows), gate, calibration)
-    assert datasets.count_rows([data.rstrip(b"\n")], "data.jsonl", suite=False) == (len(rows), 0, 0)
+    assert datasets.count_rows(chunks, "data.jsonl", suite=SuiteSpec()) == (len(rows), gate, calibration)
+    assert datasets.count_rows([data.rstrip(b"\n")], "data.jsonl", suite=None) == (len(rows), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "row"), [(("accuracy",), PAIR), (("chrf", "exact-match"), CHOICE), (("accuracy",), CHAT)]
+)
+def test_a_row_that_no_metric_of_its_suite_scores_is_refused(metrics: tuple[str, ...], row: dict[str, object]) -> None:
+    fine = CHOICE if row is not CHOICE else PAIR
+    with pytest.raises(BadDataset, match="line 2: none of the suite's metrics applies to it"):
+        datasets.count_rows([lines(fine, row)], "data.jsonl", suite=SuiteSpec(metrics=metrics))
+    assert datasets.count_rows([lines(fine, row)], "data.jsonl", suite=SuiteSpec())[0] == 2
 
 
 def test_a_suite_has_no_more_items_than_a_verifier_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "MAX_ITEMS", 3)
     rows = [{"prompt": str(number), "completion": "x"} for number in range(4)]
-    assert datasets.count_rows([lines(*rows[:3])], "data.jsonl", suite=True)[0] == 3
-    assert datasets.count_rows([lines(*rows)], "data.jsonl", suite=False)[0] == 4
+    assert datasets.count_rows([lines(*rows[:3])], "data.jsonl", suite=SuiteSpec())[0] == 3
+    assert datasets.count_rows([lines(*rows)], "data.jsonl", suite=None)[0] == 4
     with pytest.raises(UnusableDataset, match="at most 3 items"):
-        datasets.count_rows([lines(*rows)], "data.jsonl", suite=True)
+        datasets.count_rows([lines(*rows)], "data.jsonl", suite=SuiteSpec())
 
 
 def test_a_dataset_and_a_suite_are_numbered_series_of_their_own(world: World) -> None:
@@ -116,7 +127,7 @@ def test_only_jsonl_and_never_a_pickle(embedded: World) -> None:
 def test_a_line_without_an_end_is_bounded() -> None:
     endless = (b"x" * (1 << 20) for _ in range(64))
     with pytest.raises(BadDataset, match="bytes in one line"):
-        datasets.count_rows(endless, "data.jsonl", suite=False)
+        datasets.count_rows(endless, "data.jsonl", suite=None)
 
 
 TASK = {

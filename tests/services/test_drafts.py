@@ -138,6 +138,17 @@ def test_a_draft_that_was_sent_and_sealed_is_a_push_like_any_other(here: World, 
     assert list(here.store.walk(f"staging/{info.id}/")) == []
 
 
+def test_of_two_that_send_one_push_the_second_is_told_that_all_is_there(here: World, base: Path) -> None:
+    request, sketch = draft(base)
+    info = here.open("base", None, request)
+    send(here, info, sketch)
+    finish(here, seal(here, info, digests(sketch)), sketch)
+    assert here.describe(info.id).state == "committed"
+    [blob] = [blob for blob in info.blobs if blob.part_size]
+    assert ask(here, info, blob, sketch.files[WEIGHTS].read_bytes()).put == {}
+    assert seal(here, info, digests(sketch)).state == "committed"
+
+
 def test_a_large_base_is_committed_by_the_checksums_of_its_parts(here: World, base: Path) -> None:
     request, sketch = draft(base)
     info = here.open("base", None, request)

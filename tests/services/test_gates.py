@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from registry.core.digest import Digest
 from registry.core.gate import Verdict
 from registry.core.names import Reference, SeriesName
 from registry.core.policy import Gate, Margin, Policy
@@ -58,7 +59,9 @@ def test_what_is_missing_is_named_with_the_command_that_supplies_it(here: Upgrad
     ]  # fmt: skip
     assert "v1 on" in lacking.reason
     assert "the bare base" in lacking.reason
-    assert lacking.reason.endswith("Run: loractl evaluate")
+    base = Digest.parse(scored(here, None).base.digest).short  # which names it well enough
+    run = f"loractl evaluate team/bot@v1 team/bot@v2 --for {base} --suite team/suite"
+    assert lacking.reason.endswith(f"Run: {run}")
     evaluate(here, "v1")
     lacking = verdict(here, POLICY, serving="v2")
     assert isinstance(lacking, Lacking)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sqlmodel import col, select
 
-from registry.core.errors import BadName, GateLoosened, PolicyNotFound, ScopeMissing
+from registry.core.errors import BadName, BadRequest, GateLoosened, PolicyNotFound, ScopeMissing
 from registry.core.policy import Evidence, Gate, Margin, Policy
 from registry.db.models import StoredPolicy
 from registry.services import policies
@@ -39,6 +39,16 @@ def test_every_setting_is_a_revision_and_the_newest_is_in_force(here: Upgrade) -
             policies.show(session, ADMIN, "team", "other")
         with pytest.raises(ScopeMissing):
             policies.show(session, caller("a", other=["read"]), "team", "bot")
+
+
+def test_a_gate_on_what_its_suite_does_not_measure_is_refused(here: Upgrade) -> None:
+    with pytest.raises(BadRequest, match="does not measure chrf, so its gate could never open; what it measures: accu"):
+        put(here, POLICY.model_copy(update={"gates": (GATE.model_copy(update={"metric": "chrf"}),)}))
+    assert here.world.all(select(StoredPolicy)) == []
+
+
+def test_a_policy_of_an_adapter_that_is_not_there_says_so(here: Upgrade) -> None:
+    assert put(here, POLICY, name="bto")[-1].startswith("there is no adapter team/bto yet")
 
 
 def test_the_answer_says_how_many_items_can_pass(here: Upgrade) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlmodel import col, select
 
-from registry.core.errors import BadRequest, LoractlError, ScheduleNotFound, ScopeMissing
+from registry.core.errors import BadRequest, BaseNotFound, DatasetNotFound, LoractlError, ScheduleNotFound, ScopeMissing
 from registry.db.engine import Database
 from registry.db.models import Campaign, Firing, Job, Schedule
 from registry.schemas import ScheduleRequest
@@ -182,7 +182,12 @@ def test_a_new_version_of_a_dataset_trains_on_it_once(clockwork: Clockwork) -> N
 def test_a_schedule_can_do_no_more_than_its_author(small: Clockwork) -> None:
     small.world.push_rows("dataset", "secret/rows", ROWS)
     action = {"job": {"recipe": RECIPE | {"datasets": ["secret/rows"]}, "output": {"adapter": "secret/bot"}}}
-    schedule = small.add("cron", "* * * * *", action)
+    with pytest.raises(DatasetNotFound):  # said when it is made, not when nobody looks
+        small.add("cron", "* * * * *", action)
+    schedule = small.add("cron", "* * * * *", action, who=ADMIN)
+    assert small.jobs() == []  # it was only tried
+    with small.world.database.write() as session:
+        session.get_one(Schedule, schedule.id).created_by = small.author.token_id
     small.world.later(minutes=1)
     assert small.fire(schedule) == set()
     assert small.jobs() == []
@@ -233,7 +238,11 @@ def test_a_removed_schedule_fires_no_more_and_its_firings_stay(small: Clockwork)
         ("cron", "0 3 * * *", {"job": {"recipe": {}}, "upgrade": {}}, BadRequest),
         ("base-upgrade", "no line!", TRAIN, LoractlError),
         ("new-data", "rows", TRAIN, LoractlError),
+        ("base-upgrade", "demmo", TRAIN, BaseNotFound),
+        ("new-data", "team/raws", TRAIN, DatasetNotFound),
         ("new-data", "secret/rows", TRAIN, ScopeMissing),
+        ("cron", "0 3 * * *", {"job": {"recipe": RECIPE | {"datasets": ["team/raws"]}}}, LoractlError),
+        ("cron", "0 3 * * *", {"job": TRAIN["job"] | {"recipe": RECIPE | {"stepz": 3}}}, BadRequest),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused(
@@ -245,7 +254,7 @@ def test_a_schedule_that_cannot_work_is_refused(
 
 
 def test_a_schedule_needs_run_and_an_upgrade_promote_too(small: Clockwork) -> None:
-    runner = small.token("runner", team=["read", "run"])
+    runner = small.token("runner", team=["read", "run", "publish"])
     with pytest.raises(ScopeMissing, match="'run' on 'team'"):
         small.add("cron", "0 3 * * *", who=small.token("reader", team=["read"]))
     with pytest.raises(ScopeMissing, match="'promote' on 'team'"):

@@ -1,13 +1,8 @@
 """Evaluation: many adapters and the bare base on one suite, with one load of the base and a record per item.
 
-A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for other than the default, a
-``suite.json`` beside them:
-
-    {"metrics": ["likelihood", "chrf"], "max_new_tokens": 32, "form": "json"}
-
-By default rows with choices are scored by accuracy and likelihood, others by likelihood. ``form`` is what every output
-must be, whatever it says: ``json``, or ``regex:`` and an expression that matches all of it; a record's `parsed` is
-the answer. With ``lm_eval`` (`registry.core.tasks`) the rows are those of tasks of lm-eval, and `lm_eval` scores them.
+A suite is a folder with ``*.jsonl`` rows (see `data`) and, when it asks for other than the default, a suite.json beside
+them (`registry.core.suites`). A record's `parsed` is whether the output had the ``form`` that was asked for. With
+``lm_eval`` (`registry.core.tasks`) the rows are those of tasks of lm-eval, and `lm_eval` scores them.
 How many adapters answer together is the matter of `panel`.
 """
 
@@ -24,9 +19,9 @@ import regex
 from registry.core.digest import Digest
 from registry.core.errors import BadConfig, ScoreNotANumber
 from registry.core.manifest import canonical_json
-from registry.core.metrics import ALLOWED, LM_EVAL, Metric, check_metric, is_generated
+from registry.core.metrics import Metric, is_generated
 from registry.core.records import Record, item_id, split_of
-from registry.core.tasks import parse_tasks
+from registry.core.suites import SuiteSpec, metrics_of
 from registry.files import SUITE_FILE, read_spec
 
 from . import lm_eval
@@ -61,25 +56,16 @@ class Suite:
     @classmethod
     def read(cls, folder: Path, data: str = "") -> "Suite":
         """The suite of a folder, which people call ``data``; `BadConfig` says what its suite.json may hold."""
-        path, spec = folder / SUITE_FILE, read_spec(folder)
-        tasks = parse_tasks(spec)
-        names, length, form = spec.get("metrics"), spec.get("max_new_tokens", 64), spec.get("form")
-        if names is not None and not _are_metrics(names):
-            raise BadConfig(path=path.name, reason=f"metrics are {names}; allowed are {ALLOWED}")
-        for name in names or ():
-            if name.startswith(LM_EVAL) != bool(tasks):
-                belong = f"with lm_eval, all are {LM_EVAL}…" if tasks else f"{LM_EVAL}… is what its tasks measure"
-                raise BadConfig(path=path.name, reason=f"metrics are {names}; {belong}")
+        spec = SuiteSpec.parse(read_spec(folder))
+        for name in spec.metrics or ():
             metric.version_of(name)  # a custom one that nobody brings is refused before a model is loaded
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise BadConfig(path=path.name, reason=f"max_new_tokens is {length}; it must be a whole number above 0")
-        if form is not None and (problem := _form_problem(form)):
-            raise BadConfig(path=path.name, reason=f"form is {json.dumps(form)}; {problem}")
-        if tasks:
-            rows, questions = lm_eval.read(folder, tasks, data)
+        if spec.form and spec.form != "json" and (problem := _form_problem(spec.form)):
+            raise BadConfig(path=SUITE_FILE, reason=f"form is {json.dumps(spec.form)}; {problem}")
+        if spec.tasks:
+            rows, questions = lm_eval.read(folder, spec.tasks, data)
         else:
             rows, questions = read_rows(folder, data), ()
-        return cls(rows, None if names is None else tuple(names), length, form, questions)
+        return cls(rows, spec.metrics, spec.max_new_tokens, spec.form, questions)
 
     def only(self, split: str, most: int | None = None) -> "Suite":
         """The suite's rows of one split; at ``most`` so many of them, by their hashes, wherever they stand."""
@@ -89,9 +75,7 @@ class Suite:
 
     def metrics_of(self, example: Example) -> tuple[Metric, ...]:
         """What this row is scored by."""
-        if example.answer is None:
-            return tuple(name for name in self.metrics or ("likelihood",) if name != "accuracy")
-        return tuple(name for name in self.metrics or ("accuracy", "likelihood") if not is_generated(name))
+        return metrics_of(self.metrics, choices=example.answer is not None)
 
     def main_metric(self) -> Metric:
         """The metric that chooses among candidates: the first one asked for, else the first row's first."""
@@ -113,18 +97,7 @@ class Suite:
         return Digest.sha256(canonical_json(spec | {"precision": precision, "max_length": MAX_LENGTH}))
 
 
-def _are_metrics(names: object) -> bool:
-    try:
-        return isinstance(names, list) and bool(names) and all(check_metric(name) for name in names)
-    except (TypeError, ValueError):
-        return False
-
-
-def _form_problem(form: object) -> str | None:
-    if form == "json":
-        return None
-    if not isinstance(form, str) or not form.startswith("regex:"):
-        return "allowed are 'json', and 'regex:' with an expression behind it"
+def _form_problem(form: str) -> str | None:
     try:
         regex.compile(form.removeprefix("regex:"))
     except regex.error as error:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from registry.core.errors import NotRunnable, PathUnusable, StoredInBits
-from registry.files import base_shards, refuse_os_error, sync_folder
+from registry.core.errors import LocalFailure, NotRunnable, PathUnusable, StoredInBits
+from registry.files import base_shards, sync_folder
 
 from .finetune import Report, silent
 from .lora import Adapter, fitted, is_transposed
@@ -209,7 +209,7 @@ class _Shard:
                 file.write(self.header)
                 file.truncate(len(self.header) + self.size)
         except OSError as error:
-            refuse_os_error(error, self.path)
+            raise LocalFailure.of(error, self.path) from error
 
     def finish(self, durable: bool) -> None:
         """Give the complete file its name."""
@@ -219,7 +219,7 @@ class _Shard:
                     os.fsync(file.fileno())
             self.partial.replace(self.path)
         except OSError as error:
-            refuse_os_error(error, self.path)
+            raise LocalFailure.of(error, self.path) from error
 
 
 Written = tuple[str, Stored, str]

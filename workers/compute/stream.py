@@ -24,8 +24,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from registry.core.errors import BadTensor
-from registry.files import cores, refuse_os_error
+from registry.core.errors import BadTensor, LocalFailure
+from registry.files import cores
 
 from .lora import Patch
 from .shards import Stored
@@ -223,7 +223,7 @@ def _opened(stack: contextlib.ExitStack, path: Path, flags: int) -> int:
     try:
         file = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        refuse_os_error(error, path)
+        raise LocalFailure.of(error, path) from error
     stack.callback(os.close, file)
     return file
 
@@ -283,7 +283,7 @@ class _Work:
                 try:
                     self._do(piece, desk)
                 except OSError as error:
-                    refuse_os_error(error, path)
+                    raise LocalFailure.of(error, path) from error
                 finally:
                     with self._lock:
                         self._busy[path] -= 1
@@ -299,7 +299,7 @@ class _Work:
                     os.fsync(self.files[path])
                 except OSError as error:  # said once: who syncs the file later would not hear of it
                     self.stopped = True
-                    refuse_os_error(error, path)
+                    raise LocalFailure.of(error, path) from error
             time.sleep(_FLUSHED_S)
 
     def _next(self, path: Path | None) -> Piece | None:

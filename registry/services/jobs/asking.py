@@ -34,7 +34,7 @@ from registry.db import queries
 from registry.db.models import Base, BaseTable, Dataset, DatasetVersion, Job, Version
 from registry.schemas import JobRequest, Wishes
 
-from .. import bases
+from .. import bases, fits
 from ..pushes import BASES
 from ..tokens import Caller
 from . import access, planning
@@ -66,7 +66,7 @@ def submit(
     namespace = request.namespace or _namespace(session, caller, request, recipe)
     check_name(namespace, "namespace")
     caller.require("run", namespace)
-    _check_output(caller, request, recipe)
+    _check_output(session, caller, request, recipe)
     _check_runnable(session, recipe)
     _check_sensible(session, recipe)
     output = request.output.model_dump(mode="json")
@@ -154,7 +154,7 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> None:
+def _check_output(session: Session, caller: Caller, request: JobRequest, recipe: AnyRecipe) -> None:
     output = request.output
     if isinstance(recipe, MakesAdapter):
         if output.adapter is None:
@@ -167,6 +167,9 @@ def _check_output(caller: Caller, request: JobRequest, recipe: AnyRecipe) -> Non
             raise BadRequest(problems="output.line: name the line that the result becomes a revision of")
         check_name(output.line, "line")
         caller.require("publish", BASES)
+        base = queries.base_by_digest(session, recipe.base)
+        if base is not None and base.id is not None:  # of another kind it would be refused after the work was done
+            bases.require_like(session, output.line, fits.model_of(session, base.id))
     for alias in output.aliases:
         check_name(alias, "alias")
     try:
