@@ -181,7 +181,7 @@ def pull(
         keys = None if unverified else pinned
         found, checked, written = fetched(client, name, target, wanted, keys, bar, keep=True, force=force)
         trust.keep_beside(target, checked)
-        pulled.end(target, found.files)
+        pulled.end(target, found.files, (found.version.base, found.base))
     counting = checked.counting if checked is not None else []
     signed = [{"key": one.key, "name": one.name, "pinned": one.key in pinned} for one in counting]
     document = {

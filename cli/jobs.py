@@ -31,7 +31,8 @@ def jobs_list(out: Output, state: str | None, campaign: str | None, limit: int) 
         found = client.jobs(state=state, campaign=campaign, limit=limit).items
     out.emit(found, lambda: table(
         ["job", "kind", "state", "queue", "for", "attempt", "worker", "asked", "took"],
-        ([job.id, job.kind, job.state, job.queue, result_of(job), f"{job.attempt}/{job.max_attempts}", job.worker,
+        ([job.id, job.kind, job.state, "" if job.queue == "cpu" else job.queue, result_of(job),
+          f"{job.attempt}/{job.max_attempts}" if job.attempt > 1 else "", job.worker if job.state == "running" else "",
           ago(job.created_at), took(job)] for job in found),
         empty="No jobs. Ask for one: loractl train RECIPE.toml",
     ))  # fmt: skip

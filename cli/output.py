@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
     from rich.tree import Tree
 
 SHOW_AFTER_S = 1.0
+_NO_WIDTH = 1 << 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -206,20 +208,34 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "Nothing there.") -> None:
-    """A table on stdout; ``empty`` instead when there is no row."""
+    """A table on stdout; ``empty`` instead when there is no row.
+
+    Columns with nothing in them are left out. Where the words of a row do not fit side by side, it is printed as lines
+    of its own: an id that is broken in two can be copied by nobody.
+    """
     from rich.box import SIMPLE_HEAD
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in headings:
-        drawn.add_column(heading, overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    if drawn.row_count:
-        _print(drawn)
-    else:
+    told = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not told:
         click.echo(empty)
+        return
+    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in told)]
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i in kept:
+        drawn.add_column(headings[i], overflow="fold", no_wrap=not any(" " in row[i] for row in told))
+    for row in told:
+        drawn.add_row(*(Text(row[i]) for i in kept))
+    console = _console()
+    if Measurement.get(console, console.options.update(max_width=_NO_WIDTH), drawn).minimum <= console.width:
+        console.print(drawn)
+        return
+    for i, row in enumerate(told):
+        if i:
+            click.echo()
+        fields({headings[j] or "name": row[j] for j in kept})
 
 
 def fields(pairs: Mapping[str, object]) -> None:
@@ -266,7 +282,11 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: 
 
 
 def _print(drawn: object) -> None:
+    _console().print(drawn)
+
+
+def _console() -> "Console":
     from rich.console import Console
 
     # A pipe has no width: nothing is cut there.
-    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(drawn)
+    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)

@@ -31,6 +31,23 @@ def _but(job: "JobInfo") -> str:
     return ""
 
 
+def _inputs(job: "JobInfo") -> dict[str, str]:
+    """What its recipe is about, by name where that is known."""
+
+    def called(*keys: str) -> str:
+        found = (job.recipe.get(key) or [] for key in keys)
+        digests = [one for some in found for one in ([some] if isinstance(some, str) else some)]
+        return ", ".join(job.names.get(digest, short(digest)) for digest in digests)
+
+    return {
+        "base": called("base"),
+        "from": called("old") if job.recipe.get("old") != job.recipe.get("base") else "",
+        "adapter": called("adapter", "adapters"),
+        "suite": called("suite"),
+        "data": called("datasets", "inputs"),
+    }
+
+
 def job_lines(job: "JobInfo", refs: Sequence[str]) -> None:
     """Print what a job is; ``refs``: what people call its adapters."""
     result = job.result or {}
@@ -40,6 +57,7 @@ def job_lines(job: "JobInfo", refs: Sequence[str]) -> None:
         "kind": job.kind,
         "state": job.state + _but(job),
         "queue": job.queue,
+        **_inputs(job),
         "made": made,
         "steps": str(result.get("steps") or ""),
         "learning rate": number(result.get("learning_rate")),
@@ -120,7 +138,7 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _who(name: str, job: "JobInfo", refs: Sequence[str]) -> str:
-    adapters = refs or [short(digest) for digest in job.recipe.get("adapters") or []]
+    adapters = refs or [job.names.get(digest, short(digest)) for digest in job.recipe.get("adapters") or []]
     return adapters[int(name)] if name.isdecimal() and int(name) < len(adapters) else name
 
 

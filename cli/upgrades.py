@@ -486,9 +486,7 @@ def _wanted(info: "CampaignInfo", item: "CampaignItemInfo") -> str:
 
 def _status(info: "CampaignInfo") -> None:
     _heading(info)
-    rows = [_row(item) for item in info.items]
-    kept = [i for i, heading in enumerate(HEADINGS) if heading == "adapter" or any(row[i] for row in rows)]
-    table([HEADINGS[i] for i in kept], ([row[i] for i in kept] for row in rows), empty="No adapters.")
+    table(HEADINGS, map(_row, info.items), empty="No adapters.")
     for item in info.items:
         if item.pool and item.pool.waits:
             click.echo(_wanted(info, item))

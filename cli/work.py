@@ -291,12 +291,14 @@ def _merge_here(
 
 
 def refuse_other_base(adapter: Path, base: "Digest") -> None:
-    """`TrainedOnAnother` when the adapter in this folder records another base than ``base``."""
+    """`TrainedOnAnother` when the adapter in this folder, or the pull that brought it, records another base."""
+    from registry import pulled
     from registry.files import read_adapter
 
-    recorded = read_adapter(adapter).recorded_base
-    if recorded not in (None, base):
-        raise TrainedOnAnother(path=str(adapter), recorded=str(recorded), base=str(base))
+    own = read_adapter(adapter).recorded_base
+    known = [str(own)] if own else pulled.bases_of(adapter)
+    if known and str(base) not in known:
+        raise TrainedOnAnother(path=str(adapter), recorded=" or ".join(known), base=str(base))
 
 
 def run_here(recipe: Path, inputs: dict[str, Path], target: Path, bar: Bar) -> None:

@@ -675,6 +675,8 @@ class JobInfo(Answer):
     """The request, or the schedule, that asked for it: as the registry's log has it."""
     held_by: str | None = None
     """A paused campaign, until which is resumed nobody claims it."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """Of one job that is asked for: what people call the digests in its recipe, as far as the caller may read them."""
     reused: bool = False
     created_at: datetime
     started_at: datetime | None

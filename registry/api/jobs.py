@@ -110,7 +110,8 @@ def claim_job(
 def show_job(identity: str, parts: Parts, caller: User) -> JobInfo:
     """One job."""
     with parts.database.read() as session:
-        return jobs.info(jobs.get(session, caller, identity))
+        job = jobs.get(session, caller, identity)
+        return jobs.info(job, names=jobs.names(session, caller, job))
 
 
 @router.get("/{identity}/events")

@@ -321,7 +321,7 @@ class EvidenceContradicts(DoesNotFit):
 
 class TrainedOnAnother(DoesNotFit):
     code = "trained-on-another"
-    says = "'{path}' records that it was trained on {recorded}; the base given is {base}."
+    says = "'{path}' is for {recorded}, as it records itself or the pull that brought it; the base given is {base}."
     help = "Give its own base; carry it over: loractl rebase; or take this one all the same: --trust-base"
 
 
@@ -649,6 +649,12 @@ class BlobsMissing(Conflict):
 class PushRejected(BadFile):
     code = "push-rejected"
     says = "Push {id} was verified and rejected: {findings}"
+
+
+class GivenUp(BadFile):
+    code = "given-up"
+    says = "Push {id} was given up: {count} times its verification came to no end, as when it takes all memory."
+    help = "The log of the daemons says how they ended. Push it again; if that helps not, in smaller files."
 
 
 class NotSealed(Conflict):

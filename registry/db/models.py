@@ -278,6 +278,10 @@ class Push(SQLModel, table=True):
     outcome: dict[str, Any] | None = _json("what the commit made, for whoever asks again", nullable=True)
     facts: dict[str, Any] | None = _json("what the verifier read in the files; the commit is made of it", nullable=True)
     lease_until: datetime | None = _time("until when one verifier owns it", nullable=True)
+    looks: int = Field(
+        default=0,
+        sa_column_kwargs={"server_default": "0", "comment": "times that a verifier took it and came to no end"},
+    )
     created_by: str = Field(max_length=16)
     job_id: str | None = Field(default=None, max_length=32)
     created_at: datetime = _time("when it was opened")

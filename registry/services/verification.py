@@ -39,6 +39,7 @@ from registry.core.errors import (
     ChecksumRefused,
     DigestMismatch,
     DuplicateTensor,
+    GivenUp,
     LfsPointer,
     LoractlError,
     NotABase,
@@ -68,6 +69,8 @@ LEASE = timedelta(seconds=60)
 """How long a push is a verifier's that is not heard of again, unless the caller says otherwise."""
 REST = timedelta(seconds=1), timedelta(seconds=30)
 """The shortest and the longest time that a push rests when the store could not be read for it."""
+MOST_LOOKS = 8
+"""How often a verification may come to no end before the push is held to be the reason."""
 MAX_ADAPTER_HEADERS = 64 << 20
 """Bytes of the headers of all weight files of one adapter."""
 READ_FIRST = 8 << 30
@@ -142,6 +145,9 @@ def verify_next(
     if claim is None:
         return False
     push = claim.push
+    if push.looks > MOST_LOOKS:
+        _reject(database, store, claim, [GivenUp(id=push.id, count=MOST_LOOKS)])
+        return True
     try:
         facts = _read(database, store, claim, read_first)
         _place(database, store, claim, facts)
@@ -172,7 +178,7 @@ def _claim(database: Database, clock: Clock, condition: ColumnElement[bool], lea
         push = session.exec(query.with_for_update(skip_locked=True)).first()
         if push is None:
             return None
-        push.lease_until = now + lease
+        push.lease_until, push.looks = now + lease, push.looks + 1  # until it is released, or comes to an end
         session.add(push)
     return Claim(database, push, now + lease, clock, lease)
 
@@ -195,13 +201,13 @@ def _release(database: Database, claim: Claim) -> None:
         session.exec(
             update(Push)
             .where(col(Push.id) == claim.push.id, col(Push.lease_until) == claim.until)
-            .values(lease_until=now + rest)
+            .values(lease_until=now + rest, looks=col(Push.looks) - 1)
         )
 
 
 def _pass(session: Session, push: Push, facts: dict[str, Any], now: datetime) -> None:
     """Verified; and committed at once unless a job's end, or a conflict, says otherwise."""
-    push.facts, push.lease_until = facts, None
+    push.facts, push.lease_until, push.looks = facts, None, 0
     pushes.move(session, push, "pass", now)
     session.add(push)
     session.flush()
@@ -590,8 +596,9 @@ def read_next_base(database: Database, store: BlobStore, clock: Clock, *, lease:
     """
     parts = select(Base.manifest).where(Base.weights == "parts")
     waiting = and_(
-        col(Push.manifest_digest).in_(parts), col(Push.state) == PushState.COMMITTED, col(Push.kind) == "base"
-    )
+        col(Push.manifest_digest).in_(parts), col(Push.state) == PushState.COMMITTED, col(Push.kind) == "base",
+        col(Push.looks) < MOST_LOOKS,
+    )  # fmt: skip
     claim = _claim(database, clock, waiting, lease)
     if claim is None:
         return False

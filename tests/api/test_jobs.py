@@ -63,7 +63,10 @@ def test_asking_is_201_and_asking_again_is_200_and_the_same_job(api: TestClient)
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json()["id"] == second.json()["id"]
     assert second.json()["reused"]
-    assert api.get(f"/v1/jobs/{first.json()['id']}").json()["state"] == "queued"
+    job = api.get(f"/v1/jobs/{first.json()['id']}").json()
+    assert job["state"] == "queued"
+    assert job["names"][job["recipe"]["base"]] == "demo@r1"
+    assert [job["names"][digest] for digest in job["recipe"]["datasets"]] == ["team/rows@v1"]
     assert [job["id"] for job in api.get("/v1/jobs").json()["items"]] == [first.json()["id"]]
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -580,6 +581,24 @@ def test_merge_here_refuses_a_base_that_the_adapter_was_not_trained_on(
     )  # fmt: skip
     assert not (tmp_path / "merged").exists()
     assert call(*line, "--trust-base")["base"] == str(other)
+
+
+def test_a_folder_that_was_pulled_knows_its_base(call: Call, bases: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "bot", bases[0], seed=31)
+    call("base", "push", bases[1], "--line", "knowing", "--no-weights")
+    call("push", adapter, "knowing/bot", "--base", bases[0])
+    call("pull", "knowing/bot", "--for", bases[1], "--fit", "same-shape", "--out", tmp_path / "wanted")
+    call("pull", "knowing/bot", "--out", tmp_path / "plain")
+    line = ("merge", tmp_path / "plain", "--local", "--for", bases[1], "--out", tmp_path / "merged")
+    refused = call(*line, code=1)["error"]
+    assert (refused["code"], refused["facts"]["recorded"]) == ("trained-on-another", str(base_of(bases[0]).digest))
+    (tmp_path / "plain" / "adapter_model.safetensors").unlink()
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path / "plain")
+    assert call(*line, code=1)["error"]["code"] == "trained-on-another"  # the same bytes
+    shutil.copytree(tiny_adapter(tmp_path / "other", bases[0], seed=32), tmp_path / "plain", dirs_exist_ok=True)
+    assert call(*line)["base"] == str(base_of(bases[1]).digest)  # nobody knows where these are from
+    line = ("merge", tmp_path / "wanted", "--local", "--for", bases[1], "--out", tmp_path / "as-asked-for")
+    assert call(*line)["base"] == str(base_of(bases[1]).digest)
 
 
 def test_no_token_is_ever_printed(registry: live.Live, capsys: pytest.CaptureFixture[str]) -> None:

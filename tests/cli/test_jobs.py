@@ -36,8 +36,9 @@ def test_a_rebase_tells_of_its_starts_and_candidates_and_which_was_taken() -> No
 
 def ended(error: LoractlError, state: str) -> JobInfo:
     facts = dict.fromkeys(JobInfo.model_fields) | dict.fromkeys(("kind", "queue", "namespace"), "cpu")
-    facts |= {"id": "j1", "state": state, "error": error.problem(), "recipe": {}, "output": {}, "attempt": 1}
-    facts |= {"max_attempts": 3, "cancel_requested": False, "reused": False, "created_at": "2026-01-01T00:00:00Z"}
+    facts |= {"id": "j1", "state": state, "error": error.problem(), "recipe": {}, "output": {}, "names": {}}
+    facts |= {"attempt": 1, "max_attempts": 3, "cancel_requested": False, "reused": False}
+    facts |= {"created_at": "2026-01-01T00:00:00Z"}
     return JobInfo.model_validate(facts)
 
 

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from cli import output
 from cli.output import Output, ago, markdown, number, plain, plot, short, size, sparkline
 
 
@@ -44,6 +46,27 @@ def test_digests_are_shortened_and_other_text_is_not() -> None:
 
 def test_markdown_cells_cannot_break_the_table() -> None:
     assert markdown(["a"], [["x|y\nz"], [None]]) == "| a |\n| --- |\n| x\\|y z |\n|  |"
+
+
+def test_a_table_that_does_not_fit_breaks_no_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["j0123456789abcdef", "", "a long reason in words", "sha256:0123456789ab"]] * 2
+    headings = ["job", "nothing", "why", "digest"]
+
+    def drawn(width: int) -> list[str]:
+        monkeypatch.setattr(output, "_console", lambda: Console(width=width, highlight=False))
+        output.table(headings, rows)
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    wide = drawn(80)
+    assert len(wide) == 4
+    assert "nothing" not in wide[0]
+    narrow = drawn(50)  # the words of the reason go under one another
+    assert len(narrow) > 4
+    assert all(any(whole in line for line in narrow) for whole in (rows[0][0], rows[0][3]))
+    record = ["job     j0123456789abcdef", "why     a long reason in words", "digest  sha256:0123456789ab"]
+    assert drawn(40) == [*record, "", *record]
 
 
 def test_plain_values_are_json_whatever_is_inside() -> None:

@@ -270,10 +270,39 @@ def test_a_store_that_is_down_rejects_nothing(
         patch.setattr(world.store, "open", down)
         with pytest.raises(StorageDown):
             world.verify()
+        for _ in range(verification.MOST_LOOKS + 1):  # which is nothing that a push can help
+            world.later(seconds=30)
+            with pytest.raises(StorageDown):
+                world.verify()
     assert world.describe(info.id).state == "verifying"
     world.later(seconds=30)
     assert world.verify()
     assert world.describe(info.id).state == "committed"
+
+
+def test_a_push_that_is_the_end_of_its_verifiers_is_given_up(
+    world: World, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.push_base(base)
+    request, contents = adapter_push(adapter, base)
+    info = world.open("adapter", "team/bot", request)
+    world.send(info, contents)
+    world.ask(info.id)
+
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "_read", out_of_memory)
+        for _ in range(verification.MOST_LOOKS):
+            with pytest.raises(MemoryError):
+                world.verify()
+            world.later(seconds=61)
+        assert world.verify()
+    found = world.describe(info.id)
+    assert (found.state, [finding["code"] for finding in found.findings]) == ("rejected", ["given-up"])
+    assert not world.verify()
+    assert world.push("adapter", "team/bot", request, contents)["version"] == "v1"  # another machine may do
 
 
 def test_a_push_that_cannot_be_read_holds_nobody_up(

@@ -73,6 +73,16 @@ def test_a_score_is_told_where_it_was_asked_for_and_names_the_suite_that_is_know
     assert twins.scores("alpha/secret") == []
 
 
+def test_what_a_job_is_about_has_the_names_that_one_may_read(twins: Twins) -> None:
+    job = twins.asks(twins.ben, EVALUATE)
+    told = [job.recipe["suite"], *job.recipe["adapters"], job.recipe["base"]]
+    with twins.world.database.read() as session:
+        for who in (twins.ben, ADMIN):  # an admin reads alpha's too, whose content came first
+            names = jobs.names(session, who, job)
+            assert [names[digest] for digest in told] == ["beta/eval@v1", "beta/mine@v1", "demo@r1"]
+        assert jobs.names(session, caller("other", gamma=["read"]), job) == {job.recipe["base"]: "demo@r1"}
+
+
 def test_of_namespaces_in_which_one_may_run_the_one_that_was_named_has_the_work(twins: Twins) -> None:
     both = twins.world.grant(caller("both", alpha=["read", "run"], beta=["read", "run"]))
     assert twins.asks(both, EVALUATE).namespace == "beta"

@@ -18,7 +18,7 @@ Under them: `access` (rows, locks, what is written down).
 from .access import UNKNOWN, Origin, get, plain
 from .asking import retry, submit
 from .claiming import PATIENCE, called, claim, claim_beside, inputs, output_series, specs
-from .looking import events, info, page, waiting
+from .looking import events, info, names, page, waiting
 from .moves import cancel, hold, let_go, requeue_expired, withdraw
 from .planning import recorded_recipe, training_of
 from .working import fail, finish, heartbeat, held
@@ -41,6 +41,7 @@ __all__ = [
     "info",
     "inputs",
     "let_go",
+    "names",
     "output_series",
     "page",
     "plain",

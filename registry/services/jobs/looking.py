@@ -1,17 +1,22 @@
 """Jobs and their events, looked at."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from registry.core.errors import BadRequest
-from registry.db.models import Job, JobEvent
+from registry.db.models import Adapter, Base, Dataset, DatasetVersion, Job, JobEvent, Version
 from registry.schemas import JobInfo
 
+from .. import bases
 from ..tokens import Caller
 from . import access
+
+_DIGEST = re.compile(r"(?:sha256|b3):[0-9a-f]{64}")
 
 
 def page(
@@ -47,9 +52,26 @@ def events(session: Session, job_id: str, *, after: int, limit: int = 500) -> Se
     return session.exec(query.order_by(col(JobEvent.id)).limit(limit)).all()
 
 
-def info(job: Job, *, reused: bool = False) -> JobInfo:
+def info(job: Job, *, reused: bool = False, names: Mapping[str, str] | None = None) -> JobInfo:
     """A job in the words of the wire."""
-    return JobInfo.model_validate({**job.model_dump(), "campaign": job.campaign_id, "reused": reused}, strict=False)
+    told = {**job.model_dump(), "campaign": job.campaign_id, "reused": reused, "names": names or {}}
+    return JobInfo.model_validate(told, strict=False)
+
+
+def names(session: Session, caller: Caller, job: Job) -> dict[str, str]:
+    """Digest in the job's recipe -> what people call it, where the caller may read it; its own namespace goes first."""
+    digests = set(_DIGEST.findall(json.dumps(job.recipe)))  # of any release's recipe
+    versions = select(Version.digest, Adapter.namespace, Adapter.name, Version.number).join(Adapter)
+    data = select(DatasetVersion.digest, Dataset.namespace, Dataset.name, DatasetVersion.number).join(Dataset)
+    found = [
+        *session.exec(versions.where(col(Version.digest).in_(digests))),
+        *session.exec(data.where(col(DatasetVersion.digest).in_(digests))),
+    ]
+    mine = sorted((row for row in found if caller.can("read", row[1])), key=lambda row: row[1] == job.namespace)
+    called = {digest: f"{namespace}/{name}@v{number}" for digest, namespace, name, number in mine}
+    of = session.exec(select(Base).where(col(Base.digest).in_(digests))).all()
+    labels = bases.labels(session, of)
+    return called | {base.digest: labels[base.id] for base in of if base.id is not None}
 
 
 def waiting(session: Session) -> dict[str, int]:
