@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from registry.core.errors import BadReference, PathUnusable
+from registry.core.errors import BadReference
 from registry.core.names import BaseReference
 
 from . import config
 from .output import Bar, Output, ago, command, fields, number, short, size, table
+from .parameters import no_path
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -48,9 +49,7 @@ def wanted(text: str, bar: Bar) -> Wanted:
     if folder.is_dir():
         model = digested(folder, progress=bar, cache=config.hashes())
         return Wanted(str(model.digest), model)
-    if text.startswith((".", "/", "~")):
-        raise PathUnusable(path=text, reason="there is no such folder")
-    return Wanted(str(BaseReference.parse(text)))
+    return Wanted(str(BaseReference.parse(no_path(text))))
 
 
 def register(client: "RegistryClient", model: "BaseModel") -> "BaseInfo":

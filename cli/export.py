@@ -16,6 +16,7 @@ from .adapters import fetched
 from .bases import FOLDER
 from .keys import pinned_keys
 from .output import Output, command, fields, size
+from .parameters import no_path
 from .work import in_child, refuse_other_base
 
 
@@ -49,7 +50,7 @@ def export(
     for library, extra in (("torch", "worker,gguf"), ("gguf", "gguf")):
         if find_spec(library) is None:
             raise ToolMissing(what="writing GGUF", extra=extra)
-    folder = Path(source)
+    folder = Path(source if Path(source).is_dir() else no_path(source))
     is_base = folder.is_dir() and not (folder / CONFIG_FILE).is_file()
     if is_base and (base or merged):
         raise click.UsageError(f"{source} is a base model: --for and --merge belong to adapters.")

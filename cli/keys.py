@@ -13,7 +13,7 @@ from registry.core.names import Reference, SeriesName, check_name
 
 from . import bases, config
 from .output import Output, ago, command, fields, short, table
-from .parameters import FILE
+from .parameters import FILE, no_path
 
 if TYPE_CHECKING:
     from registry.client import RegistryClient
@@ -294,7 +294,7 @@ def verify(out: Output, what: str, key_files: tuple[Path, ...], base_text: str |
     else:
         from .adapters import version_of
 
-        name = Reference.parse(what)
+        name = Reference.parse(no_path(what))
         with config.connect() as client, out.progress() as bar:
             base = bases.wanted(base_text, bar).ref if base_text else None
             version = version_of(client, name, base)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from registry.core.errors import PathUnusable
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 METRICS = "likelihood, accuracy, exact-match, f1, bleu, chrf, rouge-l, custom:NAME, custom-binary:NAME, lm-eval:NAME"
@@ -40,3 +42,10 @@ def bytes_of(text: str) -> int:
         raise click.UsageError(f"'{text}' is not a size such as 500MB, 5GB or 2GiB.")
     power = ("", "K", "M", "G", "T").index(match["unit"].upper())
     return int(float(match["count"]) * (1024 if match["binary"] else 1000) ** power)
+
+
+def no_path(text: str) -> str:
+    """``text`` itself, which is no folder; `PathUnusable` when it was meant to be one, and is not there."""
+    if text.startswith((".", "/", "~")):
+        raise PathUnusable(path=text, reason="there is no such folder")
+    return text

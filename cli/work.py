@@ -27,7 +27,7 @@ from registry.core.names import Reference
 from . import bases, config
 from .following import ask, ask_all
 from .output import Bar, Output, command, fields
-from .parameters import FILE, TIER, bytes_of
+from .parameters import FILE, TIER, bytes_of, no_path
 from .results import told_deviation
 from .searches import searched
 
@@ -269,7 +269,7 @@ def _merge_here(
         adapter = Path(ref)
         if not adapter.is_dir():
             adapter = Path(scratch) / "adapter"
-            name = Reference.parse(ref)
+            name = Reference.parse(no_path(ref))
             with config.connect() as client:
                 fetched(client, name, adapter, {"base": str(digest)}, pinned_keys(name.series.namespace), bar)
         elif not trust_base:

@@ -517,6 +517,19 @@ def test_a_base_that_is_no_folder_and_no_reference_is_wrong_usage(call: Call, ad
     assert call("push", adapter, "team/bot@v3", "--base", "x", code=2)["error"]["code"] == "bad-reference"
 
 
+@pytest.mark.parametrize(
+    "line", [("verify", "./nowhere"), ("export", "./nowhere", "--out", "x.gguf"),
+             ("merge", "./nowhere", "--local", "--for", "BASE", "--out", "merged")]
+)  # fmt: skip
+def test_a_path_that_is_not_there_is_no_reference(
+    call: Call, bases: tuple[Path, Path], tmp_path: Path, line: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = call(*(bases[0] if word == "BASE" else word for word in line), code=1)["error"]
+    assert (refused["code"], refused["facts"]["path"]) == ("path-unusable", "./nowhere")
+    assert list(tmp_path.glob("*merged*")) == []
+
+
 def test_an_adapter_is_no_base(call: Call, adapter: Path) -> None:
     refused = call("base", "push", adapter, "--line", "mistaken", code=1)["error"]
     assert refused["code"] == "not-a-base"

@@ -9,7 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 from alembic import command
-from sqlalchemy import MetaData, inspect, make_url
+from alembic.script import ScriptDirectory
+from sqlalchemy import MetaData, inspect, make_url, text
 
 from registry.db import migrate
 from registry.db.engine import Database
@@ -44,6 +45,24 @@ def test_models_and_migrations_do_not_drift(database: Database) -> None:
 def test_what_is_missing_is_named_until_it_is_there(empty: Database) -> None:
     assert migrate.missing(empty)
     migrate.upgrade(empty)
+    assert migrate.missing(empty) == []
+
+
+def test_the_revisions_are_one_line_in_the_order_of_their_numbers() -> None:
+    ours = [revision.revision for revision in ScriptDirectory.from_config(migrate.config()).walk_revisions()]
+    assert migrate.revisions() == ours[::-1]
+
+
+def test_a_database_of_another_release_lacks_what_came_since_or_nothing(empty: Database) -> None:
+    migrate.upgrade(empty)
+
+    def at(revision: str) -> None:
+        with empty.engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :it"), {"it": revision})
+
+    at(migrate.revisions()[-3])
+    assert migrate.missing(empty) == migrate.revisions()[-2:]
+    at("9999")  # what a newer release added hurts no older one
     assert migrate.missing(empty) == []
 
 
