@@ -30,10 +30,9 @@ def jobs_list(out: Output, state: str | None, campaign: str | None, limit: int) 
     with config.connect() as client:
         found = client.jobs(state=state, campaign=campaign, limit=limit).items
     out.emit(found, lambda: table(
-        ["job", "kind", "state", "queue", "for", "attempt", "worker", "asked", "took"],
-        ([job.id, job.kind, job.state, "" if job.queue == "cpu" else job.queue, result_of(job),
-          f"{job.attempt}/{job.max_attempts}" if job.attempt > 1 else "", job.worker if job.state == "running" else "",
-          ago(job.created_at), took(job)] for job in found),
+        ["job", "kind", "state", "queue", "for", "asked", "took"],
+        ([job.id, job.kind, job.state + (f" {job.attempt}/{job.max_attempts}" if job.attempt > 1 else ""),
+          "" if job.queue == "cpu" else job.queue, result_of(job), ago(job.created_at), took(job)] for job in found),
         empty="No jobs. Ask for one: loractl train RECIPE.toml",
     ))  # fmt: skip
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 SHOW_AFTER_S = 1.0
-_NO_WIDTH = 1 << 20
+_BETWEEN = 3
+"""Columns of a terminal between two of a table."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -214,7 +215,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, empty: s
     of its own: an id that is broken in two can be copied by nobody.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -223,19 +223,34 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, empty: s
         click.echo(empty)
         return
     kept = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in told)]
+    console = _console()
+    room = console.width - _BETWEEN * (len(kept) - 1)
+    widths = _widths([[headings[i], *(row[i] for row in told)] for i in kept], room)
+    if widths is None:
+        for i, row in enumerate(told):
+            if i:
+                click.echo()
+            fields({headings[j] or "name": row[j] for j in kept})
+        return
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i in kept:
-        drawn.add_column(headings[i], overflow="fold", no_wrap=not any(" " in row[i] for row in told))
+    for i, width in zip(kept, widths, strict=True):
+        drawn.add_column(headings[i], width=width)
     for row in told:
         drawn.add_row(*(Text(row[i]) for i in kept))
-    console = _console()
-    if Measurement.get(console, console.options.update(max_width=_NO_WIDTH), drawn).minimum <= console.width:
-        console.print(drawn)
-        return
-    for i, row in enumerate(told):
-        if i:
-            click.echo()
-        fields({headings[j] or "name": row[j] for j in kept})
+    console.print(drawn)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """Of columns (their cells), each as wide as its longest word, and wider where that helps most; None: no room."""
+    from rich.cells import cell_len
+
+    widths = [max(1, *(cell_len(word) for cell in column for word in cell.split())) for column in columns]
+    wanted = [max(1, *(cell_len(line) for cell in column for line in cell.splitlines())) for column in columns]
+    room -= sum(widths)
+    while room > 0 and widths != wanted:
+        i = max(range(len(widths)), key=lambda i: wanted[i] / widths[i])
+        widths[i], room = widths[i] + 1, room - 1
+    return widths if room >= 0 else None
 
 
 def fields(pairs: Mapping[str, object]) -> None:
