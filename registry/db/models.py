@@ -296,6 +296,12 @@ class PushBlob(SQLModel, table=True):
     __table_args__ = (
         _one_of("state", ["present", "needed", "arrived", "verified", "placed"]),
         Index("ix_push_blobs_digest", "digest"),
+        Index(  # what a sweep looks for among all that was ever pushed
+            "ix_push_blobs_upload_id",
+            "upload_id",
+            postgresql_where=text("upload_id IS NOT NULL"),
+            sqlite_where=text("upload_id IS NOT NULL"),
+        ),
     )
     push_id: str = Field(foreign_key="pushes.id", primary_key=True, max_length=32)
     digest: str = _digest("sha256 promised by the manifest", primary_key=True)
