@@ -1,7 +1,7 @@
 """Commands about adapters: push, pull, list, show, log, diff, aliases and policies."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         AdapterInfo,
         AliasInfo,
         CompatibleAdapter,
+        Download,
         LineageInfo,
         LogInfo,
         PolicyInfo,
@@ -231,16 +232,20 @@ def fetched(
     def resolve() -> "Resolution":
         return client.resolve(str(name), **wanted)
 
+    def again() -> "Sequence[Download]":
+        return client.downloads([found.manifest]).files[found.manifest]  # the alias may point elsewhere by now
+
     found, checked = resolve(), None
     if pinned is not None and (pinned or found.signature_required or found.version.signed_by):
         checked = trust.check(client, str(name.series), found.manifest, found.version.ref, pinned)
         checked.require()
-        checked.require_files(found.files, found.base if found.fit.fit == "exact" else None)
+        checked.require_files(found.files)
+        checked.require_asked(name, found.base, wanted.get("base"), found.fit.fit, by_name=bool(wanted.get("fit")))
     if keep and not force:
         pulled.require_ours(target, found.files)
     if keep:
         pulled.begin(target, found.files)
-    return found, checked, fetch(found.files, target, refresh=lambda: resolve().files, progress=bar)
+    return found, checked, fetch(found.files, target, refresh=again, progress=bar)
 
 
 # ── looking ──────────────────────────────────────────────────────────────────

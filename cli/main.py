@@ -70,7 +70,7 @@ class Lazy(click.Group):
         return found
 
 
-@click.command(cls=Lazy, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.command(cls=Lazy, context_settings={"max_content_width": 100})
 @click.version_option(package_name="loractl", message="loractl %(version)s")
 def cli() -> None:
     """A registry that knows which weights every LoRA adapter belongs to.

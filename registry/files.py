@@ -142,15 +142,18 @@ class HashCache:
         """What was remembered of ``path`` under ``what``, or None."""
         try:
             entry = json.loads(self._place(path).read_bytes())
-            return entry["values"].get(what) if entry["key"] == self._key(path) else None
+            return entry["values"].get(what) if entry["key"] == self.key(path) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def put(self, path: Path, what: str, value: Any) -> None:
-        """Remember ``value`` (JSON) of ``path``; a cache that cannot be written is no error."""
+    def put(self, path: Path, what: str, value: Any, since: list[int] | None = None) -> None:
+        """Remember ``value`` (JSON) of ``path``; a cache that cannot be written is no error.
+
+        ``since``: `key` of the file before it was read. Where that changed, nobody knows which bytes were.
+        """
         with contextlib.suppress(OSError, DiskFull, PathUnusable):
-            key = self._key(path)
-            if time.time_ns() - key[1] < 2_000_000_000:
+            key = self.key(path)
+            if time.time_ns() - key[1] < 2_000_000_000 or since not in (None, key):
                 return
             place = self._place(path)
             try:
@@ -166,7 +169,8 @@ class HashCache:
         return self.folder / f"{blake3(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
 
     @staticmethod
-    def _key(path: Path) -> list[int]:
+    def key(path: Path) -> list[int]:
+        """What changes when the file does."""
         status = path.stat()
         return [status.st_size, status.st_mtime_ns, status.st_ino]
 
@@ -225,12 +229,13 @@ def sha256_file(path: Path, progress: Progress | None = None, cache: HashCache |
     hasher = hashlib.sha256()
     buffer = bytearray(CHUNK)
     with _opened(path) as file, memoryview(buffer) as view:
+        before = HashCache.key(path) if cache else None
         while count := file.readinto(view):
             hasher.update(view[:count])
             report(count)
     digest = Digest("sha256", hasher.hexdigest())
     if cache:
-        cache.put(path, "sha256", str(digest))
+        cache.put(path, "sha256", str(digest), before)
     return digest
 
 

@@ -11,6 +11,7 @@ to be right. Signed URLs that are refused are asked for once more; the token nev
 """
 
 import base64
+import errno
 import fcntl
 import hashlib
 import json
@@ -547,6 +548,8 @@ def fetch(
         out.mkdir(parents=True, exist_ok=True)
         targets = {file.path: _inside(out, file.path) for file in wanted}
         lacking = [file for file in wanted if not _holds(targets[file.path], file)]
+        if len(lacking) > 1:  # a configuration that stays would load half of them: it goes, and comes, with the others
+            lacking += [file for file in wanted if file.path.endswith("config.json") and file not in lacking]
     meter = _Meter(progress, "receiving", sum(file.size for file in lacking))
     partials: list[_Partial] = []
     window: deque[tuple[_Partial, int, Future[None] | None]] = deque()
@@ -665,7 +668,7 @@ class _Partial:
             self._journal.unlink(missing_ok=True)
             os.ftruncate(self._descriptor, 0)
             if self.file.size:
-                os.posix_fallocate(self._descriptor, 0, self.file.size)
+                _allocate(self._descriptor, self.file.size)
 
     def length(self, number: int) -> int:
         """Bytes of range ``number``."""
@@ -740,6 +743,16 @@ class _Urls:
         with self._lock:
             if any(signed is refused for signed in self._signed.values()):
                 self._signed = {file.path: file.get for file in self._refresh()}
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take all of the room at once, so that a full disk is found first; where that cannot be, only the size."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # macOS has none, some file systems neither
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
 
 
 def _inside(out: Path, path: str) -> Path:

@@ -18,6 +18,7 @@ from .client import RegistryClient
 from .core.digest import Digest
 from .core.errors import BadManifest, BadSignature, BadSigningKey, LocalFailure, NotVerified
 from .core.manifest import Manifest
+from .core.names import BaseReference, Reference
 from .core.signatures import BESIDE, Bundle
 from .keys import PublicKey
 from .schemas import Download, SignatureInfo
@@ -67,13 +68,29 @@ class Checked:
             told = "; ".join(f"key {one.key[:19]}: {one.reason}" for one in self.signatures[:5])
             raise NotVerified(ref=self.ref, reason=f"no signature of it counts{f' ({told})' if told else ''}")
 
-    def require_files(self, given: Iterable[Download], base: str | None = None) -> None:
-        """`NotVerified` unless ``given`` are the files that were signed, and ``base`` is theirs, where there is one."""
+    def require_files(self, given: Iterable[Download]) -> None:
+        """`NotVerified` unless ``given`` are the files that were signed."""
         promised = {(entry.path, entry.size, entry.digest) for entry in self.manifest.files}
         if {(file.path, file.size, file.digest) for file in given} != promised:
             raise NotVerified(ref=self.ref, reason="the registry gives other files than the manifest lists")
-        if base is not None and base != self.manifest.base:
-            raise NotVerified(ref=self.ref, reason=f"it is bound to {self.manifest.base}, and not to {base}")
+
+    def require_asked(self, name: Reference, told: str, asked: str | None, fit: str, *, by_name: bool) -> None:
+        """`NotVerified` unless it is the version, and on the base, that was asked for.
+
+        ``told``: the base that the registry says it is for. ``asked``: the one that was typed, whose digest goes before
+        that. Another fit than exact is the registry's word, and ``by_name`` takes it: the fit was asked for.
+        """
+        digest = str(self.manifest.digest)
+        if name.digest is not None and str(name.digest) != digest:
+            raise NotVerified(ref=self.ref, reason=f"{name.digest} was asked for, the registry gives {digest}")
+        if name.begins is not None and not digest.startswith(str(name.begins)):
+            raise NotVerified(ref=self.ref, reason=f"{name.begins} was asked for, the registry gives {digest}")
+        own = BaseReference.parse(asked).digest if asked else None
+        base = str(own) if own else told
+        if self.manifest.base != base and (fit == "exact" or (own is not None and not by_name)):
+            reason = f"it is bound to {self.manifest.base}, and not to {base}"
+            word = "" if fit == "exact" else f"; that it fits as '{fit}' is the registry's word, taken by --fit {fit}"
+            raise NotVerified(ref=self.ref, reason=f"{reason}{word}")
 
 
 def read_key(path: Path) -> PublicKey:

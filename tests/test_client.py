@@ -296,7 +296,7 @@ ARGUMENTS: dict[str, Any] = {
     "request": None, "kind": "dataset", "name": "team/bot", "push_id": "p1", "token_id": "t1", "manifests": [],
     "ref": "llama@r1", "base": "llama@r1", "a": "llama@r1", "b": "llama@r2", "version": "v1", "alias": "prod",
     "fingerprint": "sha256:1", "policy": Policy(), "job_id": "j1", "attempt": 1, "campaign_id": "c1",
-    "schedule_id": "s1",
+    "schedule_id": "s1", "line": "llama",
 }  # fmt: skip
 NOT_ROUTES = {"close", "on_behalf"}
 

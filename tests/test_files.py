@@ -165,6 +165,18 @@ def test_a_cached_digest_is_read_and_a_changed_file_is_hashed_again(tmp_path: Pa
     assert digest_base(base, cache=cache).digest != first.digest
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path: Path, base: Path) -> None:
+    cache, path = HashCache(tmp_path / "cache"), base / "model.safetensors"
+    age(base)
+
+    def change(_: int) -> None:
+        os.utime(path, (1e9, 1e9 + 1))
+
+    sha256_file(path, change, cache=cache)
+    assert cache.get(path, "sha256") is None
+    assert cache.get(path, "sha256") != str(sha256_file(path, cache=cache)) == cache.get(path, "sha256")
+
+
 def test_a_fresh_file_is_not_remembered(tmp_path: Path, base: Path) -> None:
     digest_base(base, cache=HashCache(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

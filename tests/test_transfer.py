@@ -538,6 +538,30 @@ def test_of_two_versions_no_folder_is_a_mixture(
     assert contents(out) == contents(made[1][0])
 
 
+def test_nor_is_it_a_mixture_where_the_configuration_is_the_same(
+    client: RegistryClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for seed in range(2):
+        folder = tiny_base(tmp_path / f"b{seed}", seed=seed, shards=2)
+        made.append((folder, transfer.push_base(client, folder).version_digest))
+    out = tmp_path / "out"
+    transfer.pull(client, made[0][1], out)
+    place = transfer._Partial.place
+
+    def killed_behind_the_first(file: transfer._Partial) -> None:
+        place(file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer._Partial, "place", killed_behind_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.pull(client, made[1][1], out)
+    assert not (out / "config.json").exists()
+    transfer.pull(client, made[1][1], out)
+    assert contents(out) == contents(made[1][0])
+
+
 PULL = """
 import sys
 from pathlib import Path

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,7 @@ from registry.schemas import Download
 from registry.transfer import Progress, fetch, silent
 
 _COMPLETE = ".complete"
+"""Ending of the mark beside an entry: within it are the files of a version, whatever their names are."""
 
 
 class Cache:
@@ -30,7 +31,7 @@ class Cache:
 
     def holds(self, limit: int = 1000) -> list[str]:
         """Manifest digests of complete entries, the last used first."""
-        ages = [(_age(path.parent), path.parent.name) for path in self.root.glob(f"*/{_COMPLETE}")]
+        ages = [(_age(path.with_suffix("")), path.stem) for path in self.root.glob(f"*{_COMPLETE}")]
         return [str(Digest("sha256", name)) for _, name in sorted(ages, reverse=True)[:limit]]
 
     @contextmanager
@@ -42,16 +43,16 @@ class Cache:
         with self._lock(folder) as lock:
             while not self._mine(folder, lock):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not (folder / _COMPLETE).exists():
+                if not _mark(folder).exists():
                     self._fill(folder, downloads, progress)
             yield folder
 
     def _mine(self, folder: Path, lock: IO[str]) -> bool:
         """Whether the entry is complete; then it is locked against eviction from now on."""
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if not (folder / _COMPLETE).exists():
+        if not _mark(folder).exists():
             return False
-        os.utime(folder / _COMPLETE)
+        os.utime(_mark(folder))
         return True
 
     def _fill(self, folder: Path, downloads: Callable[[], Sequence[Download]], progress: Progress) -> None:
@@ -59,14 +60,14 @@ class Cache:
         self._make_room(sum(file.size for file in wanted))
         fetch(wanted, folder, refresh=downloads, progress=progress)
         try:
-            (folder / _COMPLETE).touch()
+            _mark(folder).touch()
         except OSError as error:
             raise LocalFailure.of(error, folder) from error
 
     def _make_room(self, size: int) -> None:
         """Remove what was used longest ago, halves of broken downloads too, until ``size`` more fit."""
         entries = sorted((path for path in self.root.iterdir() if path.is_dir()), key=_age)
-        sizes = {folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in entries}
+        sizes = {folder: _size(folder) for folder in entries}
         total = sum(sizes.values()) + size
         for folder in entries:
             if total <= self.quota:
@@ -76,17 +77,30 @@ class Cache:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue  # a job uses it
-                (folder / _COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                _mark(folder).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # another worker may be at it
                 total -= sizes[folder]
 
     def _lock(self, folder: Path) -> IO[str]:
         return folder.with_suffix(".lock").open("w")
 
 
+def _mark(folder: Path) -> Path:
+    return folder.with_suffix(_COMPLETE)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of an entry; what goes away meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def _age(folder: Path) -> float:
     """When the entry was used last; 0 for one that goes away at this moment."""
-    for path in (folder / _COMPLETE, folder):
+    for path in (_mark(folder), folder):
         try:
             return path.stat().st_mtime
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .digest import Digest
-from .errors import BadSignature
+from .errors import BadDigest, BadSignature
 from .manifest import Manifest, canonical_json
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -80,7 +80,7 @@ class Bundle:
             if len(found.at("dsseEnvelope", "signatures")) != 1:
                 raise ValueError("one bundle holds one signature")
             return cls(str(key), payload, found.binary("dsseEnvelope", "signatures", 0, "sig"))
-        except (KeyError, IndexError, TypeError, ValueError, BadSignature) as error:
+        except (KeyError, IndexError, TypeError, ValueError, BadDigest, BadSignature) as error:
             raise BadSignature(ref=series, reason=f"it is no bundle of one DSSE signature by a key: {error}") from error
 
     def document(self) -> dict[str, Any]:

@@ -35,9 +35,10 @@ from registry.core.errors import BadRequest, DatabaseDown, WriteConflict
 
 REST_S = 1.0
 """A pooled connection that was not used for longer is asked whether it is alive."""
-PATIENCE = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=120s"
-"""To PostgreSQL: whoever stands still in the middle of a transaction loses it, with all that waits for them; and who
-waits for one is refused before it waits for all of that. What the URL's own ``options`` say goes before it."""
+PATIENCE = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=900s"
+"""To PostgreSQL: whoever stands still in the middle of a transaction loses it, with all that waits for them, but not
+before a copy in the store has ended that it may rest on; and who waits for one is refused before that. What the URL's
+own ``options`` say goes before it."""
 KEPT_ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 """Seconds: a machine that went away without a word is noticed within a minute."""
 

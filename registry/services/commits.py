@@ -389,8 +389,9 @@ def _commit_base(
         session.add(base)
         session.flush()
     revision = bases.apply_wishes(session, base, wishes, actor, now)
-    for parent in manifest.lineage.parents:
-        _merged_from(session, base, parent, now)
+    if push.job_id is not None:  # others say it themselves: a digest in a lineage tells nobody what is in the registry
+        for parent in manifest.lineage.parents:
+            _merged_from(session, base, parent, now)
     name = f"r{revision.number}" if revision else None
     ref = f"{wishes.line}@{name}" if name else base.digest
     return {"ref": ref, "version": name, "base": base.digest, "warnings": warnings}

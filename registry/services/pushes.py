@@ -17,6 +17,7 @@ Verbs that talk to the store for long take the `Database` and hold no transactio
 import base64
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import ColumnElement
@@ -34,6 +35,7 @@ from registry.core.errors import (
     FileTooLarge,
     LoractlError,
     NotSealed,
+    PartBusy,
     PickleRefused,
     PushExpired,
     PushNotFound,
@@ -730,13 +732,15 @@ def sweep(database: Database, store: BlobStore, now: datetime, grace: timedelta)
             .where(col(PushBlob.upload_id).is_not(None), col(Push.state).not_in(UNFINISHED))
             .limit(1000)
         ).all()
-    gone = 0
+    aborted = []
     for row in uploads:
-        store.abort_multipart(blobs.staged_at(row), str(row.upload_id))
-        gone += 1
-    if uploads:
+        with suppress(PartBusy):  # somebody still sends, or seems to: it keeps nobody else's from being cleared
+            store.abort_multipart(blobs.staged_at(row), str(row.upload_id))
+            aborted.append(row)
+    gone = len(aborted)
+    if aborted:
         with database.write() as session:
-            for row in uploads:
+            for row in aborted:
                 session.merge(row).upload_id = None
     before = (now - grace).timestamp()
     with database.read() as session:

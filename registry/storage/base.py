@@ -24,6 +24,11 @@ KEY_RULE = "1 to 6 segments of 1 to 128 characters from a-z, A-Z, 0-9, '-', '_' 
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,5}")
 
 
+def is_key(key: str) -> bool:
+    """Whether it can be the key of a blob: what else lies in a bucket (folder markers, a mount's files) is not ours."""
+    return _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
     """``key`` itself when it can name a blob; `BadKey` with the rule when not."""
     if not _KEY.fullmatch(key):

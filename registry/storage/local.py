@@ -44,7 +44,7 @@ from registry.core.errors import (
     UploadNotFound,
 )
 
-from .base import CHECKSUM_HEADER, Part, SignedRequest, Stat, check_key, part_sizes
+from .base import CHECKSUM_HEADER, Part, SignedRequest, Stat, check_key, is_key, part_sizes
 
 Naming = Callable[[Path, Path], object]
 """How a finished partial file gets its name: by rename (replacing), or by link (refusing what is there)."""
@@ -374,9 +374,10 @@ class LocalStore:
         """All blobs under ``prefix``."""
         for folder, _, names in os.walk(self.root / check_key(prefix.rstrip("/"))):
             for name in names:
+                path = Path(folder, name)
                 with suppress(FileNotFoundError):  # deleted meanwhile
-                    path = Path(folder, name)
-                    yield _stat(self._key(path), path)
+                    if is_key(key := self._key(path)):
+                        yield _stat(key, path)
 
     def _path(self, key: str) -> Path:
         return _place(self.root, key)

@@ -37,7 +37,7 @@ from registry.core.errors import (
 )
 from registry.settings import S3Settings
 
-from .base import CHECKSUM_HEADER, Part, SignedRequest, Stat, check_key
+from .base import CHECKSUM_HEADER, Part, SignedRequest, Stat, check_key, is_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -296,7 +296,8 @@ class S3Store:
             )
             for page in pages:
                 for found in page.get("Contents", []):
-                    yield Stat(found["Key"], found["Size"], found["LastModified"].timestamp())
+                    if is_key(found["Key"]):
+                        yield Stat(found["Key"], found["Size"], found["LastModified"].timestamp())
 
 
 class S3Reader:

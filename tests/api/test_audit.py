@@ -106,7 +106,7 @@ def _access(call: Walk) -> None:
     made = call("POST /v1/tokens", asked)
     call("POST /v1/tokens/{identity}/rotate", {}, at={"identity": made["id"]})
     call("DELETE /v1/tokens/{identity}", at={"identity": made["id"]})
-    action = {"job": {"recipe": {"kind": "evaluate"}}}
+    action = {"job": {"recipe": {"kind": "evaluate", "base": "demo@r1", "suite": "team/suite"}}}
     added = call(
         "POST /v1/schedules", {"namespace": "team", "trigger": "cron", "subject": "0 3 * * 1", "action": action}
     )
@@ -196,3 +196,4 @@ def _upgrades(call: Walk, upgrade: Upgrade) -> None:
     call("POST /v1/upgrades/{identity}/rollback", {}, at={"identity": campaign})
     campaign = call("POST /v1/upgrades", {"line": "demo", "to": "demo"})["id"]
     call("POST /v1/upgrades/{identity}/abort", {}, at={"identity": campaign})
+    call("POST /v1/lines/{line}/revisions", {"revision": 1}, at={"line": "demo"})

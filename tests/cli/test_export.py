@@ -96,7 +96,7 @@ def test_what_does_not_go_together_is_said_before_work_starts(
     assert "its folder is not there" in call("export", base, "--out", tmp_path / "no" / "x.gguf", code=1)
     other = tmp_path / "other"
     factories.merging_tokenizer().save_pretrained(factories.saved(factories.llama(seed=1, vocab_size=272), other))
-    assert "records that it was trained on" in call("export", adapter, "--for", other, "--out", out, code=1)
+    assert "as it records itself" in call("export", adapter, "--for", other, "--out", out, code=1)
     out.write_bytes(b"mine")
     assert "it is there already" in call("export", base, "--out", out, code=1)
     assert out.read_bytes() == b"mine"

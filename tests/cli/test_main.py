@@ -124,11 +124,6 @@ def test_output_that_does_not_go_out_is_a_full_disk() -> None:
     assert b"Exception ignored" not in ended.stderr
 
 
-def test_the_short_option_helps_too() -> None:  # in a process of its own: click keeps an option once it was shown
-    words = [sys.executable, "-m", "cli.main", "base", "push", "-h"]
-    assert "Usage: loractl base push" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
-
-
 def test_a_refusal_is_a_sentence_and_a_command_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["whoami"]) == 2
     said = capsys.readouterr()

@@ -145,7 +145,7 @@ def test_who_stands_still_in_a_transaction_holds_nobody_up_for_ever(postgres_dat
     with postgres_database.read() as session:
         told = [session.connection().execute(text(f"SHOW {name}")).scalar() for name in
                 ("lock_timeout", "idle_in_transaction_session_timeout")]  # fmt: skip
-    assert told == ["30s", "2min"]
+    assert told == ["30s", "15min"]
 
 
 def test_a_database_that_is_not_there_is_down_and_its_password_is_not_told() -> None:

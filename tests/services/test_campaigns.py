@@ -35,6 +35,7 @@ from registry.db.models import (
     Decision,
     Evaluation,
     Job,
+    StoredPolicy,
     Token,
     Version,
 )
@@ -371,8 +372,14 @@ def test_harnesses_that_never_agree_end_the_tier_not_the_world(upgrade: Upgrade)
 
 
 def test_a_metric_that_the_suite_does_not_measure_ends_in_words(upgrade: Upgrade) -> None:
-    gate = GATE.model_copy(update={"metric": "exact-match"})
-    upgrade.policy(POLICY.model_copy(update={"gates": (gate,)}), name="bot")
+    policy = POLICY.model_copy(update={"gates": (GATE.model_copy(update={"metric": "exact-match"}),)})
+    with upgrade.world.database.write() as session:  # as the release before took it
+        session.add(
+            StoredPolicy(
+                namespace="team", name="bot", revision=1, body=policy.model_dump(mode="json"),
+                created_by=ADMIN.token_id, created_at=upgrade.world.now,
+            )
+        )  # fmt: skip
     upgrade.begin()
     upgrade.run()
     assert upgrade.state() == "failed"

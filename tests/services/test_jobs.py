@@ -41,7 +41,7 @@ from registry.services.jobs import access
 from registry.services.tokens import Caller
 from registry.storage.local import LocalStore
 from tests.factories import base_of, tiny_adapter, tiny_base
-from tests.world import ADMIN, World, adapter_push, caller, request_of
+from tests.world import ADMIN, World, adapter_push, caller, files_push, request_of
 
 ROWS = b'{"prompt": "2+2=", "completion": " 4"}\n'
 ITEMS = b"".join(b'{"prompt": "%d is ", "choices": ["e", "o"], "answer": %d}\n' % (i, i % 2) for i in range(20))
@@ -361,7 +361,8 @@ def test_a_distillation_is_asked_as_the_adapter_was_trained_on_the_inputs_that_i
     assert small.asked(asked | {"inputs": "team/others"}, adapter="team/bot").recipe["inputs"] == other
     assert (alone["distil"]["temperature"], told["temperature"]) == (1, 1)
     answers = b"".join(b'{"prompt": "p%d", "completion": " s"}\n' % number for number in range(200))
-    small.world.push_rows("suite", "team/answers", answers)
+    scored = files_push("suite", {"data.jsonl": answers}, config={"metrics": ["exact-match", "likelihood"]})
+    small.world.push("suite", "team/answers", *scored)
     gate = Gate(suite="team/answers", metric="exact-match", margin=Margin(value=0.3))
     right = policy.model_copy(update={"gates": (gate,), "max_negative_flips": 0.3})
     small.do(lambda s: policies.put(s, ADMIN, "team", "bot", right, small.world.now))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from sqlmodel import select
+from sqlmodel import col, select
 
 from registry.core.digest import Digest
 from registry.core.errors import (
@@ -37,6 +37,7 @@ from registry.core.errors import (
     MoveNotAllowed,
     NonFinite,
     NotAnAdapter,
+    PartBusy,
     PickleRefused,
     PushExpired,
     PushNotFound,
@@ -57,6 +58,7 @@ from registry.db.models import (
     Blob,
     Job,
     Push,
+    PushBlob,
     StoredManifest,
     StoredPolicy,
     TargetFit,
@@ -278,6 +280,36 @@ def test_a_store_that_is_down_rejects_nothing(
     world.later(seconds=30)
     assert world.verify()
     assert world.describe(info.id).state == "committed"
+
+
+def test_one_who_still_seems_to_send_keeps_nobody_elses_staging(
+    embedded: World, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, ids, uploads = embedded, [], []
+    for seed in range(2):
+        request, contents = base_push(tiny_base(base.parent / f"s{seed}", seed=seed))
+        info = world.open("base", None, request)
+        world.send(info, contents)
+        ids.append(info.id)
+        with world.database.write() as session:
+            row = session.exec(select(PushBlob).where(PushBlob.push_id == info.id).limit(1)).one()
+            key = f"staging/{info.id}/open"
+            row.upload_id = world.store.start_multipart(key, size=row.size, part_size=row.size)
+            uploads.append(row.upload_id)
+            pushes.abort(session, ADMIN, info.id, world.now)
+    abort, open_, busy = world.store.abort_multipart, col(PushBlob.upload_id).is_not(None), uploads[0]
+
+    def held(key: str, upload_id: str) -> None:
+        if upload_id == busy:
+            raise PartBusy(key=key, what="a part")
+        abort(key, upload_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "abort_multipart", held)
+        pushes.sweep(world.database, world.store, world.now, timedelta(hours=1))
+    left = world.all(select(PushBlob.upload_id).where(open_))
+    assert left == [busy]  # for the next round
+    assert list(world.store.walk(f"staging/{ids[1]}/")) == []
 
 
 def test_a_push_that_is_the_end_of_its_verifiers_is_given_up(

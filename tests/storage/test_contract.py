@@ -11,6 +11,7 @@ import pytest
 from registry.core.digest import Digest
 from registry.core.errors import BadKey, BlobNotFound, ChecksumRefused, PartsMissing, UploadNotFound
 from registry.storage.base import BlobStore, Part, SignedRequest, part_sizes
+from registry.storage.local import LocalStore
 from registry.storage.s3 import S3Store
 
 PART = 5 << 20  # the least that S3 takes for a part that is not the last
@@ -272,6 +273,17 @@ def test_walk_lists_what_is_under_a_prefix_and_nothing_beside_it(store: BlobStor
     name = f"blobs/{Digest.sha256(push.encode()).hex}"
     store.put(name, DATA, SHA256)
     assert name in {stat.key for stat in store.walk("blobs/")}
+
+
+def test_walk_passes_over_what_can_be_no_key_of_ours(store: BlobStore, push: str) -> None:
+    key = f"staging/{push}/a"
+    store.put(key, DATA, SHA256)
+    for name in (".DS_Store", ".nfs0000", "a b"):  # of a mount, a console, a person
+        if isinstance(store, S3Store):
+            store._calls.put_object(Bucket=store._bucket, Key=f"staging/{push}/{name}", Body=b"")
+        elif isinstance(store, LocalStore):
+            (store.root / "staging" / push / name).write_bytes(b"")
+    assert [stat.key for stat in store.walk(f"staging/{push}/")] == [key]
 
 
 @pytest.mark.parametrize("by_parts", [False, True])

@@ -1,5 +1,6 @@
 """The worker's cache: filled once, kept while used, and within its quota."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -104,3 +105,32 @@ def test_the_half_of_a_broken_download_makes_room_too(shelf: Shelf, tmp_path: Pa
     kept = shelf.fill(cache, 1)
     assert cache.holds() == [kept]
     assert not half.exists()
+
+
+def test_no_name_in_a_version_is_the_mark_of_an_entry(shelf: Shelf, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
+    manifest, [file] = shelf.entry(1)
+    odd = [file.model_copy(update={"path": path}) for path in (".complete/x", "data.bin")]
+    with cache.use(manifest, lambda: odd) as folder:
+        assert (folder / ".complete" / "x").is_file()
+    for number in (2, 3, 4):  # which has to make room
+        shelf.fill(cache, number)
+    assert manifest not in cache.holds()
+    assert len(cache.holds()) == 2
+
+
+def test_two_workers_may_make_room_at_once(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache", 2 * SIZE)
+    for number in (1, 2):
+        shelf.fill(cache, number)
+    listed = Path.rglob
+
+    def gone_meanwhile(folder: Path, pattern: str) -> Iterator[Path]:
+        found = list(listed(folder, pattern))
+        shutil.rmtree(folder)  # by the other one
+        return iter(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rglob", gone_meanwhile)
+        shelf.fill(cache, 3)
+    assert (tmp_path / "cache" / Digest.parse(shelf.entry(3)[0]).hex / "data.bin").is_file()
