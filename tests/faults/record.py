@@ -58,7 +58,8 @@ def page(told: Sequence[Line], long: Sequence[Line] = ()) -> str:
 
 
 def soaks(told: Iterable[Line]) -> list[str]:
-    """A row each."""
+    """A row each, and below what somebody noted."""
+    told = list(told)
     rows = ["| when | where | operations | of them | minutes | told to come again | laws broken | MB early → late |"]
     rows += ["|---" * 8 + "|"]
     for line in told:
@@ -68,7 +69,7 @@ def soaks(told: Iterable[Line]) -> list[str]:
         grown = ", ".join(f"{name} {early} → {late}" for name, (early, late) in line["memory"].items())
         cells = [line.get("on", "now"), line["setup"], f"{line['operations']:,}", of, f"{line['seconds'] / 60:.0f}"]
         rows.append(f"| {' | '.join([*cells, again, str(len(line['broken'])), grown])} |")
-    return rows
+    return rows + [text for line in told if "note" in line for text in ("", f"{line['operations']:,}: {line['note']}.")]
 
 
 def table(told: Iterable[Line]) -> list[str]:
