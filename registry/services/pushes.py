@@ -28,6 +28,7 @@ from registry.core.base_model import BaseModel
 from registry.core.digest import Digest
 from registry.core.errors import (
     BadManifest,
+    BadPath,
     BadRequest,
     BlobNotFound,
     BlobsMissing,
@@ -54,6 +55,7 @@ from registry.core.manifest import (
     parse_listing,
 )
 from registry.core.names import SeriesName, check_name
+from registry.core.signatures import BESIDE
 from registry.db.engine import Database
 from registry.db.models import Base, Blob, Job, ManifestBlob, Push, PushBlob
 from registry.schemas import BlobState, PartsInfo, PartsRequest, PushInfo, PushRequest, SignedRequest, Wishes
@@ -78,6 +80,7 @@ MAX_SMALL_FILE = 1 << 30
 """Bytes of a file that is no safetensors and no JSONL: it is read whole by nobody, but pulled by everybody."""
 _ALIKE = 8
 """Bases with files of the same sizes that a draft is compared with, the newest first."""
+_OURS = (BESIDE, ".partial")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 
 
@@ -284,6 +287,8 @@ def check_files(manifest: Listing, settings: Settings) -> None:
         raise BadManifest(reason=f"{weights} .safetensors files; an adapter has at most {MAX_ADAPTER_WEIGHTS}")
     sizes: dict[str, int] = {}
     for entry in manifest.files:
+        if entry.path.split("/", maxsplit=1)[0] in _OURS:
+            raise BadPath(path=entry.path, rule=f"{' and '.join(_OURS)} are where a pull keeps its own")
         if entry.path.lower().endswith(_PICKLES):
             raise PickleRefused(path=entry.path)
         streamed = entry.path.lower().endswith((".safetensors", ".jsonl"))

@@ -922,6 +922,13 @@ def test_pickles_are_refused_by_name_before_any_byte(embedded: World, base: Path
     assert path in refused.value.hint
 
 
+@pytest.mark.parametrize("path", [".loractl/pulled.json", ".partial/x"])
+def test_what_a_pull_keeps_beside_a_version_is_no_part_of_one(embedded: World, path: str) -> None:
+    request, _ = files_push("adapter", {path: b"{}"}, base=f"b3:{'0' * 64}")
+    with pytest.raises(BadPath, match="where a pull keeps its own"):
+        embedded.open("adapter", "team/bot", request)
+
+
 def test_a_pickle_beside_the_weights_is_refused_by_its_bytes(embedded: World, base: Path, adapter: Path) -> None:
     embedded.push_base(base)
     (adapter / "README.md").write_bytes(b"\x80\x04\x95" + b"\0" * 40)
