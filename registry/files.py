@@ -60,6 +60,7 @@ from registry.core.manifest import (
     check_values,
 )
 from registry.core.safetensors import PREFIX_BYTES, Header, TensorInfo, header_bytes, parse_header
+from registry.core.suites import SUITE_FILE
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call, never from two threads at once."""
@@ -70,7 +71,6 @@ CHUNK = 4 << 20
 MAX_CONFIG_BYTES = 32 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 INDEX_FILE = "model.safetensors.index.json"
-SUITE_FILE = "suite.json"
 DATA_FILE = "data.jsonl"
 """What the one file of a dataset or suite is called in its manifest, whatever it is called here."""
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -505,6 +505,20 @@ def test_an_interrupted_pull_leaves_only_partial_files_and_goes_on_from_them(
     assert (tmp_path / "data.jsonl").read_bytes() == large[1]
 
 
+def killed_behind_the_first_file(monkeypatch: pytest.MonkeyPatch, pull: Callable[[], object]) -> None:
+    """Pull until one file has its name."""
+    place = transfer._Partial.place
+
+    def last(file: transfer._Partial) -> None:
+        place(file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer._Partial, "place", last)
+        with pytest.raises(KeyboardInterrupt):
+            pull()
+
+
 def test_of_two_versions_no_folder_is_a_mixture(
     client: RegistryClient, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,16 +537,7 @@ def test_of_two_versions_no_folder_is_a_mixture(
     with pytest.raises(KeyboardInterrupt):
         transfer.pull(client, made[1][1], out, progress=stop_near_the_end)
     assert {name: data for name, data in contents(out).items() if transfer.PARTIAL not in name} == before
-    place = transfer._Partial.place
-
-    def killed_behind_the_first(file: transfer._Partial) -> None:
-        place(file)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transfer._Partial, "place", killed_behind_the_first)
-        with pytest.raises(KeyboardInterrupt):
-            transfer.pull(client, made[1][1], out)
+    killed_behind_the_first_file(monkeypatch, lambda: transfer.pull(client, made[1][1], out))
     assert not (out / "adapter_config.json").exists()  # so nobody loads it
     transfer.pull(client, made[1][1], out)
     assert contents(out) == contents(made[1][0])
@@ -547,16 +552,7 @@ def test_nor_is_it_a_mixture_where_the_configuration_is_the_same(
         made.append((folder, transfer.push_base(client, folder).version_digest))
     out = tmp_path / "out"
     transfer.pull(client, made[0][1], out)
-    place = transfer._Partial.place
-
-    def killed_behind_the_first(file: transfer._Partial) -> None:
-        place(file)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transfer._Partial, "place", killed_behind_the_first)
-        with pytest.raises(KeyboardInterrupt):
-            transfer.pull(client, made[1][1], out)
+    killed_behind_the_first_file(monkeypatch, lambda: transfer.pull(client, made[1][1], out))
     assert not (out / "config.json").exists()
     transfer.pull(client, made[1][1], out)
     assert contents(out) == contents(made[1][0])

@@ -68,18 +68,11 @@ class Beginning:
     algorithm: Algorithm
     hex: str
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """``sha256:0123abcd…`` or ``b3:…`` with 8 to 63 digits; `BadDigest` for anything else."""
-        match = _BEGINNING.fullmatch(text)
-        if match is None:
-            raise BadDigest(value=text[:100])
-        return cls(match[1], match[2])  # type: ignore[arg-type]  # the pattern allows only the two
-
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
 
 
 def named(text: str) -> Digest | Beginning:
-    """What people type for a digest: all of it, or its beginning."""
-    return Beginning.parse(text) if _BEGINNING.fullmatch(text) else Digest.parse(text)
+    """What people type for a digest: all of it, or its first digits, 8 at least; `BadDigest` for anything else."""
+    match = _BEGINNING.fullmatch(text)
+    return Beginning(match[1], match[2]) if match else Digest.parse(text)  # type: ignore[arg-type]  # one of the two

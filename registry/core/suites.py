@@ -15,7 +15,7 @@ from .errors import BadConfig
 from .metrics import ALLOWED, LM_EVAL, Metric, check_metric, is_generated
 from .tasks import Task, parse_tasks
 
-FILE = "suite.json"
+SUITE_FILE = "suite.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +33,17 @@ class SuiteSpec:
         tasks = parse_tasks(spec)
         names, length, form = spec.get("metrics"), spec.get("max_new_tokens", 64), spec.get("form")
         if names is not None and not _are_metrics(names):
-            raise BadConfig(path=FILE, reason=f"metrics are {json.dumps(names)[:200]}; allowed are {ALLOWED}")
+            raise BadConfig(path=SUITE_FILE, reason=f"metrics are {json.dumps(names)[:200]}; allowed are {ALLOWED}")
         for name in names or ():
             if name.startswith(LM_EVAL) != bool(tasks):
                 belong = f"with lm_eval, all are {LM_EVAL}…" if tasks else f"{LM_EVAL}… is what its tasks measure"
-                raise BadConfig(path=FILE, reason=f"metrics are {names}; {belong}")
+                raise BadConfig(path=SUITE_FILE, reason=f"metrics are {names}; {belong}")
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             reason = f"max_new_tokens is {json.dumps(length)[:200]}; it must be a whole number above 0"
-            raise BadConfig(path=FILE, reason=reason)
+            raise BadConfig(path=SUITE_FILE, reason=reason)
         if form is not None and form != "json" and not (isinstance(form, str) and form.startswith("regex:")):
             allowed = "allowed are 'json', and 'regex:' with an expression behind it"
-            raise BadConfig(path=FILE, reason=f"form is {json.dumps(form)[:200]}; {allowed}")
+            raise BadConfig(path=SUITE_FILE, reason=f"form is {json.dumps(form)[:200]}; {allowed}")
         return cls(None if names is None else tuple(names), length, form, tuple(tasks))
 
     def measured(self) -> tuple[Metric, ...]:

@@ -540,9 +540,9 @@ def parts(
     """
     with database.read() as session:
         push = _alive(get(session, caller, push_id), now)
-        if whole := push.state in (PushState.VERIFYING, PushState.VERIFIED, PushState.COMMITTED):
-            pass  # two send one push, and the other was done first
-        else:
+        # of two that send one push, the other may have been done first
+        whole = push.state in (PushState.VERIFYING, PushState.VERIFIED, PushState.COMMITTED)
+        if not whole:
             PUSH.after("upload", push.state, push.id)
         row = _row(session, push_id, request.digest)
     if row is None or row.part_size is None or (row.state == "present" and row.path is None):

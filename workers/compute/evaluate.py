@@ -21,8 +21,8 @@ from registry.core.errors import BadConfig, ScoreNotANumber
 from registry.core.manifest import canonical_json
 from registry.core.metrics import Metric, is_generated
 from registry.core.records import Record, item_id, split_of
-from registry.core.suites import SuiteSpec, metrics_of
-from registry.files import SUITE_FILE, read_spec
+from registry.core.suites import SUITE_FILE, SuiteSpec, metrics_of
+from registry.files import read_spec
 
 from . import lm_eval
 from . import metrics as metric

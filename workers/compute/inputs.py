@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.core.errors import BadConfig
-from registry.files import SUITE_FILE
+from registry.core.suites import SUITE_FILE
 
 from .answers import read_inputs
 from .data import Row, called, read_rows
